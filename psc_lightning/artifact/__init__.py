@@ -1,0 +1,9 @@
+"""The .psc file: write, read, check. Needs torch, numpy and constriction; Lightning is not imported."""
+
+from __future__ import annotations
+
+from psc_lightning.artifact.errors import ArtifactError
+from psc_lightning.artifact.file import inspect, load, load_into, save, to_bytes, verify
+from psc_lightning.artifact.report import Report, TensorReport
+
+__all__ = ["ArtifactError", "Report", "TensorReport", "inspect", "load", "load_into", "save", "to_bytes", "verify"]

@@ -1,0 +1,188 @@
+"""The entropy coder: integer probability tables in front of constriction's ANS stack.
+
+Everything a file stores goes through one `Encoder` and comes back out of one `Decoder`, so the coder's overhead is a
+few bytes per file. A *table* is an int64 array k of at most 256 entries, each at least 1, with sum 2^24: symbol s costs
+exactly -log2(k[s] / 2^24) bits. No floating point decides anything: constriction's `perfect=True` reproduces such a
+table exactly (there is a test with an independent decoder), and the sums of bits below are for the report only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import constriction
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from psc_lightning.artifact.errors import ArtifactError
+
+__all__ = ["PRECISION", "TOTAL", "Decoder", "Encoder", "bits", "count", "table"]
+
+Ints = npt.NDArray[np.int64]
+
+PRECISION = 24
+TOTAL = 1 << PRECISION
+
+# Bit lengths 0 … 64 of an integer after zigzag, and how likely each is before the file has said anything.
+CLASSES = 65
+_FRESH = np.array([1 + 32 // (c + 1) for c in range(CLASSES)], dtype=np.int64)
+_LEARN = 32  # what one integer seen adds to the weight of its class
+_CHUNK = 16  # bits below the leading one, coded at most so many at a time
+
+_DAMAGED = (
+    "the entropy-coded data does not end where the last tensor ends: the file is damaged or was not written by "
+    "psc_lightning; get a fresh copy, or save the model again"
+)
+
+
+def table(weights: Ints) -> Ints:
+    """Turn positive integer weights (last axis: symbols; sum below 2^39) into tables with sum 2^24.
+
+    k = 1 + floor(w · (2^24 - K) / sum(w)); what is left over goes to the first largest weight.
+
+    >>> table(np.array([1, 2, 1])).tolist()
+    [4194304, 8388608, 4194304]
+    >>> table(np.array([1, 1, 1])).tolist()
+    [5592406, 5592405, 5592405]
+    """
+    size = weights.shape[-1]
+    k: Ints = 1 + weights * (TOTAL - size) // weights.sum(-1, keepdims=True)
+    largest = weights.argmax(-1, keepdims=True)
+    rest = TOTAL - k.sum(-1, keepdims=True)
+    np.put_along_axis(k, largest, np.take_along_axis(k, largest, -1) + rest, -1)
+    return k
+
+
+def count(symbols: Tensor, size: int) -> Ints:
+    """Histogram of 1-D symbols below `size`."""
+    histogram: Ints = torch.bincount(symbols, minlength=size).numpy()
+    return histogram
+
+
+def bits(histogram: Ints, tables: Ints) -> float:
+    """Exact cost of symbols with this histogram under these tables: the sum of -log2(k / 2^24).
+
+    >>> bits(np.array([2, 1, 0]), np.array([4194304, 8388608, 4194304]))
+    5.0
+    """
+    return float((histogram * (PRECISION - np.log2(tables))).sum())
+
+
+def _pieces(width: int) -> list[int]:
+    """How `width` bits are cut into chunks, high bits first."""
+    return [min(_CHUNK, width - at) for at in range(0, width, _CHUNK)]
+
+
+def _flat(width: int) -> constriction.stream.model.Uniform:
+    """All numbers of `width` (1 … 16) bits equally likely: exactly `width` bits each."""
+    return constriction.stream.model.Uniform(1 << width)
+
+
+def _model(k: Ints) -> constriction.stream.model.Categorical:
+    # k / 2^24 is exact in float64, and perfect=True keeps exact multiples of 2^-24 as they are.
+    return constriction.stream.model.Categorical(k / TOTAL, perfect=True)
+
+
+class _Contexts:
+    """Adaptive models of the integers' bit lengths, one per context; the same on both sides."""
+
+    def __init__(self) -> None:
+        self._weights: dict[str, Ints] = {}
+
+    def table(self, context: str) -> Ints:
+        return table(self._weights.get(context, _FRESH))
+
+    def learn(self, context: str, length: int) -> None:
+        self._weights.setdefault(context, _FRESH.copy())[length] += _LEARN
+
+
+class Encoder:
+    """Collects symbols with their tables; `finish` turns them into bytes (ANS works from the last symbol to the first).
+
+    Attributes:
+        bits: exact cost so far, the sum of -log2(k / 2^24).
+    """
+
+    def __init__(self) -> None:
+        self.bits = 0.0
+        self._contexts = _Contexts()
+        # Symbols wait as bytes, not as int32: a big model must not be held once more.
+        self._parts: list[tuple[npt.NDArray[np.uint8] | int, Ints | int]] = []
+
+    def put(self, symbols: Tensor, k: Ints, histogram: Ints) -> None:
+        """Code a uint8 tensor under one table; `histogram` is that of the symbols."""
+        self.bits += bits(histogram, k)
+        self._parts.append((symbols.numpy(), k))
+
+    def integer(self, value: int, context: str) -> None:
+        """Code one integer below 2^64: its bit length (adaptive per context), then the bits below the leading one."""
+        length = value.bit_length()
+        k = self._contexts.table(context)
+        self._contexts.learn(context, length)
+        self.bits += PRECISION - float(np.log2(k[length])) + max(length - 1, 0)
+        self._parts.append((length, k))
+        left = max(length - 1, 0)
+        for width in _pieces(left):
+            left -= width
+            self._parts.append(((value >> left) & ((1 << width) - 1), width))
+
+    def price(self, values: Sequence[int], context: str) -> float:
+        """Bits these integers would cost in this context now (the first exactly, the next to a fraction of a bit)."""
+        k = self._contexts.table(context)
+        return sum(PRECISION - float(np.log2(k[v.bit_length()])) + max(v.bit_length() - 1, 0) for v in values)
+
+    def finish(self) -> bytes:
+        """Everything put so far as bytes, little-endian, without trailing zero bytes."""
+        # The state starts at 1: a reader ends at exactly 1 again, or the data is damaged.
+        coder = constriction.stream.stack.AnsCoder(np.array([1], dtype=np.uint32))
+        for symbols, model in reversed(self._parts):
+            known = _flat(model) if isinstance(model, int) else _model(model)
+            coder.encode_reverse(symbols if isinstance(symbols, int) else symbols.astype(np.int32), known)
+        words: npt.NDArray[np.uint32] = coder.get_compressed().astype("<u4")
+        return words.tobytes().rstrip(b"\0")
+
+
+class Decoder:
+    """Gives back what an `Encoder` took, in the same order.
+
+    Attributes:
+        bits: exact cost of what was read so far.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self.bits = 0.0
+        self._contexts = _Contexts()
+        padded = data.rstrip(b"\0")
+        padded += bytes(-len(padded) % 4)
+        words = np.frombuffer(padded, dtype="<u4").astype(np.uint32)
+        self._coder = constriction.stream.stack.AnsCoder(words)
+
+    def take(self, number: int, k: Ints) -> tuple[Tensor, Ints]:
+        """Read int32 symbols coded under one table; their histogram comes with them."""
+        symbols = torch.from_numpy(self._coder.decode(_model(k), number))
+        if self._coder.is_empty():
+            # A whole file never reaches state 0, so a damaged one is left here and not after minutes of zeros.
+            raise ArtifactError(_DAMAGED)
+        histogram = count(symbols, len(k))
+        self.bits += bits(histogram, k)
+        return symbols, histogram
+
+    def integer(self, context: str) -> int:
+        """Read one integer."""
+        k = self._contexts.table(context)
+        length = int(self.take(1, k)[0])
+        self._contexts.learn(context, length)
+        self.bits += max(length - 1, 0)
+        if length == 0:
+            return 0
+        value = 1
+        for width in _pieces(length - 1):
+            value = value << width | int(self._coder.decode(_flat(width)))
+        return value
+
+    def finish(self) -> None:
+        """Check that everything was read and nothing more."""
+        if self._coder.get_compressed().tolist() != [1]:
+            raise ArtifactError(_DAMAGED)

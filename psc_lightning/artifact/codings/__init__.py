@@ -1,0 +1,14 @@
+"""The ways a stream of symbols may be coded: one file each, one line below each.
+
+The number of a coding is written to files: it never changes its meaning, and a new coding takes the next free number.
+"""
+
+from __future__ import annotations
+
+from psc_lightning.artifact.codings.adaptive import Adaptive
+from psc_lightning.artifact.codings.coding import Coding, Proposal
+from psc_lightning.artifact.codings.uniform import Uniform
+
+__all__ = ["CODINGS", "Coding", "Proposal"]
+
+CODINGS: tuple[Coding, ...] = (Uniform(), Adaptive())

@@ -1,0 +1,36 @@
+"""All symbols equally likely."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch import Tensor
+
+from psc_lightning.artifact.ans import Decoder, Encoder, Ints, bits, table
+from psc_lightning.artifact.codings.coding import Proposal
+
+__all__ = ["Uniform"]
+
+
+class Uniform:
+    """Plain symbols: log2(size) bits each; the right choice for noise, such as the low bits of a mantissa.
+
+    Stored: no parameters. Weights 1 for each symbol.
+    """
+
+    name = "uniform"
+    limits: tuple[int, ...] = ()
+
+    def propose(self, symbols: Tensor, histogram: Ints) -> Iterator[Proposal]:
+        """Offer the one way."""
+        k = table(np.ones(len(histogram), dtype=np.int64))
+
+        def write(encoder: Encoder) -> None:
+            encoder.put(symbols, k, histogram)
+
+        yield Proposal(bits(histogram, k), (), write)
+
+    def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...]) -> Tensor:
+        """Read `number` symbols."""
+        return decoder.take(number, table(np.ones(size, dtype=np.int64)))[0]

@@ -1,0 +1,226 @@
+"""The table of contents of a .psc file: names, kinds, types and shapes of its tensors.
+
+    varint    how many tensors
+    names     each: how many leading parts (between dots) it shares with the name before it (varint), the rest, newline
+    bytes     each tensor's kind · 16 + type
+    shapes    each: varint for the number of axes, one varint an axis; an alias: one varint, the tensor it repeats
+
+Stored as it is (section 1) or raw-deflated with a preset dictionary, the names below in the same notation (section 2),
+whichever is shorter.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+from psc_lightning.artifact.container import Cursor, varint
+from psc_lightning.artifact.errors import ArtifactError
+
+__all__ = ["DEFLATED", "DTYPES", "PLAIN", "Entry", "Kind", "decode", "encode"]
+
+PLAIN, DEFLATED = 1, 2
+
+# The position is the number in the file.
+DTYPES: tuple[torch.dtype, ...] = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
+_AXES = 32
+_INFLATED = 1 << 24
+
+
+class Kind(IntEnum):
+    """How a tensor is stored."""
+
+    SLOTS = 0
+    LEFTOVER = 1
+    HALF = 2  # a leftover, rounded to float16
+    ALIAS = 3
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file.
+
+    Attributes:
+        name: its key in the plain state dict.
+        kind: how it is stored.
+        dtype: its type after reading.
+        shape: its shape after reading.
+        alias: for `Kind.ALIAS`, which earlier entry it repeats.
+    """
+
+    name: str
+    kind: Kind
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    alias: int | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return self.numel * self.dtype.itemsize
+
+
+def encode(entries: Sequence[Entry]) -> tuple[int, bytes]:
+    """A section: its tag and its content.
+
+    Raises:
+        ValueError: a name that cannot be stored.
+    """
+    out = varint(len(entries)) + _names([entry.name for entry in entries])
+    out += bytes(entry.kind << 4 | DTYPES.index(entry.dtype) for entry in entries)
+    for entry in entries:
+        if entry.alias is not None:
+            out += varint(entry.alias)
+        else:
+            out += b"".join(map(varint, (len(entry.shape), *entry.shape)))
+    # Short texts go better with fixed Huffman codes, long ones with their own.
+    packed = min((_deflate(out, strategy) for strategy in (zlib.Z_FIXED, zlib.Z_DEFAULT_STRATEGY)), key=len)
+    return (DEFLATED, packed) if len(packed) < len(out) else (PLAIN, out)
+
+
+def decode(tag: int, data: bytes) -> list[Entry]:
+    """The entries of a section.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    cursor = Cursor(_inflate(data) if tag == DEFLATED else data, "table of contents")
+    number = cursor.varint()
+    names: list[str] = []
+    before: list[str] = []
+    while len(names) < number:
+        shared, rest = cursor.varint(), cursor.line()
+        if shared > len(before):
+            raise _damaged(f"a name that shares at most {len(before)} parts with the one before", shared)
+        try:
+            names.append(".".join([*before[:shared], rest.decode()]))
+        except UnicodeDecodeError as error:
+            raise _damaged("names in UTF-8", rest) from error
+        before = names[-1].split(".")
+    if len(set(names)) < number:
+        raise _damaged(f"{number} different names", f"{len(set(names))}")
+    codes = cursor.take(number)
+    entries: list[Entry] = []
+    for name, code in zip(names, codes, strict=True):
+        kind, dtype = code >> 4, code & 15
+        if kind >= len(Kind) or dtype >= len(DTYPES):
+            raise _damaged("a known kind and type of tensor", code)
+        entries.append(_shape(cursor, name, Kind(kind), DTYPES[dtype], entries))
+    if not cursor.done:
+        raise _damaged("the end", "more bytes")
+    return entries
+
+
+def _shape(cursor: Cursor, name: str, kind: Kind, dtype: torch.dtype, before: Sequence[Entry]) -> Entry:
+    if kind is Kind.ALIAS:
+        index = cursor.varint()
+        if index >= len(before) or before[index].alias is not None or before[index].dtype != dtype:
+            raise _damaged("an alias of an earlier tensor", index)
+        return Entry(name, kind, dtype, before[index].shape, index)
+    axes = cursor.varint()
+    if axes > _AXES:
+        raise _damaged(f"at most {_AXES} axes", axes)
+    return Entry(name, kind, dtype, tuple(cursor.varint() for _ in range(axes)))
+
+
+def _names(names: Iterable[str]) -> bytes:
+    out = b""
+    before: list[str] = []
+    for name in names:
+        if "\n" in name:
+            raise ValueError(f"a tensor's name must not hold a newline, got {name!r}: rename the module")
+        parts = name.split(".")
+        shared = 0
+        while shared < min(len(parts) - 1, len(before)) and parts[shared] == before[shared]:
+            shared += 1
+        out += varint(shared) + ".".join(parts[shared:]).encode() + b"\n"
+        before = parts
+    return out
+
+
+def _deflate(data: bytes, strategy: int) -> bytes:
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, strategy, _DICTIONARY)
+    return packer.compress(data) + packer.flush()
+
+
+def _inflate(data: bytes) -> bytes:
+    unpacker = zlib.decompressobj(-15, _DICTIONARY)
+    try:
+        out = unpacker.decompress(data, _INFLATED)
+    except zlib.error as error:
+        raise _damaged("deflated data", str(error)) from error
+    if not unpacker.eof or unpacker.unused_data:
+        raise _damaged(f"deflated data of at most {_INFLATED} bytes", "more, or an open end")
+    return out
+
+
+def _damaged(expected: object, found: object) -> ArtifactError:
+    return ArtifactError(
+        f"table of contents: expected {expected}, found {found}: "
+        "the file is damaged or was not written by psc_lightning; get a fresh copy, or save the model again"
+    )
+
+
+_NORM = "weight bias running_mean running_var num_batches_tracked"
+# Names that models often have, the most common last (deflate prefers what is near). Part of the format: never changed.
+_DICTIONARY = _names(
+    f"{module}.{leaf}"
+    for module, leaves in (
+        ("encoder.layers.0.self_attn", "in_proj_weight in_proj_bias out_proj.weight out_proj.bias"),
+        ("encoder.layers.0.linear1", "weight bias"),
+        ("encoder.layers.0.norm1", "weight bias"),
+        ("lstm", "weight_ih_l0 weight_hh_l0 bias_ih_l0 bias_hh_l0"),
+        ("embeddings.word_embeddings", "weight"),
+        ("embeddings.position_embeddings", "weight"),
+        ("embeddings.token_type_embeddings", "weight"),
+        ("embeddings.LayerNorm", "weight bias"),
+        ("encoder.layer.0.attention.self.query", "weight bias"),
+        ("encoder.layer.0.attention.self.key", "weight bias"),
+        ("encoder.layer.0.attention.self.value", "weight bias"),
+        ("encoder.layer.0.attention.output.dense", "weight bias"),
+        ("encoder.layer.0.attention.output.LayerNorm", "weight bias"),
+        ("encoder.layer.0.intermediate.dense", "weight bias"),
+        ("encoder.layer.0.output.dense", "weight bias"),
+        ("encoder.layer.0.output.LayerNorm", "weight bias"),
+        ("pooler.dense", "weight bias"),
+        ("model.features.0", "weight bias"),
+        ("classifier", "weight bias"),
+        ("head", "weight bias"),
+        ("linear", "weight bias"),
+        ("bn1", _NORM),
+        ("layer1.0.downsample.0", "weight"),
+        ("layer1.0.conv1", "weight bias"),
+        ("layer1.0.bn1", _NORM),
+        ("layer1.0.conv2", "weight"),
+        ("layer1.0.bn2", _NORM),
+        ("0", "weight bias"),
+        ("2", "weight bias"),
+        ("conv1", "weight bias"),
+        ("conv2", "weight bias"),
+        ("fc1", "weight bias"),
+        ("fc2", "weight bias"),
+        ("fc3", "weight bias"),
+    )
+    for leaf in leaves.split()
+)

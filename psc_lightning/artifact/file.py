@@ -1,0 +1,343 @@
+"""A model to a .psc file and back."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from psc_lightning import slots, view
+from psc_lightning.artifact import container, directory, leftovers
+from psc_lightning.artifact.directory import DTYPES, Entry, Kind
+from psc_lightning.artifact.errors import ArtifactError
+from psc_lightning.artifact.report import Report, TensorReport
+from psc_lightning.artifact.streams import Stream, SymbolReader, SymbolWriter
+
+__all__ = ["inspect", "load", "load_into", "save", "to_bytes", "verify"]
+
+MAX_BYTES = 2**31
+
+_SYMBOLS = 3
+_KNOWN = frozenset({directory.PLAIN, directory.DEFLATED, _SYMBOLS})
+# Small leftovers are stored together: on its own, a bias of ten entries has nothing to learn a distribution from.
+_SMALL = 4096
+_SLACK = 1 << 20  # a file may be this much longer than the tensors in it: names, and weights that do not compress
+_LEFTOVERS = ("float32", "float16")
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], leftovers: str = "float32") -> Report:
+    """Write a model's weights as they are used: compressed tensors through their slots, all others losslessly.
+
+    Args:
+        model: any module; what was attached to it by psc_lightning's callbacks or `compress` is stored compactly.
+        path: the file to write; one that exists is replaced only when the new one is complete.
+        leftovers: how tensors outside the slots are stored: `float32`, as they are; `float16`, floating ones rounded
+            (reading gives `x.to(float16).to(x.dtype)`).
+
+    Returns:
+        What was stored, and in how many bytes.
+
+    Raises:
+        ValueError: a non-finite weight, a value beyond float16, or a tensor that cannot be stored; it is named.
+        OSError: the folder is missing or not writable, or the disk is full; nothing is left behind.
+    """
+    data, report = to_bytes(model, leftovers)
+    container.write(path, data)
+    return report
+
+
+@torch.no_grad()
+def to_bytes(model: nn.Module, leftovers: str = "float32") -> tuple[bytes, Report]:
+    """What `save` would write, and its report.
+
+    Raises:
+        ValueError: as `save`.
+    """
+    if leftovers not in _LEFTOVERS:
+        raise ValueError(f"leftovers must be one of {', '.join(_LEFTOVERS)}, got {leftovers!r}")
+    viewed = {name: (its_slots, weight) for name, its_slots, weight in view.views(model)}
+    softened = [name for name, (its_slots, weight) in viewed.items() if its_slots.begun and its_slots.harden(weight)]
+    if softened:
+        warnings.warn(
+            f"{', '.join(softened)}: not at full strength yet, hardened before writing; accuracy may drop until the "
+            "schedule has ended",
+            stacklevel=2,
+        )
+    compressed = {name: pair for name, pair in viewed.items() if pair[0].begun}
+    tensors = {name: _checked(name, tensor) for name, tensor in view.plain_state(model).items()}
+    entries = _entries(tensors, frozenset(compressed), half=leftovers == "float16")
+    writer = SymbolWriter()
+    bits = [0.0] * len(entries)
+    for group in _groups(entries):
+        before = writer.bits
+        entry = entries[group[0]]
+        if entry.kind is Kind.SLOTS:
+            its_slots, weight = compressed[entry.name]
+            its_slots.encode(writer, weight)
+        else:
+            _write_leftovers(writer, [entries[i] for i in group], tensors)
+        _share(bits, entries, group, writer.bits - before)
+    tag, content = directory.encode(entries)
+    data = container.pack({tag: content, _SYMBOLS: writer.finish()})
+    methods = {name: its_slots.method for name, (its_slots, _) in compressed.items()}
+    cores = {name: tuple(its_slots.core_shapes().values()) for name, (its_slots, _) in compressed.items()}
+    return data, _report(entries, tensors, bits, writer.streams, len(data), methods, cores, _layer_types(model))
+
+
+def load(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> dict[str, Tensor]:
+    """Read a file: the plain state dict of the model's own class, on the CPU.
+
+    Args:
+        path: the file.
+        max_bytes: refuse, before taking memory, a file whose tensors need more than this.
+
+    Raises:
+        ArtifactError: not a whole and undamaged .psc file, or too large; the message says what to do.
+        OSError: it cannot be opened.
+    """
+    return _read(path, max_bytes).tensors
+
+
+def verify(path: str | os.PathLike[str]) -> None:
+    """Check a file from end to end: checksum, structure, every symbol.
+
+    Raises:
+        ArtifactError: it is not whole and undamaged.
+    """
+    _read(path, MAX_BYTES)
+
+
+def inspect(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Report:
+    """The report of a file, as far as the file alone tells: layer types are empty.
+
+    Raises:
+        ArtifactError: as `load`.
+    """
+    content = _read(path, max_bytes)
+    return _report(
+        content.entries, content.tensors, content.bits, content.streams, content.file_bytes, content.methods, {}, {}
+    )
+
+
+@torch.no_grad()
+def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Put a file's weights into a model of the same class, plain or with views; all of them, or none on an error.
+
+    Raises:
+        ArtifactError: as `load`, or names or shapes differ; the message lists them.
+    """
+    targets = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    wanted = {name: targets[name] for name in view.plain_state(model)}
+    data = container.read(path, sum(tensor.nbytes for tensor in wanted.values()) + MAX_BYTES)
+    entries, payload = _open(data)
+    _compare({entry.name: entry.shape for entry in entries}, {name: tuple(t.shape) for name, t in wanted.items()})
+    tensors = _decode(entries, payload, MAX_BYTES).tensors
+    for name, tensor in tensors.items():
+        wanted[name].copy_(tensor)
+
+
+@dataclass(frozen=True)
+class _Content:
+    """A file, read."""
+
+    entries: list[Entry]
+    tensors: dict[str, Tensor]
+    bits: list[float]
+    streams: list[Stream]
+    methods: dict[str, str]
+    file_bytes: int = 0
+
+
+def _open(data: bytes) -> tuple[list[Entry], bytes]:
+    sections = container.unpack(data, _KNOWN)
+    tags = sorted(sections)
+    if tags not in ([directory.PLAIN, _SYMBOLS], [directory.DEFLATED, _SYMBOLS]):
+        raise ArtifactError(f"expected a table of contents and the symbols, found sections {tags}: {_ADVICE}")
+    return directory.decode(tags[0], sections[tags[0]]), sections[_SYMBOLS]
+
+
+def _read(path: str | os.PathLike[str], max_bytes: int) -> _Content:
+    data = container.read(path, max_bytes + _SLACK)
+    entries, payload = _open(data)
+    content = _decode(entries, payload, max_bytes)
+    return _Content(content.entries, content.tensors, content.bits, content.streams, content.methods, len(data))
+
+
+def _decode(entries: Sequence[Entry], payload: bytes, max_bytes: int) -> _Content:
+    # Axes of length 0 count as 1: a shape must be small even where it holds nothing.
+    needed = sum(math.prod(max(n, 1) for n in e.shape) * e.dtype.itemsize for e in entries if e.alias is None)
+    if needed > max_bytes:
+        raise ArtifactError(
+            f"expected tensors of at most max_bytes = {max_bytes} bytes, found {needed}: "
+            "pass a larger max_bytes if you trust the file"
+        )
+    reader = SymbolReader(payload, limit=max_bytes)
+    tensors: dict[int, Tensor] = {}
+    bits = [0.0] * len(entries)
+    methods: dict[str, str] = {}
+    for group in _groups(entries):
+        before = reader.bits
+        entry = entries[group[0]]
+        if entry.kind is Kind.SLOTS:
+            try:
+                tensors[group[0]] = slots.decode(reader, entry.shape, entry.dtype)
+            except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
+                # Every number was in its range, but together they make no tensor; torch says so in many ways.
+                raise ArtifactError(f"{entry.name}: {error}") from error
+        else:
+            stored = _stored_dtype(entry)
+            parts = leftovers.decode(reader, [entries[i].shape for i in group], stored)
+            tensors.update({i: part.to(entries[i].dtype) for i, part in zip(group, parts, strict=True)})
+        _share(bits, entries, group, reader.bits - before)
+    reader.finish()
+    named = {entry.name: tensors[i if entry.alias is None else entry.alias] for i, entry in enumerate(entries)}
+    return _Content(list(entries), named, bits, reader.streams, methods)
+
+
+def _checked(name: str, tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name}: expected a tensor, found {type(tensor).__name__}: extra state cannot be stored")
+    if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.dtype not in DTYPES:
+        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(
+            f"{name}: expected a dense tensor with values, of type {kinds}, found {tensor.dtype} ({tensor.layout}) on "
+            f"{tensor.device}: convert it first"
+        )
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise ValueError(f"{name}: expected finite numbers, found NaN or infinity: look for a diverged training run")
+    return tensor.detach().cpu()
+
+
+def _entries(tensors: Mapping[str, Tensor], compressed: frozenset[str], half: bool) -> list[Entry]:
+    entries: list[Entry] = []
+    seen: dict[object, int] = {}
+    for index, (name, tensor) in enumerate(tensors.items()):
+        shape = tuple(tensor.shape)
+        # An empty tensor has no address of its own.
+        key = (tensor.data_ptr(), tensor.dtype, shape, tensor.stride()) if tensor.numel() else name
+        first = seen.setdefault(key, index)
+        if name in compressed:
+            entries.append(Entry(name, Kind.SLOTS, tensor.dtype, shape))
+        elif first != index:
+            entries.append(Entry(name, Kind.ALIAS, tensor.dtype, shape, first))
+        elif half and tensor.is_floating_point() and tensor.dtype != torch.float16:
+            entries.append(Entry(name, Kind.HALF, tensor.dtype, shape))
+        else:
+            entries.append(Entry(name, Kind.LEFTOVER, tensor.dtype, shape))
+    return entries
+
+
+def _groups(entries: Sequence[Entry]) -> Iterator[list[int]]:
+    """What is stored together, in file order: small leftovers of one stored type and one last name; all else alone."""
+    groups: dict[object, list[int]] = {}
+    for index, entry in enumerate(entries):
+        if entry.kind is Kind.ALIAS:
+            continue
+        together = entry.kind is not Kind.SLOTS and entry.numel <= _SMALL
+        key = (_stored_dtype(entry), entry.name.rpartition(".")[2]) if together else index
+        groups.setdefault(key, []).append(index)
+    return iter(groups.values())
+
+
+def _stored_dtype(entry: Entry) -> torch.dtype:
+    return torch.float16 if entry.kind is Kind.HALF else entry.dtype
+
+
+def _write_leftovers(writer: SymbolWriter, group: Sequence[Entry], tensors: Mapping[str, Tensor]) -> None:
+    rounded = [tensors[entry.name].to(_stored_dtype(entry)) for entry in group]
+    for entry, tensor in zip(group, rounded, strict=True):
+        if entry.kind is Kind.HALF and not tensor.isfinite().all():
+            raise ValueError(
+                f"{entry.name}: expected numbers up to 65504 for leftovers='float16', found "
+                f"{tensors[entry.name].abs().max():g}: use leftovers='float32'"
+            )
+    leftovers.encode(writer, rounded)
+
+
+def _share(bits: list[float], entries: Sequence[Entry], group: Sequence[int], total: float) -> None:
+    entries_in_all = sum(entries[i].numel for i in group)
+    for i in group:
+        bits[i] = total * entries[i].numel / entries_in_all if entries_in_all else total / len(group)
+
+
+def _compare(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    differences = [f"{name} is missing in the file" for name in expected if name not in found]
+    differences += [f"{name} is not in the model" for name in found if name not in expected]
+    differences += [
+        f"{name} has shape {list(found[name])} in the file, {list(shape)} in the model"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if differences:
+        raise ArtifactError(
+            f"expected the tensors of the model, found {len(differences)} differences: {'; '.join(differences)}: "
+            "build the model that was saved"
+        )
+
+
+def _layer_types(model: nn.Module) -> dict[str, str]:
+    return {
+        f"{path}.{name}" if path else name: type(module).__name__
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in (*module._parameters, *module._buffers)
+    }
+
+
+def _levels(tensor: Tensor) -> int:
+    rows = tensor.reshape(tensor.shape[0], -1) if tensor.dim() else tensor.reshape(1, 1)
+    if not rows.numel():
+        return 0
+    ordered = rows.sort(dim=1).values
+    return 1 + int((ordered[:, 1:] != ordered[:, :-1]).sum(1).max())
+
+
+def _report(
+    entries: Sequence[Entry],
+    tensors: Mapping[str, Tensor],
+    bits: Sequence[float],
+    streams: Sequence[Stream],
+    file_bytes: int,
+    methods: Mapping[str, str],
+    cores: Mapping[str, Sequence[tuple[int, ...]]],
+    layer_types: Mapping[str, str],
+) -> Report:
+    rows: list[TensorReport] = []
+    spent, counted = 0.0, 0
+    for entry, cost in zip(entries, bits, strict=True):
+        spent += cost
+        # Rounded where the tensors end, not each for itself: the parts add up to the whole.
+        stored = round(spent / 8) - counted
+        counted += stored
+        core = tuple(cores.get(entry.name, [entry.shape]))
+        tensor = tensors[entry.name]
+        default = {Kind.SLOTS: "compressed", Kind.ALIAS: "shared"}.get(entry.kind, "plain")
+        rows.append(
+            TensorReport(
+                name=entry.name,
+                layer_type=layer_types.get(entry.name, ""),
+                shape=entry.shape,
+                core_shape=core[0] if len(core) == 1 else core,
+                method=methods.get(entry.name, default),
+                dense_bytes=0 if entry.alias is not None else entry.nbytes,
+                stored_bytes=stored,
+                sparsity=1 - int(tensor.count_nonzero()) / tensor.numel() if tensor.numel() else 0.0,
+                levels=_levels(tensor) if entry.kind is Kind.SLOTS else None,
+            )
+        )
+    dense = sum(row.dense_bytes for row in rows)
+    return Report(
+        dense_bytes=dense,
+        file_bytes=file_bytes,
+        compression_ratio=dense / file_bytes,
+        entropy_bytes=math.ceil(sum(stream.entropy for stream in streams) / 8),
+        overhead_bytes=file_bytes - counted,
+        tensors=rows,
+    )
+
+
+_ADVICE = "the file is damaged or was not written by psc_lightning; get a fresh copy, or save the model again"

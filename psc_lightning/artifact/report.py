@@ -1,0 +1,151 @@
+"""What a .psc file holds and what it costs: the numbers of `report.json` and the table on the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from psc_lightning.artifact import container
+
+__all__ = ["Report", "TensorReport"]
+
+_MANY = 8  # more plain tensors than this share one row of the table
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One tensor of the file.
+
+    Attributes:
+        name: its key in the plain state dict.
+        layer_type: class of the layer that owns it; empty where only the file is known.
+        shape: its shape.
+        core_shape: shape of what is stored after tying; for a tying with several factors one shape each.
+        method: the filled slots, as in `cross_channel+magnitude+uniform`; `plain` without any; `shared` for a tensor
+            that is an earlier one under another name.
+        dense_bytes: its size in memory; 0 if shared.
+        stored_bytes: its part of the file; small plain tensors that are stored together share by number of entries.
+        sparsity: share of zeros among its entries, 0 … 1.
+        levels: the largest number of distinct values, zero included, in one row of its first axis; None if plain.
+    """
+
+    name: str
+    layer_type: str
+    shape: tuple[int, ...]
+    core_shape: tuple[int, ...] | tuple[tuple[int, ...], ...]
+    method: str
+    dense_bytes: int
+    stored_bytes: int
+    sparsity: float
+    levels: int | None
+
+
+@dataclass
+class Report:
+    """A file and its tensors; the attributes are the keys of `report.json`, and `str(report)` is a table.
+
+    Attributes:
+        dense_bytes: elements × element size over the plain state dict, shared tensors once.
+        file_bytes: length of the file: the tensors' `stored_bytes` and `overhead_bytes`, nothing else.
+        compression_ratio: dense_bytes / file_bytes.
+        entropy_bytes: order-0 entropy of all stored symbols, without names and header; a coding with contexts may stay
+            below it, one that has to learn a distribution is above.
+        overhead_bytes: header, names, shapes, checksum, and the last bits of the entropy coder.
+        metrics: what the caller measured, as in `{"dense": {"accuracy": 0.97}, "compressed": {…}}`.
+        tensors: one entry a tensor, in plain order.
+    """
+
+    dense_bytes: int
+    file_bytes: int
+    compression_ratio: float
+    entropy_bytes: int
+    overhead_bytes: int
+    metrics: dict[str, Any] = field(default_factory=dict)
+    tensors: list[TensorReport] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `report.json`: dictionaries, lists, numbers and strings only."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `report.json`, as a whole or not at all."""
+        container.write(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Report:
+        """The report with this `to_dict`."""
+
+        def deep(value: Any) -> Any:
+            return tuple(map(deep, value)) if isinstance(value, list) else value
+
+        tensors = [TensorReport(**{key: deep(value) for key, value in row.items()}) for row in values["tensors"]]
+        return cls(**{**values, "tensors": tensors})
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self, all_tensors: bool = False, width: int = 160) -> str:
+        """The report as text.
+
+        Args:
+            all_tensors: a row for each plain tensor too, where there are many.
+            width: columns available, at least 80.
+        """
+        # Reading a file must not need rich.
+        from rich.console import Console
+        from rich.table import Table
+
+        # Nobody can say afterwards what a table on a narrow pipe would have shown: the width is the caller's.
+        console = Console(width=max(width, 80), color_system=None, force_terminal=False, highlight=False)
+        table = Table(box=None, pad_edge=False, show_footer=True, header_style="bold")
+        ratio = f"{self.compression_ratio:.2f}x smaller" if self.compression_ratio >= 1 else "larger than dense"
+        for title, justify, footer in (
+            ("#", "right", ""),
+            ("tensor", "left", "file"),
+            ("layer", "left", ""),
+            ("shape", "left", ""),
+            ("core", "left", ""),
+            ("method", "left", ratio),
+            ("zeros %", "right", ""),
+            ("levels", "right", ""),
+            ("dense bytes", "right", f"{self.dense_bytes:,}"),
+            ("stored bytes", "right", f"{self.file_bytes:,}"),
+        ):
+            table.add_column(title, justify="right" if justify == "right" else "left", footer=footer, overflow="fold")
+        plain = [row for row in self.tensors if row.method == "plain"]
+        grouped = not all_tensors and len(plain) > _MANY
+        for index, row in enumerate(self.tensors):
+            if grouped and row.method == "plain":
+                continue
+            table.add_row(
+                str(index),
+                row.name,
+                row.layer_type,
+                _shape(row.shape),
+                "" if row.core_shape == row.shape else _shape(row.core_shape),
+                row.method,
+                f"{100 * row.sparsity:.1f}",
+                "" if row.levels is None else str(row.levels),
+                f"{row.dense_bytes:,}",
+                f"{row.stored_bytes:,}",
+            )
+        if grouped:
+            dense, stored = sum(row.dense_bytes for row in plain), sum(row.stored_bytes for row in plain)
+            table.add_row("", f"{len(plain)} others", "", "", "", "plain", "", "", f"{dense:,}", f"{stored:,}")
+        table.add_row("", "names, header, checksum", "", "", "", "", "", "", "", f"{self.overhead_bytes:,}")
+        with console.capture() as capture:
+            console.print(table)
+            for stage, values in self.metrics.items():
+                console.print(f"{stage}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+
+
+def _shape(shape: tuple[int, ...] | tuple[tuple[int, ...], ...]) -> str:
+    """`64x3x3`, factors joined by ` + `, `-` for a single number."""
+    if shape and isinstance(shape[0], tuple):
+        return " + ".join(_shape(factor) for factor in shape if isinstance(factor, tuple))
+    return "x".join(map(str, shape)) or "-"

@@ -1,0 +1,211 @@
+"""Symbols and integers of methods to bits and back: the two ends of `psc_lightning.symbols`.
+
+How one array is stored: nothing for an empty one. A size above 256 is cut into a plane of high bytes and one of low
+bytes, stored one after the other. Of a plane: the smallest symbol, then how far the largest is below size-1; if the
+two meet, all symbols are known. Else the number of the coding, its parameters, and the symbols, less the smallest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from psc_lightning.artifact.ans import Decoder, Encoder, Ints, count
+from psc_lightning.artifact.codings import CODINGS, Coding, Proposal
+from psc_lightning.artifact.errors import ArtifactError
+
+__all__ = ["Stream", "SymbolReader", "SymbolWriter"]
+
+_PLANE = 256
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One plane as it lies in the file, for the report.
+
+    Attributes:
+        number: how many symbols.
+        distinct: how many different ones.
+        entropy: their order-0 entropy, in bits for all of them.
+        coding: name of the coding, `constant` where none was needed.
+    """
+
+    number: int
+    distinct: int
+    entropy: float
+    coding: str
+
+
+def _stream(histogram: Ints, coding: str) -> Stream:
+    present = histogram[histogram > 0]
+    number = int(present.sum())
+    entropy = float((present * np.log2(number / present)).sum())
+    return Stream(number, len(present), entropy, coding)
+
+
+class SymbolWriter:
+    """A `psc_lightning.symbols.Writer` into one entropy-coded string.
+
+    Attributes:
+        streams: what was stored so far, for the report.
+    """
+
+    def __init__(self) -> None:
+        self.streams: list[Stream] = []
+        self._encoder = Encoder()
+
+    @property
+    def bits(self) -> float:
+        """Exact cost of everything so far: the sum of -log2 p under the models that the file declares."""
+        return self._encoder.bits
+
+    def integer(self, value: int) -> None:
+        """Store one integer in -2^63 … 2^63-1 (zigzag: 0, -1, 1, -2 … become 0, 1, 2, 3 …)."""
+        if not -(1 << 63) <= value < 1 << 63:
+            raise ValueError(f"an integer to store must fit 64 bits, got {value}")
+        self._encoder.integer(2 * value if value >= 0 else -2 * value - 1, "integer")
+
+    def symbols(self, values: Tensor, size: int) -> None:
+        """Store a 1-D tensor of integers in 0 … size-1.
+
+        Args:
+            values: the symbols, of any integer type.
+            size: 1 … 65536.
+
+        Raises:
+            ValueError: a symbol out of range (a method's mistake: it would not come back).
+        """
+        if not 1 <= size <= _PLANE * _PLANE or values.dim() != 1:
+            raise ValueError(f"symbols must be 1-D with 1 <= size <= 65536, got {values.dim()}-D and size {size}")
+        if not len(values):
+            return
+        values = values.detach().cpu()
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= size:
+            raise ValueError(f"symbols must lie in 0 … {size - 1}, got {low} … {high}")
+        if size > _PLANE:
+            self._plane((values >> 8).to(torch.uint8), (size - 1 >> 8) + 1)
+            self._plane((values & 255).to(torch.uint8), _PLANE)
+        else:
+            self._plane(values.to(torch.uint8), size)
+
+    def _plane(self, symbols: Tensor, size: int) -> None:
+        histogram = count(symbols, size)
+        present = histogram.nonzero()[0]
+        low, high = int(present[0]), int(present[-1])
+        self._encoder.integer(low, "low")
+        self._encoder.integer(size - 1 - high, "high")
+        if low == high:
+            self.streams.append(_stream(histogram, "constant"))
+            return
+        code, best = self._cheapest(symbols - low if low else symbols, histogram[low : high + 1])
+        coding = CODINGS[code]
+        self._encoder.integer(code, "coding")
+        for parameter in best.parameters:
+            self._encoder.integer(parameter, coding.name)
+        best.write(self._encoder)
+        self.streams.append(_stream(histogram, coding.name))
+
+    def _cheapest(self, symbols: Tensor, histogram: Ints) -> tuple[int, Proposal]:
+        """The proposal with the fewest bits, its parameters included; the first of equals."""
+
+        def price(coding: Coding, proposal: Proposal) -> float:
+            return proposal.bits + self._encoder.price(proposal.parameters, coding.name)
+
+        best: tuple[float, int, Proposal] | None = None
+        for code, coding in enumerate(CODINGS):
+            for proposal in coding.propose(symbols, histogram):
+                cost = price(coding, proposal) + self._encoder.price((code,), "coding")
+                if best is None or cost < best[0]:
+                    best = cost, code, proposal
+        assert best is not None  # uniform always offers
+        return best[1], best[2]
+
+    def finish(self) -> bytes:
+        """The string."""
+        return self._encoder.finish()
+
+
+class SymbolReader:
+    """A `psc_lightning.symbols.Reader` of what a `SymbolWriter` wrote.
+
+    Args:
+        data: the string.
+        limit: the most symbols that one call may ask for.
+
+    Attributes:
+        streams: what was read so far, for the report.
+    """
+
+    def __init__(self, data: bytes, limit: int = 1 << 31) -> None:
+        self.streams: list[Stream] = []
+        self._decoder = Decoder(data)
+        self._limit = limit
+
+    @property
+    def bits(self) -> float:
+        """Exact cost of everything read so far."""
+        return self._decoder.bits
+
+    def integer(self, low: int, high: int) -> int:
+        """Read one integer in low … high (inclusive).
+
+        Raises:
+            ArtifactError: it is not in there.
+        """
+        code = self._decoder.integer("integer")
+        value = -(code + 1 >> 1) if code & 1 else code >> 1
+        if not low <= value <= high:
+            raise ArtifactError(f"expected an integer in {low} … {high}, found {value}: {_ADVICE}")
+        return value
+
+    def symbols(self, count: int, size: int) -> Tensor:
+        """Read `count` symbols in 0 … size-1 as a 1-D int32 tensor.
+
+        Raises:
+            ArtifactError: the file says otherwise, or `count` is above the limit.
+        """
+        if not 0 <= count <= self._limit:
+            raise ArtifactError(f"expected at most {self._limit} symbols in one array, found {count}: {_ADVICE}")
+        if not count:
+            return torch.zeros(0, dtype=torch.int32)
+        if size <= _PLANE:
+            return self._plane(count, size)
+        values = self._plane(count, (size - 1 >> 8) + 1) << 8
+        values |= self._plane(count, _PLANE)
+        if int(values.max()) >= size:
+            raise ArtifactError(f"expected symbols below {size}, found {int(values.max())}: {_ADVICE}")
+        return values
+
+    def finish(self) -> None:
+        """Check that everything was read and nothing is left.
+
+        Raises:
+            ArtifactError: it is not so.
+        """
+        self._decoder.finish()
+
+    def _below(self, limit: int, context: str) -> int:
+        value = self._decoder.integer(context)
+        if value >= limit:
+            raise ArtifactError(f"expected a number below {limit} ({context}), found {value}: {_ADVICE}")
+        return value
+
+    def _plane(self, number: int, size: int) -> Tensor:
+        low = self._below(size, "low")
+        high = size - 1 - self._below(size - low, "high")
+        if low == high:
+            self.streams.append(Stream(number, 1, 0.0, "constant"))
+            return torch.full((number,), low, dtype=torch.int32)
+        coding = CODINGS[self._below(len(CODINGS), "coding")]
+        parameters = tuple(self._below(limit, coding.name) for limit in coding.limits)
+        symbols = coding.read(self._decoder, number, high - low + 1, parameters)
+        histogram = count(symbols, high - low + 1)
+        self.streams.append(_stream(histogram, coding.name))
+        return symbols.add_(low) if low else symbols
+
+
+_ADVICE = "the file is damaged or was not written by psc_lightning; get a fresh copy, or save the model again"
