@@ -1,0 +1,87 @@
+"""What every levels method is: a core's entries take few distinct values."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from psc_lightning.functional import Group, straight_through
+from psc_lightning.symbols import Reader, Writer
+
+__all__ = ["Levels"]
+
+Shape = tuple[int, ...]
+
+
+class Levels(nn.Module):
+    """The third slot: ``value(code(x))``; the codes and the tables behind `value` are what is stored.
+
+    `refresh` computes scales and tables between steps, over the entries that the mask keeps, and rounds them to what
+    the file holds; `code` and `value` then only divide, round, multiply and gather, so that the forward pass and the
+    reader of a file do the same few exact operations.
+
+    Args:
+        shape: the core's shape.
+        group: which entries share a scale: `tensor`, `channel`, or n consecutive entries.
+    """
+
+    code_number: ClassVar[int]
+
+    def __init__(self, shape: Shape, group: Group = "channel") -> None:
+        super().__init__()
+        self.shape, self.group = shape, group
+
+    def begin(self, core: Tensor, keep: Tensor) -> None:
+        """Called once when the levels start: set what is trained from here on (steps, centroids)."""
+
+    def refresh(self, core: Tensor, keep: Tensor) -> None:
+        """Recompute scales and tables from the entries that `keep` marks."""
+        raise NotImplementedError
+
+    def code(self, core: Tensor) -> Tensor:
+        """Which level each entry takes: a tensor of the core's shape that holds whole numbers."""
+        raise NotImplementedError
+
+    def value(self, code: Tensor) -> Tensor:
+        """The level of each code; never -0.0."""
+        raise NotImplementedError
+
+    def forward(self, core: Tensor) -> Tensor:
+        """The levels, with the gradient passed straight through."""
+        with torch.no_grad():
+            hard = self.value(self.code(core))
+        return straight_through(hard, core)
+
+    def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
+        """Store the options, the tables, and the codes of the kept entries in memory order."""
+        raise NotImplementedError
+
+    @classmethod
+    def decode(cls, reader: Reader, keep: Tensor, dtype: torch.dtype) -> Tensor:
+        """Read them: the core's values, anything where `keep` is false."""
+        raise NotImplementedError
+
+
+def write_codes(writer: Writer, codes: Tensor, keep: Tensor, lowest: int, size: int) -> None:
+    """Store the codes of the kept entries, counted from `lowest`."""
+    writer.symbols((codes[keep] - lowest).to(torch.int32).cpu(), size)
+
+
+def read_codes(reader: Reader, keep: Tensor, lowest: int, size: int, dtype: torch.dtype) -> Tensor:
+    """Read them into the core's shape, `lowest` elsewhere."""
+    codes = torch.full(keep.shape, lowest, dtype=dtype)
+    codes[keep] = (reader.symbols(int(keep.sum()), size) + lowest).to(dtype)
+    return codes
+
+
+def write_group(writer: Writer, group: Group) -> None:
+    """Store which entries share a scale: 0 tensor, 1 channel, else n + 1."""
+    writer.integer({"tensor": 0, "channel": 1}.get(str(group), 1 + int(group) if isinstance(group, int) else 0))
+
+
+def read_group(reader: Reader, keep: Tensor) -> Group:
+    """Read it."""
+    number = reader.integer(0, max(2, keep.numel() + 1))
+    return ("tensor", "channel")[number] if number < 2 else number - 1

@@ -1,0 +1,121 @@
+"""Binary levels: two values a group."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from psc_lightning.functional import (
+    Group,
+    group_counts,
+    power_of_two,
+    read_halves,
+    round_to_half,
+    split,
+    spread,
+    survivor_mean,
+    write_halves,
+)
+from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, write_codes, write_group
+from psc_lightning.symbols import Reader, Writer
+
+__all__ = ["FORMS", "BinaryLevels"]
+
+#: ±s, or 0/1 with a scale and an offset
+FORMS = ("sign", "01")
+
+
+class BinaryLevels(Levels):
+    """``x̂ = ±s`` (form `sign`), or ``x̂ = offset + s·b`` with b = 0 or 1 (form `01`).
+
+    sign: s = mean |x| over the kept entries of the group, the best for signs in squared error; b = [x ≥ 0].
+    01: b = [x > mean x]; offset = mean of the lower entries, offset + s = mean of the upper.
+    Pseudo-gradient: ∂/∂x = g.
+    Stored: 1 bit an entry; 16 bits a group for s (and 16 for the offset); an exponent each.
+
+    Args:
+        group: which entries share s.
+        form: `sign` or `01`.
+
+    >>> levels = BinaryLevels((1, 4), group="tensor")
+    >>> x = torch.tensor([[0.5, -1.5, 1.0, -1.0]], requires_grad=True)
+    >>> levels.refresh(x, torch.ones(1, 4, dtype=torch.bool))
+    >>> levels(x).sum().backward()
+    >>> levels(x).tolist(), x.grad.tolist()
+    ([[1.0, -1.0, 1.0, -1.0]], [[1.0, 1.0, 1.0, 1.0]])
+    >>> levels = BinaryLevels((1, 4), group="tensor", form="01")
+    >>> levels.refresh(x, torch.ones(1, 4, dtype=torch.bool))
+    >>> levels(x).tolist()
+    [[0.75, -1.25, 0.75, -1.25]]
+
+    Source: Rastegari et al. 2016, "XNOR-Net", eq. 6 (scale); Courbariaux et al. 2015, "BinaryConnect" (straight-through);
+    0/1 with scale and offset: the project's method description ("binary parameter sharing").
+    """
+
+    code_number = 3
+
+    unit: Tensor
+    scale: Tensor
+    offset_unit: Tensor
+    offset: Tensor
+    middle: Tensor
+
+    def __init__(self, shape: Shape, group: Group = "channel", form: str = "sign") -> None:
+        super().__init__(shape, group)
+        self.form = form
+        count, _ = group_counts(shape, group)
+        self.register_buffer("unit", torch.ones(()))
+        self.register_buffer("scale", torch.ones(count))
+        if form == "01":
+            self.register_buffer("offset_unit", torch.ones(()))
+            self.register_buffer("offset", torch.zeros(count))
+            self.register_buffer("middle", torch.zeros(count))
+
+    @torch.no_grad()
+    def refresh(self, core: Tensor, keep: Tensor) -> None:
+        """Set scale (and offset) from the kept entries."""
+        values, kept = split(core, self.group), split(keep, self.group)
+        if self.form == "sign":
+            scale = survivor_mean(values.abs(), kept)
+        else:
+            middle = survivor_mean(values, kept)
+            upper = values > middle[:, None]
+            low = survivor_mean(values, kept & ~upper)
+            scale = torch.where((upper & kept).any(1), survivor_mean(values, kept & upper) - low, 0.0)
+            self.middle.copy_(middle)
+            self.offset_unit.fill_(power_of_two(low))
+            self.offset.copy_(round_to_half(low, self.offset_unit, positive=False))
+        self.unit.fill_(power_of_two(scale))
+        self.scale.copy_(round_to_half(scale, self.unit))
+
+    def code(self, core: Tensor) -> Tensor:
+        """1 for the upper level, 0 for the lower."""
+        if self.form == "sign":
+            return (core >= 0).to(core.dtype)
+        return (core > spread(self.middle, self.shape, self.group)).to(core.dtype)
+
+    def value(self, code: Tensor) -> Tensor:
+        """The two levels."""
+        scale = spread(self.scale, self.shape, self.group)
+        if self.form == "sign":
+            return (2 * code - 1) * scale
+        return code * scale + spread(self.offset, self.shape, self.group)
+
+    def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
+        """Store form, group, scales, bits."""
+        writer.integer(FORMS.index(self.form))
+        write_group(writer, self.group)
+        write_halves(writer, self.scale, self.unit)
+        if self.form == "01":
+            write_halves(writer, self.offset, self.offset_unit)
+        write_codes(writer, self.code(core), keep, 0, 2)
+
+    @classmethod
+    def decode(cls, reader: Reader, keep: Tensor, dtype: torch.dtype) -> Tensor:
+        """Read them: the core's values."""
+        form = FORMS[reader.integer(0, 1)]
+        levels = cls(tuple(keep.shape), read_group(reader, keep), form)
+        levels.scale = read_halves(reader, levels.scale.numel())
+        if form == "01":
+            levels.offset = read_halves(reader, levels.scale.numel())
+        return levels.value(read_codes(reader, keep, 0, 2, dtype))

@@ -1,0 +1,121 @@
+"""Half-precision levels: the numbers that float16 or bfloat16 can hold."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from psc_lightning.functional import Group, read_bits, write_bits
+from psc_lightning.levels.base import Levels, Shape
+from psc_lightning.symbols import Reader, Writer
+
+__all__ = ["BFloat16Levels", "Float16Levels"]
+
+
+def _round(core: Tensor, dtype: torch.dtype) -> Tensor:
+    return core.to(dtype) + 0.0  # a tiny negative number rounds to -0.0
+
+
+def _check(core: Tensor, keep: Tensor, dtype: torch.dtype) -> None:
+    largest = float(torch.where(keep, core, 0.0).abs().max()) if core.numel() else 0.0
+    if not largest <= torch.finfo(dtype).max:
+        raise ValueError(f"{dtype} holds numbers up to {torch.finfo(dtype).max:g}, a weight of size {largest:g} overflows")
+
+
+def _decode(reader: Reader, keep: Tensor, stored: torch.dtype, dtype: torch.dtype) -> Tensor:
+    values = torch.zeros(keep.shape, dtype=dtype)
+    values[keep] = read_bits(reader, int(keep.sum()), stored).to(dtype)
+    return values
+
+
+class Float16Levels(Levels):
+    """``x̂ = float16(x)``: 11 significant bits.
+
+    Pseudo-gradient: ∂/∂x = g. Stored: 16 bits an entry, its two bytes entropy-coded apart.
+
+    Args:
+        group: ignored; there is no scale.
+
+    Raises:
+        ValueError: where a weight is larger than 65504.
+
+    >>> levels = Float16Levels((1, 4))
+    >>> x = torch.tensor([[1.0, 0.1, -2.0, 1e-9]], requires_grad=True)
+    >>> levels(x).sum().backward()
+    >>> levels(x).tolist(), x.grad.tolist()
+    ([[1.0, 0.0999755859375, -2.0, 0.0]], [[1.0, 1.0, 1.0, 1.0]])
+
+    Source: IEEE 754-2008, binary16.
+    """
+
+    code_number = 1
+    stored = torch.float16
+
+    def __init__(self, shape: Shape, group: Group = "channel") -> None:
+        super().__init__(shape, group)
+
+    def refresh(self, core: Tensor, keep: Tensor) -> None:
+        """Nothing to compute; an overflow is an error."""
+        _check(core, keep, self.stored)
+
+    def code(self, core: Tensor) -> Tensor:
+        """The rounded number."""
+        return _round(core, self.stored).to(core.dtype)
+
+    def value(self, code: Tensor) -> Tensor:
+        """The same number."""
+        return code
+
+    def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
+        """Store the 16 bits of the kept entries."""
+        write_bits(writer, _round(core, self.stored)[keep])
+
+    @classmethod
+    def decode(cls, reader: Reader, keep: Tensor, dtype: torch.dtype) -> Tensor:
+        """Read them."""
+        return _decode(reader, keep, cls.stored, dtype)
+
+
+class BFloat16Levels(Levels):
+    """``x̂ = bfloat16(x)``: 8 significant bits, float32's range.
+
+    Pseudo-gradient: ∂/∂x = g. Stored: 16 bits an entry, its two bytes entropy-coded apart.
+
+    Args:
+        group: ignored; there is no scale.
+
+    >>> levels = BFloat16Levels((1, 4))
+    >>> x = torch.tensor([[1.0, 0.1, -2.0, 3.0]], requires_grad=True)
+    >>> levels(x).sum().backward()
+    >>> levels(x).tolist(), x.grad.tolist()
+    ([[1.0, 0.10009765625, -2.0, 3.0]], [[1.0, 1.0, 1.0, 1.0]])
+
+    Source: Kalamkar et al. 2019, "A study of bfloat16 for deep learning training".
+    """
+
+    code_number = 7
+    stored = torch.bfloat16
+
+    def __init__(self, shape: Shape, group: Group = "channel") -> None:
+        super().__init__(shape, group)
+
+    def refresh(self, core: Tensor, keep: Tensor) -> None:
+        """Nothing to compute; an overflow is an error."""
+        _check(core, keep, self.stored)
+
+    def code(self, core: Tensor) -> Tensor:
+        """The rounded number."""
+        return _round(core, self.stored).to(core.dtype)
+
+    def value(self, code: Tensor) -> Tensor:
+        """The same number."""
+        return code
+
+    def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
+        """Store the 16 bits of the kept entries."""
+        write_bits(writer, _round(core, self.stored)[keep])
+
+    @classmethod
+    def decode(cls, reader: Reader, keep: Tensor, dtype: torch.dtype) -> Tensor:
+        """Read them."""
+        return _decode(reader, keep, cls.stored, dtype)

@@ -1,0 +1,116 @@
+"""Logarithmic levels: zero and powers of a base."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from psc_lightning.functional import Group, group_counts, split, spread
+from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, write_codes, write_group
+from psc_lightning.symbols import Reader, Writer
+
+__all__ = ["ROOTS", "LogLevels"]
+
+#: roots of two that square roots alone can form, so that every machine has the same table
+ROOTS = (1, 2, 4, 8)
+
+_LOWEST = -126  # exponent of the smallest normal float32: below it a weight becomes zero
+
+
+def _root_of_two(n: int) -> float:
+    """2^(1/n) for n a power of two."""
+    base = 2.0
+    while n > 1:
+        base, n = math.sqrt(base), n // 2
+    return base
+
+
+class LogLevels(Levels):
+    """``x̂ ∈ {0, ±b^e}`` with b = 2^(1/root): the nearest power in the logarithm, e ≤ ⌈log_b max|x|⌋ of the group.
+
+    2^(bits-1) - 1 magnitudes below the largest; what is smaller becomes zero. Pseudo-gradient: ∂/∂x = g.
+    Stored: a code of at most `bits` bits an entry, entropy-coded; one exponent a group. No scale: base 2 multiplies by
+    shifts.
+
+    Args:
+        bits: 2 … 8.
+        group: which entries share their largest exponent.
+        root: 1, 2, 4 or 8: the base is 2, √2, 2^¼, 2^⅛.
+
+    >>> levels = LogLevels((1, 4), bits=3, group="tensor")
+    >>> x = torch.tensor([[3.0, -1.3, 0.4, 5.0]], requires_grad=True)
+    >>> levels.refresh(x, torch.ones(1, 4, dtype=torch.bool))
+    >>> levels(x).sum().backward()
+    >>> levels(x).tolist(), x.grad.tolist()
+    ([[4.0, -1.0, 0.0, 4.0]], [[1.0, 1.0, 1.0, 1.0]])
+
+    Source: Miyashita et al. 2016, "Convolutional neural networks using logarithmic data representation", eq. 4-7; found
+    here by exact comparisons of the mantissa, since a logarithm's last bit depends on the machine.
+    """
+
+    code_number = 5
+
+    highest: Tensor
+
+    def __init__(self, shape: Shape, bits: int = 8, group: Group = "channel", root: int = 1) -> None:
+        super().__init__(shape, group)
+        self.bits, self.root = bits, root
+        self.top = 2 ** (bits - 1) - 1
+        step, half = _root_of_two(root), _root_of_two(2 * root)
+        self.fractions = [step**j for j in range(root)]
+        self.edges = [half * step**j for j in range(root)]
+        count, _ = group_counts(shape, group)
+        self.register_buffer("highest", torch.zeros(count, dtype=torch.int32))
+
+    def _position(self, magnitude: Tensor) -> Tensor:
+        """root · log2, rounded to the nearest whole number; a very low one for zero."""
+        mantissa, exponent = torch.frexp(magnitude)
+        edges = torch.tensor(self.edges, dtype=magnitude.dtype, device=magnitude.device)
+        position = (exponent - 1) * self.root + torch.bucketize(2 * mantissa, edges, out_int32=True)
+        return torch.where(magnitude > 0, position, _LOWEST * self.root - 1)
+
+    @torch.no_grad()
+    def refresh(self, core: Tensor, keep: Tensor) -> None:
+        """Set each group's largest exponent."""
+        values, kept = split(core.abs(), self.group), split(keep, self.group)
+        largest = torch.where(kept, values, 0.0).amax(1)
+        # At most 2^126, far from overflow; at least the smallest normal number.
+        self.highest.copy_(self._position(largest).clamp(_LOWEST * self.root, 126 * self.root))
+
+    def code(self, core: Tensor) -> Tensor:
+        """0, or the sign times 1 … m, m the largest magnitude."""
+        position = self._position(core.abs())
+        below = spread(self.highest, self.shape, self.group) - position
+        size = (self.top - below).clamp(0, self.top) * (position >= _LOWEST * self.root)
+        return core.sign() * size
+
+    def value(self, code: Tensor) -> Tensor:
+        """±b^e, put together from its bits."""
+        position = code.abs().int() - self.top + spread(self.highest, self.shape, self.group)
+        octave = torch.div(position, self.root, rounding_mode="floor").clamp(_LOWEST, 127)
+        power = ((octave + 127) << 23).view(torch.float32)
+        if self.root > 1:
+            table = torch.tensor(self.fractions, dtype=torch.float32, device=code.device)
+            power = power * table.index_select(0, (position % self.root).reshape(-1)).reshape(position.shape)
+        return code.sign() * power + 0.0
+
+    def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
+        """Store bits, root, group, exponents, codes."""
+        writer.integer(self.bits)
+        writer.integer(ROOTS.index(self.root))
+        write_group(writer, self.group)
+        lowest = int(self.highest.min())
+        writer.integer(lowest)
+        writer.symbols((self.highest - lowest).cpu(), 4096)
+        write_codes(writer, self.code(core), keep, -self.top, 2 * self.top + 1)
+
+    @classmethod
+    def decode(cls, reader: Reader, keep: Tensor, dtype: torch.dtype) -> Tensor:
+        """Read them: the core's values."""
+        bits, root = reader.integer(2, 8), ROOTS[reader.integer(0, len(ROOTS) - 1)]
+        levels = cls(tuple(keep.shape), bits, read_group(reader, keep), root)
+        lowest = reader.integer(_LOWEST * root, 126 * root)
+        levels.highest = (reader.symbols(levels.highest.numel(), 4096) + lowest).to(torch.int32)
+        return levels.value(read_codes(reader, keep, -levels.top, 2 * levels.top + 1, dtype)).to(dtype)

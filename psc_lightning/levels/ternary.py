@@ -1,0 +1,86 @@
+"""Ternary levels: minus, zero, plus."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from psc_lightning.functional import (
+    Group,
+    group_counts,
+    power_of_two,
+    read_halves,
+    round_to_half,
+    split,
+    spread,
+    survivor_mean,
+    write_halves,
+)
+from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, write_codes, write_group
+from psc_lightning.symbols import Reader, Writer
+
+__all__ = ["TernaryLevels"]
+
+
+class TernaryLevels(Levels):
+    """``x̂ ∈ {-s, 0, s}``: zero where |x| ≤ Δ = 0.7 · mean |x|; s = mean |x| of the others.
+
+    Means run over the kept entries of the group. Pseudo-gradient: ∂/∂x = g.
+    Stored: one of three codes an entry, entropy-coded (at most 1.58 bits); 16 bits a group for s; one exponent.
+
+    Args:
+        group: which entries share s and Δ.
+
+    >>> levels = TernaryLevels((1, 4), group="tensor")
+    >>> x = torch.tensor([[0.25, -2.0, 1.0, 0.75]], requires_grad=True)
+    >>> levels.refresh(x, torch.ones(1, 4, dtype=torch.bool))
+    >>> levels(x).sum().backward()
+    >>> levels(x).tolist(), x.grad.tolist()
+    ([[0.0, -1.25, 1.25, 1.25]], [[1.0, 1.0, 1.0, 1.0]])
+
+    Source: Li et al. 2016, "Ternary weight networks", eq. 4-6; here per group, over survivors, s rounded.
+    """
+
+    code_number = 4
+
+    unit: Tensor
+    scale: Tensor
+    limit: Tensor
+
+    def __init__(self, shape: Shape, group: Group = "channel") -> None:
+        super().__init__(shape, group)
+        count, _ = group_counts(shape, group)
+        self.register_buffer("unit", torch.ones(()))
+        self.register_buffer("scale", torch.ones(count))
+        self.register_buffer("limit", torch.ones(count))
+
+    @torch.no_grad()
+    def refresh(self, core: Tensor, keep: Tensor) -> None:
+        """Set Δ and s from the kept entries."""
+        values, kept = split(core.abs(), self.group), split(keep, self.group)
+        limit = 0.7 * survivor_mean(values, kept)
+        scale = survivor_mean(values, kept & (values > limit[:, None]))
+        self.limit.copy_(limit)
+        self.unit.fill_(power_of_two(scale))
+        self.scale.copy_(round_to_half(scale, self.unit))
+
+    def code(self, core: Tensor) -> Tensor:
+        """-1, 0, 1."""
+        return core.sign() * (core.abs() > spread(self.limit, self.shape, self.group))
+
+    def value(self, code: Tensor) -> Tensor:
+        """code · s."""
+        return code * spread(self.scale, self.shape, self.group) + 0.0
+
+    def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
+        """Store group, scales, codes."""
+        write_group(writer, self.group)
+        write_halves(writer, self.scale, self.unit)
+        write_codes(writer, self.code(core), keep, -1, 3)
+
+    @classmethod
+    def decode(cls, reader: Reader, keep: Tensor, dtype: torch.dtype) -> Tensor:
+        """Read them: the core's values."""
+        levels = cls(tuple(keep.shape), read_group(reader, keep))
+        levels.scale = read_halves(reader, levels.scale.numel())
+        return levels.value(read_codes(reader, keep, -1, 3, dtype))

@@ -1,0 +1,128 @@
+"""Uniform levels: a grid of equal steps around zero."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from psc_lightning.functional import (
+    Group,
+    group_counts,
+    power_of_two,
+    read_halves,
+    round_to_half,
+    split,
+    spread,
+    straight_through,
+    survivor_mean,
+    write_halves,
+)
+from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, write_codes, write_group
+from psc_lightning.symbols import Reader, Writer
+
+__all__ = ["UniformLevels"]
+
+
+class UniformLevels(Levels):
+    """``x̂ = s · clamp(round(x/s), -m, m)`` with m = 2^(bits-1) - 1: at most 2^bits - 1 levels a group, 255 at 8 bits.
+
+    One bit has no room for zero: x̂ = ±s. The step s = max|x| / m over the kept entries (mean |x| at one bit).
+    Pseudo-gradient: ∂/∂x = g. With `learned_step` (LSQ) s is trained: ∂/∂x = g·[|x/s| ≤ m], ∂/∂s = g·(round(x/s) - x/s)
+    inside and ±m·g outside; s starts at 2·mean|x|/√m.
+    Stored: a code of at most `bits` bits an entry, entropy-coded; 16 bits a group for s; one exponent.
+
+    Args:
+        bits: 1 … 8.
+        group: which entries share s.
+        learned_step: train s, by the plugin's own AdamW (`step_lr`).
+
+    >>> levels = UniformLevels((1, 4), bits=3, group="tensor")
+    >>> x = torch.tensor([[0.1, -0.75, 0.4, 0.5]], requires_grad=True)
+    >>> levels.refresh(x, torch.ones(1, 4, dtype=torch.bool))
+    >>> out = levels(x)
+    >>> (out * torch.tensor([[1.0, 2.0, 3.0, 4.0]])).sum().backward()
+    >>> out.tolist(), x.grad.tolist()
+    ([[0.0, -0.75, 0.5, 0.5]], [[1.0, 2.0, 3.0, 4.0]])
+
+    Source: Jacob et al. 2018 (symmetric, per channel); Esser et al. 2020, "Learned step size quantization", eq. 1-3; ours
+    leaves out LSQ's gradient scale, which AdamW cancels, and rounds s to a float16 times a power of two.
+    """
+
+    code_number = 2
+
+    unit: Tensor
+    scale: Tensor
+
+    def __init__(self, shape: Shape, bits: int = 8, group: Group = "channel", learned_step: bool = False) -> None:
+        super().__init__(shape, group)
+        self.bits, self.learned_step = bits, learned_step
+        self.top = max(1, 2 ** (bits - 1) - 1)
+        count, _ = group_counts(shape, group)
+        self.register_buffer("unit", torch.ones(()))
+        if learned_step:
+            self.step = nn.Parameter(torch.ones(count))
+        else:
+            self.register_buffer("scale", torch.ones(count))
+
+    @torch.no_grad()
+    def begin(self, core: Tensor, keep: Tensor) -> None:
+        """Set the learned step and its power of two (which stays)."""
+        if self.learned_step:
+            step = 2 * survivor_mean(split(core.abs(), self.group), split(keep, self.group)) / self.top**0.5
+            self.unit.fill_(power_of_two(step))
+            self.step.copy_(round_to_half(step, self.unit))
+
+    @torch.no_grad()
+    def refresh(self, core: Tensor, keep: Tensor) -> None:
+        """Set the scales from the kept entries (nothing to do where they are learned)."""
+        if self.learned_step:
+            return
+        values, kept = split(core.abs(), self.group), split(keep, self.group)
+        scale = survivor_mean(values, kept) if self.bits == 1 else torch.where(kept, values, 0.0).amax(1) / self.top
+        self.unit.fill_(power_of_two(scale))
+        self.scale.copy_(round_to_half(scale, self.unit))
+
+    def _scale(self) -> Tensor:
+        return straight_through(round_to_half(self.step.detach(), self.unit), self.step) if self.learned_step else self.scale
+
+    def _round(self, ratio: Tensor) -> Tensor:
+        if self.bits == 1:
+            return torch.where(ratio >= 0, 1.0, -1.0).to(ratio.dtype)
+        return ratio.round().clamp(-self.top, self.top)
+
+    def code(self, core: Tensor) -> Tensor:
+        """round(x/s), from -m to m."""
+        return self._round(core / spread(self._scale(), self.shape, self.group))
+
+    def value(self, code: Tensor) -> Tensor:
+        """code · s."""
+        return code * spread(self._scale(), self.shape, self.group) + 0.0
+
+    def forward(self, core: Tensor) -> Tensor:
+        """The levels; gradients as the class says."""
+        if not self.learned_step:
+            return super().forward(core)
+        scale = spread(self._scale(), self.shape, self.group)
+        ratio = core / scale
+        inside = ratio.clamp(-self.top, self.top)
+        return straight_through(self._round(ratio.detach()), inside) * scale + 0.0
+
+    def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
+        """Store bits, group, steps, codes."""
+        writer.integer(self.bits)
+        write_group(writer, self.group)
+        write_halves(writer, self._scale().detach(), self.unit)
+        codes = self.code(core)
+        if self.bits == 1:
+            write_codes(writer, (codes + 1) / 2, keep, 0, 2)
+        else:
+            write_codes(writer, codes, keep, -self.top, 2 * self.top + 1)
+
+    @classmethod
+    def decode(cls, reader: Reader, keep: Tensor, dtype: torch.dtype) -> Tensor:
+        """Read them: the core's values."""
+        levels = cls(tuple(keep.shape), reader.integer(1, 8), read_group(reader, keep))
+        levels.scale = read_halves(reader, levels.scale.numel())
+        if levels.bits == 1:
+            return levels.value(read_codes(reader, keep, 0, 2, dtype) * 2 - 1)
+        return levels.value(read_codes(reader, keep, -levels.top, 2 * levels.top + 1, dtype))

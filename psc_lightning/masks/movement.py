@@ -1,0 +1,45 @@
+"""Movement mask: the weights that the labels push towards zero become zero."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from psc_lightning.masks.base import Mask
+
+__all__ = ["MovementMask"]
+
+
+class MovementMask(Mask):
+    """score s is learned: ``s ← s - lr · g·w`` grows where the loss moves w away from zero.
+
+    Forward: ``w · m`` with m = 0 at the smallest s; s starts at 0 and ties fall back to |w|, so the first mask is the
+    magnitude mask. Pseudo-gradient: ∂/∂w = g·m, ∂/∂s = g·w (straight through the top-k; a unit's is the sum).
+    Stored: one bit a unit, entropy-coded. The scores are training state only.
+
+    Args, shapes: see `Mask`. The scores are stepped by the plugin's own AdamW (`score_lr`, no decay).
+
+    >>> mask = MovementMask((1, 4), threshold=0.5)
+    >>> w = torch.tensor([[1.0, -4.0, 2.0, 3.0]], requires_grad=True)
+    >>> mask.refresh(w)
+    >>> out = mask(w, w)
+    >>> (out * torch.tensor([[1.0, 1.0, -1.0, 2.0]])).sum().backward()
+    >>> out.tolist(), w.grad.tolist(), mask.scores.grad.tolist()
+    ([[0.0, -4.0, 0.0, 3.0]], [[0.0, 1.0, 0.0, 2.0]], [[1.0, -4.0, -2.0, 6.0]])
+
+    Source: Sanh et al. 2020, "Movement pruning", eq. 2-4 (hard variant); ours counts zeros exactly and breaks ties.
+    """
+
+    dense_gradient = False
+
+    def __init__(self, shape: tuple[int, ...], **options: object) -> None:
+        super().__init__(shape, **options)  # type: ignore[arg-type]
+        self.scores = nn.Parameter(torch.zeros(self.units()))
+
+    def learned_scores(self) -> Tensor | None:
+        """The scores, a matrix of units."""
+        return self.scores
+
+    def score(self, core: Tensor) -> Tensor:
+        """The learned scores."""
+        return self.scores

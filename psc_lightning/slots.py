@@ -1,0 +1,350 @@
+"""The three slots of one tensor: tying, mask, levels, always applied in this order.
+
+    weight ──tying.reduce──▶ core ──mask──▶ core with zeros ──levels──▶ core of few values ──tying.expand──▶ effective
+
+`Slots` holds what a compressed tensor needs beside its Parameter: strengths, scores, scales, centroids, factors. Training
+(`effective`), writing (`encode`) and reading (`decode`) use the same buffers and the same few exact operations, which is
+why a file holds the model bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from psc_lightning.functional import read_bits, write_bits
+from psc_lightning.layout import Layout
+from psc_lightning.levels import LEVELS, Levels
+from psc_lightning.masks import MASKS, Mask, read_keep
+from psc_lightning.symbols import Reader, Writer
+from psc_lightning.tying import TYINGS, Tying
+
+__all__ = ["SLOTS", "Slots", "Spec", "decode"]
+
+Shape = tuple[int, ...]
+
+SLOTS = ("tying", "mask", "levels")
+
+OFF, SOFT, HARD = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What fills a slot: a method's name, its options, and the callback that asked for it (for error messages)."""
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    owner: str = ""
+
+
+class _Linked(torch.autograd.Function):
+    """The value itself, with a zero gradient to tensors that this step does not use: DDP waits for every gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *others: Tensor) -> Tensor:
+        ctx.save_for_backward(*others)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, ...]:
+        return (grads[0], *(torch.zeros_like(other) for other in ctx.saved_tensors))
+
+
+class Chain(nn.Module):
+    """Mask and levels of one core."""
+
+    mask: Mask | None
+    levels: Levels | None
+
+    def __init__(self, mask: Mask | None, levels: Levels | None) -> None:
+        super().__init__()
+        self.mask, self.levels = mask, levels
+
+    def keep(self, core: Tensor, masking: bool) -> Tensor:
+        """Which entries survive."""
+        return self.mask.keep if masking and self.mask is not None else torch.ones_like(core, dtype=torch.bool)
+
+
+class Slots(nn.Module):
+    """The slots of one tensor, and their strengths.
+
+    A slot is *off* (strength 0: as if it were not there), *soft* (levels blend ``hard + (1 - strength)·(x - hard)``, a
+    mask scales its share) or *hard* (strength 1: exactly what a file holds). Mask and levels wait for a tying to begin,
+    since they act on its cores.
+
+    Args:
+        layout: where the tensor's output axis is.
+        shape: the Parameter's shape.
+    """
+
+    strength: Tensor
+
+    def __init__(self, layout: Layout, shape: Shape) -> None:
+        super().__init__()
+        self.layout, self.stored_shape = layout, tuple(shape)
+        self.specs: dict[str, Spec] = {}
+        self.register_buffer("strength", torch.zeros(len(SLOTS)))
+        # Python's view of `strength`, so that forward never waits for a device.
+        self.phase = [OFF, OFF, OFF]
+        self.stale = False
+        self.unborn = False  # levels that have begun but have not yet seen a core
+        self.tying: Tying | None = None
+        self.cores = nn.ModuleDict()
+
+    # ---------------------------------------------------------------------------------------------- filling
+
+    def fill(self, slot: str, spec: Spec) -> None:
+        """Put a method into an empty slot. Raises ValueError, naming both owners, where the slot is taken."""
+        taken = self.specs.get(slot)
+        if taken is not None:
+            raise ValueError(f"its {slot} slot is filled by {taken.owner} and again by {spec.owner}; keep one of the two")
+        specs = {**self.specs, slot: spec}
+        shape = self.layout.shape(self.stored_shape)
+        tying = TYINGS[specs["tying"].method].build(shape, **specs["tying"].options) if "tying" in specs else None
+        shapes = tying.core_shapes() if tying is not None else {"core": shape}
+
+        def make(folder: Mapping[str, Callable[..., Any]], slot: str, shape: Shape) -> Any:
+            return folder[specs[slot].method](shape, **specs[slot].options) if slot in specs else None
+
+        self.specs, self.tying = specs, tying
+        device = self.strength.device
+        self.cores = nn.ModuleDict(
+            {name: Chain(make(MASKS, "mask", size), make(LEVELS, "levels", size)) for name, size in shapes.items()}
+        ).to(device)
+        if tying is not None:
+            tying.to(device)
+
+    @property
+    def filled(self) -> bool:
+        """Whether any slot has a method."""
+        return bool(self.specs)
+
+    @property
+    def begun(self) -> bool:
+        """Whether any slot is in force."""
+        return any(self.phase)
+
+    @property
+    def method(self) -> str:
+        """The filled slots' methods, joined: ``cross_channel+magnitude+uniform``."""
+        return "+".join(self.specs[slot].method for slot in SLOTS if slot in self.specs) or "plain"
+
+    def core_shapes(self) -> dict[str, Shape]:
+        """Name and shape of each core."""
+        return self.tying.core_shapes() if self.tying is not None else {"core": self.layout.shape(self.stored_shape)}
+
+    def sidecars(self, slot: str) -> Iterable[nn.Parameter]:
+        """What a slot trains beside the weight."""
+        if slot == "tying":
+            return self.tying.parameters() if self.tying is not None else ()
+        return (p for chain in self.cores.values() for part in [getattr(chain, slot)] if part for p in part.parameters())
+
+    # --------------------------------------------------------------------------------------------- strength
+
+    def set_strength(self, slot: str, value: float, weight: Tensor) -> None:
+        """Set how hard a filled slot acts, 0 … 1; the first value above 0 begins it (a tying overwrites the weight)."""
+        if slot not in self.specs or (slot != "tying" and self.tying is not None and self.phase[0] == OFF):
+            return
+        index = SLOTS.index(slot)
+        if slot == "tying" and value > 0:
+            value = 1.0  # a tying has no soft phase
+        if self.phase[index] == OFF and value > 0:
+            self._begin(slot, weight)
+        phase = OFF if value <= 0 else HARD if value >= 1 else SOFT
+        if phase == SOFT or phase != self.phase[index]:
+            self.strength[index] = value
+            self.phase[index] = phase
+            self.stale = True
+
+    @torch.no_grad()
+    def _begin(self, slot: str, weight: Tensor) -> None:
+        if slot == "tying":
+            assert self.tying is not None
+            tied = self.layout.weight(self.tying.begin(self._matrix(weight)), self.stored_shape)
+            weight.copy_(tied)
+        self.unborn = self.unborn or slot == "levels"
+
+    def harden(self, weight: Tensor) -> bool:
+        """Bring every filled slot to strength 1 and its buffers up to date; whether anything changed."""
+        changed = any(self.phase[i] != HARD for i, slot in enumerate(SLOTS) if slot in self.specs)
+        for slot in SLOTS:
+            self.set_strength(slot, 1.0, weight)
+        if self.stale:
+            self.refresh(weight)
+        return changed
+
+    # ---------------------------------------------------------------------------------------------- forward
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return self.layout.matrix(weight if weight.dtype == torch.float64 else weight.float())
+
+    def _reduce(self, weight: Tensor) -> dict[str, Tensor]:
+        matrix = self._matrix(weight)
+        return self.tying.reduce(matrix) if self.tying is not None and self.phase[0] else {"core": matrix}
+
+    @torch.no_grad()
+    def refresh(self, weight: Tensor) -> None:
+        """Recompute what needs sorting, clustering or sums, from the weight as it is now."""
+        self.stale = False
+        tying, masking, levelling = self.phase
+        if self.tying is not None and not tying:
+            return
+        for name, core in self._reduce(weight).items():
+            chain = self._chain(name)
+            if masking and chain.mask is not None:
+                chain.mask.refresh(core, float(self.strength[1]) if masking == SOFT else 1.0)
+            if levelling and chain.levels is not None:
+                keep = chain.keep(core, bool(masking))
+                if self.unborn:
+                    chain.levels.begin(core, keep)
+                chain.levels.refresh(core, keep)
+        self.unborn = self.unborn and not levelling
+
+    def observe(self, slot: str, weight: Tensor) -> None:
+        """Let a labelled method of a slot take in the weight's gradient."""
+        if weight.grad is None:
+            return
+        with torch.no_grad():
+            matrix, gradient = self._matrix(weight), self._matrix(weight.grad)
+            if slot == "tying" and self.tying is not None:
+                self.tying.observe(matrix, gradient)
+            elif slot == "mask" and (self.tying is None or self.phase[0]):
+                cores = self._reduce(weight)
+                gradients = self.tying.reduce(gradient) if self.tying is not None else {"core": gradient}
+                for name, core in cores.items():
+                    mask = self._chain(name).mask
+                    if mask is not None:
+                        own = core.grad if core.is_leaf and core.grad is not None else gradients[name]
+                        mask.observe(core, own)
+
+    def effective(self, weight: Tensor) -> Tensor:
+        """What the layer computes with: the weight seen through the slots that have begun."""
+        if self.stale:
+            self.refresh(weight)
+        out = weight if not any(self.phase) else self._through(weight)
+        if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
+            others = [p for p in (weight, *self.parameters()) if p.requires_grad]
+            linked: Tensor = _Linked.apply(out, *others)  # type: ignore[no-untyped-call]
+            return linked
+        return out
+
+    forward = effective
+
+    def _through(self, weight: Tensor) -> Tensor:
+        tying, masking, levelling = self.phase
+        cores = self._reduce(weight)
+        for name, core in cores.items():
+            chain = self._chain(name)
+            value = core
+            if levelling and chain.levels is not None:
+                value = chain.levels(core).to(core.dtype)
+                if levelling == SOFT:
+                    value = value + (1 - self.strength[2]) * (core - value)
+            elif weight.dtype != core.dtype:
+                value = core.to(weight.dtype).to(core.dtype)  # unquantised cores are stored in the Parameter's dtype
+            if masking and chain.mask is not None:
+                value = chain.mask(value, core)
+            cores[name] = value
+        matrix = self.tying.expand(cores) if self.tying is not None and tying else cores["core"]
+        return self.layout.weight(matrix, self.stored_shape).to(weight.dtype)
+
+    def _chain(self, name: str) -> Chain:
+        chain = self.cores[name]
+        assert isinstance(chain, Chain)
+        return chain
+
+    # ---------------------------------------------------------------------------------------------- storing
+
+    @torch.no_grad()
+    def encode(self, writer: Writer, weight: Tensor) -> None:
+        """Store the effective weight as it is now: layout, tying, then each core's mask and levels.
+
+        Raises:
+            ValueError: where the effective weight holds an infinity or a NaN.
+        """
+        if self.stale:
+            self.refresh(weight)
+        if not bool(self.effective(weight).isfinite().all()):
+            raise ValueError("it holds a value that is not a finite number")
+        tying, masking, levelling = self.phase
+        self.layout.encode(writer)
+        writer.integer(self.tying.code_number if self.tying is not None and tying else 0)
+        if self.tying is not None and tying:
+            self.tying.encode(writer)
+        for name, core in self._reduce(weight).items():
+            chain = self._chain(name)
+            keep = chain.keep(core, bool(masking))
+            masks = bool(masking) and chain.mask is not None and not chain.mask.idle
+            writer.integer(int(masks))
+            if masks and chain.mask is not None:
+                chain.mask.encode(writer)
+            if levelling and chain.levels is not None:
+                writer.integer(chain.levels.code_number)
+                chain.levels.encode(writer, core, keep)
+            else:
+                writer.integer(0)
+                write_bits(writer, core[keep].to(weight.dtype))
+
+    # -------------------------------------------------------------------------------- checkpoints and moves
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A checkpoint of the plain class has no keys of ours: keep the sidecars, and recompute what they derive."""
+        plain = not any(key.startswith(prefix) for key in state_dict)
+        if plain:
+            state_dict.update({prefix + key: value for key, value in self.state_dict().items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        strengths = self.strength.tolist()
+        self.phase = [OFF if value <= 0 else HARD if value >= 1 else SOFT for value in strengths]
+        self.stale = plain and self.begun
+        self.unborn = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slots:
+        """Sidecars follow the model to a device, but stay float32 when it goes to half precision."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        """The methods and how hard they act."""
+        return f"{self.method}, strength={[round(value, 3) for value in self.strength.tolist()]}"
+
+
+def decode(reader: Reader, shape: Shape, dtype: torch.dtype) -> Tensor:
+    """Read what `Slots.encode` stored: the effective weight, bit for bit, contiguous.
+
+    Raises:
+        ValueError: where the file names a method or a size that cannot be.
+    """
+    layout = Layout.decode(reader, shape)
+    matrix_shape = layout.shape(shape)
+    tyings = {method.code_number: method for method in TYINGS.values()}
+    levels = {method.code_number: method for method in LEVELS.values()}
+    number = reader.integer(0, max(tyings))
+    tying = _known(tyings, number, "tying").decode(reader, matrix_shape) if number else None
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    cores = {}
+    for name, size in (tying.core_shapes() if tying is not None else {"core": matrix_shape}).items():
+        keep = read_keep(reader, size) if reader.integer(0, 1) else torch.ones(size, dtype=torch.bool)
+        number = reader.integer(0, max(levels))
+        if number:
+            core = _known(levels, number, "levels").decode(reader, keep, work)
+        else:
+            core = torch.zeros(size, dtype=work)
+            core[keep] = read_bits(reader, int(keep.sum()), dtype).to(work)
+        cores[name] = torch.where(keep, core, 0.0)
+    matrix = tying.expand(cores) if tying is not None else cores["core"]
+    return layout.weight(matrix.detach(), shape).to(dtype).contiguous()
+
+
+def _known(methods: Mapping[int, Any], number: int, slot: str) -> Any:
+    if number not in methods:
+        raise ValueError(f"unknown {slot} method {number}; this version knows {sorted(methods)}")
+    return methods[number]

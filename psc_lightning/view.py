@@ -1,0 +1,217 @@
+"""The attribute view: a layer's `weight` reads as the effective weight, while its Parameter stays where it is.
+
+The layer's class becomes a cached subclass whose property `weight` passes the Parameter through its `Slots`. The
+Parameter stays registered under its own name, so names, order, optimizers, checkpoints and tied weights are those of the
+plain model; the slots live in a child module ``psc``. It is `torch.nn.utils.parametrize` without the renaming.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from psc_lightning.slots import Slots
+
+__all__ = ["attach_slots", "derive", "detach", "plain_state", "raw", "slots_of", "views"]
+
+M = TypeVar("M", bound=nn.Module)
+
+#: The child module's name. Its keys in a state dict are ``<layer>.psc.<tensor>.…``.
+CHILD = "psc"
+
+# ------------------------------------------------------------------------------------------------ derived classes
+
+_derived: dict[tuple[Any, ...], type] = {}
+
+
+def derive(module: nn.Module, body: Callable[..., dict[str, Any]], *args: Any) -> None:
+    """Change a module's class to a cached subclass with the attributes that ``body(class, *args)`` gives.
+
+    The subclass bears the name of its base, pickles by naming the base, and is undone by `underive`.
+
+    Args:
+        module: the instance to change.
+        body: a module-level function, since a pickle refers to it.
+        args: hashable; with the class and `body` they name the subclass.
+    """
+    module.__class__ = _subclass(type(module), body, args)
+
+
+def _subclass(base: type, body: Callable[..., dict[str, Any]], args: tuple[Any, ...]) -> type:
+    key = (base, body, args)
+    if key not in _derived:
+
+        def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+            state = super(cls, self).__reduce_ex__(protocol)
+            return (_rebuild, (base, body, args), *state[2:])
+
+        attributes = {"__reduce_ex__": reduce, "__module__": base.__module__, "__doc__": base.__doc__}
+        cls = type(base)(base.__name__, (base,), {**attributes, "_psc_base": base, **body(base, *args)})
+        cls.__qualname__ = base.__qualname__
+        _derived[key] = cls
+    return _derived[key]
+
+
+def _rebuild(base: type, body: Callable[..., dict[str, Any]], args: tuple[Any, ...]) -> Any:
+    cls = _subclass(base, body, args)
+    return cls.__new__(cls)
+
+
+def plain_class(cls: type) -> type:
+    """The class that the user wrote."""
+    while "_psc_base" in cls.__dict__:
+        cls = cls.__dict__["_psc_base"]
+    return cls
+
+
+# ------------------------------------------------------------------------------------------------------- the view
+
+_state = threading.local()
+
+
+@contextmanager
+def raw() -> Iterator[None]:
+    """Within it, `layer.weight` is the Parameter itself, for code that initialises, ties or resizes weights."""
+    depth = getattr(_state, "raw", 0)
+    _state.raw = depth + 1
+    try:
+        yield
+    finally:
+        _state.raw = depth
+
+
+def _views(base: type, names: tuple[str, ...]) -> dict[str, Any]:
+    """The properties of a viewed layer."""
+
+    def view(name: str) -> property:
+        def get(self: nn.Module) -> Tensor | None:
+            parameter = self._parameters[name]
+            if parameter is None or getattr(_state, "raw", 0):
+                return parameter
+            try:
+                return self._modules[CHILD]._modules[name].effective(parameter)  # type: ignore[union-attr, operator, no-any-return]
+            except AttributeError as error:
+                # Module.__getattr__ would take an AttributeError for "no such property" and give out the raw weight.
+                raise RuntimeError(f"the view of {name!r} failed: {error}") from error
+
+        return property(get, doc=f"The effective {name}.")
+
+    attributes: dict[str, Any] = {name: view(name) for name in names}
+    if issubclass(base, nn.RNNBase):
+        # Recurrent layers keep a list of their weights for the kernels; it must hold the effective ones.
+        attributes["_flat_weights"] = property(
+            lambda self: [getattr(self, name, None) for name in self._flat_weights_names], lambda self, value: None
+        )
+    return attributes
+
+
+def slots_of(module: nn.Module, name: str) -> Slots | None:
+    """The slots of a layer's tensor, or None where it has no view."""
+    child = module._modules.get(CHILD)
+    found = child._modules.get(name) if child is not None else None
+    return found if isinstance(found, Slots) else None
+
+
+def attach_slots(holders: list[tuple[nn.Module, str]], slots: Slots) -> None:
+    """View one Parameter through `slots` in all layers that hold it (a tied weight has several)."""
+    for module, name in holders:
+        if CHILD not in module._modules:
+            module.add_module(CHILD, nn.ModuleDict())
+            module._modules[CHILD].train(module.training)  # type: ignore[union-attr]
+        child = module._modules[CHILD]
+        assert isinstance(child, nn.ModuleDict)
+        child[name] = slots
+        base = type(module).__dict__.get("_psc_base", type(module))
+        if base is not type(module):
+            module.__class__ = base
+        derive(module, _views, tuple(sorted(child)))
+
+
+def _viewed(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Slots]]:
+    """Every (layer name, layer, tensor, slots), tied holders included."""
+    for prefix, layer in module.named_modules():
+        child = layer._modules.get(CHILD)
+        if isinstance(child, nn.ModuleDict):
+            for name, slots in child.items():
+                if isinstance(slots, Slots):
+                    yield prefix, layer, name, slots
+
+
+def views(module: nn.Module) -> Iterator[tuple[str, Slots, nn.Parameter]]:
+    """Each viewed tensor once: its first plain name, its slots, its raw Parameter."""
+    seen: set[int] = set()
+    for prefix, layer, name, slots in _viewed(module):
+        parameter = layer._parameters[name]
+        if id(slots) not in seen and parameter is not None:
+            seen.add(id(slots))
+            yield f"{prefix}.{name}" if prefix else name, slots, parameter
+
+
+def plain_state(module: nn.Module, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The state dict of the plain class: its keys in its order, effective weights (contiguous) under their names.
+
+    Args:
+        module: the model.
+        state: a state dict of it that is not its own (an average, say); then the sidecars are taken from there too.
+    """
+    own = state is None
+    full = module.state_dict() if state is None else dict(state)
+    effective: dict[str, Tensor] = {}
+    shared: dict[int, Tensor] = {}
+    hidden: list[str] = []
+    for prefix, layer, name, slots in _viewed(module):
+        dot = f"{prefix}." if prefix else ""
+        hidden.append(f"{dot}{CHILD}.")
+        key = dot + name
+        if id(slots) not in shared:
+            parameter = layer._parameters[name]
+            assert parameter is not None
+            weight: Tensor = parameter.detach()
+            if not own:
+                inner = f"{dot}{CHILD}.{name}."
+                slots_then = deepcopy(slots)
+                slots_then.load_state_dict({k[len(inner) :]: v for k, v in full.items() if k.startswith(inner)})
+                slots_then.stale = slots_then.begun
+                weight, shared_slots = full[key].detach(), slots_then
+            else:
+                shared_slots = slots
+            with torch.no_grad():
+                value = shared_slots.effective(weight).detach()
+            # Equal numbers in another memory layout give other logits: one layout for all.
+            shared[id(slots)] = value if not shared_slots.begun else value.contiguous()
+        effective[key] = shared[id(slots)]
+    return {
+        key: effective.get(key, value)
+        for key, value in full.items()
+        if not any(key.startswith(prefix) for prefix in hidden)
+    }
+
+
+def detach(module: M) -> M:
+    """Bake the hard effective weights into the Parameters and give every layer its own class back.
+
+    Slots that have not reached full strength are hardened first. The module is changed in place and returned; what it
+    computes in eval stays bit for bit the same.
+    """
+    found = list(_viewed(module))
+    baked: dict[int, Tensor] = {}
+    for _, layer, name, slots in found:
+        parameter = layer._parameters[name]
+        if id(slots) not in baked and parameter is not None:
+            slots.harden(parameter)
+            with torch.no_grad():
+                baked[id(slots)] = slots.effective(parameter).clone()
+                parameter.copy_(baked[id(slots)])
+    for _, layer, _, _ in found:
+        layer._modules.pop(CHILD, None)
+    for layer in module.modules():
+        base = plain_class(type(layer))
+        if base is not type(layer):
+            layer.__class__ = base
+    return module
