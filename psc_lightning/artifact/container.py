@@ -99,8 +99,11 @@ def pack(sections: Mapping[int, bytes]) -> bytes:
     >>> pack({1: b"ab"}).hex(" ")
     '50 53 43 01 34 92 c4 9e 01 02 61 62'
     """
-    body = b"".join(bytes([tag]) + varint(len(data)) + data for tag, data in sections.items())
-    return MAGIC + bytes([VERSION]) + zlib.crc32(body).to_bytes(4, "little") + body
+    parts = [part for tag, data in sections.items() for part in (bytes([tag]), varint(len(data)), data)]
+    checksum = 0
+    for part in parts:
+        checksum = zlib.crc32(part, checksum)
+    return b"".join((MAGIC, bytes([VERSION]), checksum.to_bytes(4, "little"), *parts))
 
 
 def unpack(data: bytes, known: frozenset[int]) -> dict[int, bytes]:

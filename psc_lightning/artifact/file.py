@@ -119,9 +119,7 @@ def inspect(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Report:
         ArtifactError: as `load`.
     """
     content = _read(path, max_bytes)
-    return _report(
-        content.entries, content.tensors, content.bits, content.streams, content.file_bytes, content.methods, {}, {}
-    )
+    return _report(content.entries, content.tensors, content.bits, content.streams, content.file_bytes, {}, {}, {})
 
 
 @torch.no_grad()
@@ -131,14 +129,12 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ArtifactError: as `load`, or names or shapes differ; the message lists them.
     """
-    targets = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-    wanted = {name: targets[name] for name in view.plain_state(model)}
-    data = container.read(path, sum(tensor.nbytes for tensor in wanted.values()) + MAX_BYTES)
-    entries, payload = _open(data)
-    _compare({entry.name: entry.shape for entry in entries}, {name: tuple(t.shape) for name, t in wanted.items()})
-    tensors = _decode(entries, payload, MAX_BYTES).tensors
-    for name, tensor in tensors.items():
-        wanted[name].copy_(tensor)
+    expected = {name: tuple(getattr(value, "shape", ())) for name, value in view.plain_state(model).items()}
+    # The file's types may be wider than the model's, but no more than eight bytes an entry.
+    limit = 8 * sum(map(_room, expected.values()))
+    entries, payload = _open(container.read(path, limit + _SLACK))
+    _compare({entry.name: entry.shape for entry in entries}, expected)
+    model.load_state_dict(_decode(entries, payload, limit).tensors)
 
 
 @dataclass(frozen=True)
@@ -149,7 +145,6 @@ class _Content:
     tensors: dict[str, Tensor]
     bits: list[float]
     streams: list[Stream]
-    methods: dict[str, str]
     file_bytes: int = 0
 
 
@@ -165,12 +160,11 @@ def _read(path: str | os.PathLike[str], max_bytes: int) -> _Content:
     data = container.read(path, max_bytes + _SLACK)
     entries, payload = _open(data)
     content = _decode(entries, payload, max_bytes)
-    return _Content(content.entries, content.tensors, content.bits, content.streams, content.methods, len(data))
+    return _Content(content.entries, content.tensors, content.bits, content.streams, len(data))
 
 
 def _decode(entries: Sequence[Entry], payload: bytes, max_bytes: int) -> _Content:
-    # Axes of length 0 count as 1: a shape must be small even where it holds nothing.
-    needed = sum(math.prod(max(n, 1) for n in e.shape) * e.dtype.itemsize for e in entries if e.alias is None)
+    needed = sum(_room(entry.shape) * entry.dtype.itemsize for entry in entries if entry.alias is None)
     if needed > max_bytes:
         raise ArtifactError(
             f"expected tensors of at most max_bytes = {max_bytes} bytes, found {needed}: "
@@ -179,7 +173,6 @@ def _decode(entries: Sequence[Entry], payload: bytes, max_bytes: int) -> _Conten
     reader = SymbolReader(payload, limit=max_bytes)
     tensors: dict[int, Tensor] = {}
     bits = [0.0] * len(entries)
-    methods: dict[str, str] = {}
     for group in _groups(entries):
         before = reader.bits
         entry = entries[group[0]]
@@ -196,7 +189,12 @@ def _decode(entries: Sequence[Entry], payload: bytes, max_bytes: int) -> _Conten
         _share(bits, entries, group, reader.bits - before)
     reader.finish()
     named = {entry.name: tensors[i if entry.alias is None else entry.alias] for i, entry in enumerate(entries)}
-    return _Content(list(entries), named, bits, reader.streams, methods)
+    return _Content(list(entries), named, bits, reader.streams)
+
+
+def _room(shape: Sequence[int]) -> int:
+    """Number of entries, axes of length 0 taken as 1: a shape must be small even where it holds nothing."""
+    return math.prod(max(length, 1) for length in shape)
 
 
 def _checked(name: str, tensor: Tensor) -> Tensor:
@@ -326,7 +324,8 @@ def _report(
                 dense_bytes=0 if entry.alias is not None else entry.nbytes,
                 stored_bytes=stored,
                 sparsity=1 - int(tensor.count_nonzero()) / tensor.numel() if tensor.numel() else 0.0,
-                levels=_levels(tensor) if entry.kind is Kind.SLOTS else None,
+                # A product of factors takes any number of values; it is the factors that have few.
+                levels=_levels(tensor) if entry.kind is Kind.SLOTS and len(core) == 1 else None,
             )
         )
     dense = sum(row.dense_bytes for row in rows)

@@ -29,7 +29,8 @@ class TensorReport:
         dense_bytes: its size in memory; 0 if shared.
         stored_bytes: its part of the file; small plain tensors that are stored together share by number of entries.
         sparsity: share of zeros among its entries, 0 … 1.
-        levels: the largest number of distinct values, zero included, in one row of its first axis; None if plain.
+        levels: the largest number of distinct values, zero included, in one row of its first axis; None if plain or
+            a product of factors.
     """
 
     name: str
@@ -99,23 +100,27 @@ class Report:
         from rich.console import Console
         from rich.table import Table
 
-        # Nobody can say afterwards what a table on a narrow pipe would have shown: the width is the caller's.
-        console = Console(width=max(width, 80), color_system=None, force_terminal=False, highlight=False)
-        table = Table(box=None, pad_edge=False, show_footer=True, header_style="bold")
-        ratio = f"{self.compression_ratio:.2f}x smaller" if self.compression_ratio >= 1 else "larger than dense"
-        for title, justify, footer in (
-            ("#", "right", ""),
-            ("tensor", "left", "file"),
-            ("layer", "left", ""),
-            ("shape", "left", ""),
-            ("core", "left", ""),
-            ("method", "left", ratio),
-            ("zeros %", "right", ""),
-            ("levels", "right", ""),
-            ("dense bytes", "right", f"{self.dense_bytes:,}"),
-            ("stored bytes", "right", f"{self.file_bytes:,}"),
-        ):
-            table.add_column(title, justify="right" if justify == "right" else "left", footer=footer, overflow="fold")
+        # The width is the caller's, so that a log shows what a terminal shows; names are text, not markup.
+        console = Console(width=max(width, 80), color_system=None, force_terminal=False, markup=False, emoji=False)
+        smaller = f"{self.compression_ratio:.2f}x smaller"
+        table = Table(box=None, pad_edge=False, show_footer=True)
+        for title, footer in {
+            "#": "",
+            "tensor": "file",
+            "layer": "",
+            "shape": "",
+            "core": "",
+            "method": smaller,
+        }.items():
+            table.add_column(title, footer=footer, justify="right" if title == "#" else "left", overflow="fold")
+        dense_bytes, file_bytes = f"{self.dense_bytes:,}", f"{self.file_bytes:,}"
+        for title, footer in {
+            "zeros %": "",
+            "levels": "",
+            "dense bytes": dense_bytes,
+            "stored bytes": file_bytes,
+        }.items():
+            table.add_column(title, footer=footer, justify="right")
         plain = [row for row in self.tensors if row.method == "plain"]
         grouped = not all_tensors and len(plain) > _MANY
         for index, row in enumerate(self.tensors):
