@@ -1,0 +1,63 @@
+"""Make a network small while it is being fine-tuned with PyTorch Lightning, and hand over a real small file.
+
+Names are imported on first use, so that reading a file (`load`) needs torch but not Lightning.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from psc_lightning.artifact import ArtifactError, Report, TensorReport, load, load_into, save, verify
+    from psc_lightning.callbacks import GradientClipping, MaskLearning, StraightThroughQuantization, WeightSharing
+    from psc_lightning.configs import config_dir
+    from psc_lightning.oneshot import Plan, attach, compress, plan
+    from psc_lightning.schedule import Schedule
+    from psc_lightning.view import detach, raw
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "artifact": ("ArtifactError", "Report", "TensorReport", "load", "load_into", "save", "verify"),
+    "callbacks": ("GradientClipping", "MaskLearning", "StraightThroughQuantization", "WeightSharing"),
+    "configs": ("config_dir",),
+    "oneshot": ("Plan", "attach", "compress", "plan"),
+    "schedule": ("Schedule",),
+    "view": ("detach", "raw"),
+}
+
+__all__ = [
+    "ArtifactError",
+    "GradientClipping",
+    "MaskLearning",
+    "Plan",
+    "Report",
+    "Schedule",
+    "StraightThroughQuantization",
+    "TensorReport",
+    "WeightSharing",
+    "attach",
+    "compress",
+    "config_dir",
+    "detach",
+    "load",
+    "load_into",
+    "plan",
+    "raw",
+    "save",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(import_module(f"psc_lightning.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

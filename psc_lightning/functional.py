@@ -161,7 +161,8 @@ def block_mean(matrix: Tensor, axis: int, size: int) -> Tensor:
     missing = blocks * size - length
     if missing:
         matrix = F.pad(matrix, (0, missing) if axis == 1 else (0, 0, 0, missing))
-    sums = matrix.unflatten(axis, (blocks, size)).sum(axis + 1)
+    parts = (len(matrix), blocks, size) if axis == 1 else (blocks, size, matrix.shape[1])
+    sums = matrix.reshape(parts).sum(axis + 1)
     counts = torch.full((blocks,), float(size), dtype=sums.dtype, device=sums.device)
     counts[-1] = size - missing
     return sums / (counts if axis == 1 else counts[:, None])
@@ -171,7 +172,8 @@ def block_expand(core: Tensor, axis: int, size: int, length: int) -> Tensor:
     """Repeat each entry `size` times along an axis, cut to `length`; works on any dtype."""
     shape = [-1, -1, -1]
     shape[axis + 1] = size
-    return core.unsqueeze(axis + 1).expand(shape).flatten(axis, axis + 1).narrow(axis, 0, length)
+    repeated: Tensor = core.unsqueeze(axis + 1).expand(shape).flatten(axis, axis + 1)
+    return repeated.narrow(axis, 0, length)
 
 
 # -------------------------------------------------------------------------------------------------------- masks

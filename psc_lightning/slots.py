@@ -101,22 +101,26 @@ class Slots(nn.Module):
         """Put a method into an empty slot. Raises ValueError, naming both owners, where the slot is taken."""
         taken = self.specs.get(slot)
         if taken is not None:
-            raise ValueError(f"its {slot} slot is filled by {taken.owner} and again by {spec.owner}; keep one of the two")
+            raise ValueError(f"its {slot} slot is filled by {taken.owner} and again by {spec.owner}; keep one")
+        if slot == "tying" and self.begun:
+            raise ValueError(f"{spec.owner} comes after another slot has begun; tie first, or detach(model) before")
         specs = {**self.specs, slot: spec}
         shape = self.layout.shape(self.stored_shape)
-        tying = TYINGS[specs["tying"].method].build(shape, **specs["tying"].options) if "tying" in specs else None
-        shapes = tying.core_shapes() if tying is not None else {"core": shape}
-
-        def make(folder: Mapping[str, Callable[..., Any]], slot: str, shape: Shape) -> Any:
-            return folder[specs[slot].method](shape, **specs[slot].options) if slot in specs else None
-
-        self.specs, self.tying = specs, tying
         device = self.strength.device
-        self.cores = nn.ModuleDict(
-            {name: Chain(make(MASKS, "mask", size), make(LEVELS, "levels", size)) for name, size in shapes.items()}
-        ).to(device)
-        if tying is not None:
-            tying.to(device)
+        if slot == "tying":
+            self.tying = TYINGS[spec.method].build(shape, **spec.options).to(device)
+        folders: dict[str, Mapping[str, Callable[..., Any]]] = {"mask": MASKS, "levels": LEVELS}
+        cores = {}
+        for name, size in self.core_shapes().items():
+            old = self.cores[name] if name in self.cores and slot != "tying" else Chain(None, None)
+            parts = {
+                part: folders[part][specs[part].method](size, **specs[part].options) if part in specs else None
+                for part in folders
+                if part == slot or getattr(old, part) is None
+            }
+            cores[name] = Chain(parts.get("mask", old.mask), parts.get("levels", old.levels)).to(device)
+        self.cores = nn.ModuleDict(cores)
+        self.specs = specs
 
     @property
     def filled(self) -> bool:
@@ -141,7 +145,8 @@ class Slots(nn.Module):
         """What a slot trains beside the weight."""
         if slot == "tying":
             return self.tying.parameters() if self.tying is not None else ()
-        return (p for chain in self.cores.values() for part in [getattr(chain, slot)] if part for p in part.parameters())
+        parts = [getattr(chain, slot) for chain in self.cores.values()]
+        return (parameter for part in parts if part is not None for parameter in part.parameters())
 
     # --------------------------------------------------------------------------------------------- strength
 
@@ -309,7 +314,7 @@ class Slots(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        super()._apply(move, recurse)
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:

@@ -1,8 +1,8 @@
 """The attribute view: a layer's `weight` reads as the effective weight, while its Parameter stays where it is.
 
 The layer's class becomes a cached subclass whose property `weight` passes the Parameter through its `Slots`. The
-Parameter stays registered under its own name, so names, order, optimizers, checkpoints and tied weights are those of the
-plain model; the slots live in a child module ``psc``. It is `torch.nn.utils.parametrize` without the renaming.
+Parameter stays registered under its own name, so names, order, optimizers, checkpoints and tied weights are those of
+the plain model; the slots live in a child module ``psc``. It is `torch.nn.utils.parametrize` without the renaming.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ def _subclass(base: type, body: Callable[..., dict[str, Any]], args: tuple[Any, 
     if key not in _derived:
 
         def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-            state = super(cls, self).__reduce_ex__(protocol)
+            state = base.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
             return (_rebuild, (base, body, args), *state[2:])
 
         attributes = {"__reduce_ex__": reduce, "__module__": base.__module__, "__doc__": base.__doc__}
-        cls = type(base)(base.__name__, (base,), {**attributes, "_psc_base": base, **body(base, *args)})
+        cls: type = type(base)(base.__name__, (base,), {**attributes, "_psc_base": base, **body(base, *args)})
         cls.__qualname__ = base.__qualname__
         _derived[key] = cls
     return _derived[key]
 
 
 def _rebuild(base: type, body: Callable[..., dict[str, Any]], args: tuple[Any, ...]) -> Any:
-    cls = _subclass(base, body, args)
+    cls: Any = _subclass(base, body, args)
     return cls.__new__(cls)
 
 
@@ -78,12 +78,12 @@ _state = threading.local()
 @contextmanager
 def raw() -> Iterator[None]:
     """Within it, `layer.weight` is the Parameter itself, for code that initialises, ties or resizes weights."""
-    depth = getattr(_state, "raw", 0)
-    _state.raw = depth + 1
+    before = getattr(_state, "raw", False)
+    _state.raw = True
     try:
         yield
     finally:
-        _state.raw = depth
+        _state.raw = before
 
 
 def _views(base: type, names: tuple[str, ...]) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def _views(base: type, names: tuple[str, ...]) -> dict[str, Any]:
     def view(name: str) -> property:
         def get(self: nn.Module) -> Tensor | None:
             parameter = self._parameters[name]
-            if parameter is None or getattr(_state, "raw", 0):
+            if parameter is None or getattr(_state, "raw", False):
                 return parameter
             try:
                 return self._modules[CHILD]._modules[name].effective(parameter)  # type: ignore[union-attr, operator, no-any-return]
@@ -160,32 +160,27 @@ def plain_state(module: nn.Module, state: Mapping[str, Any] | None = None) -> di
         module: the model.
         state: a state dict of it that is not its own (an average, say); then the sidecars are taken from there too.
     """
-    own = state is None
     full = module.state_dict() if state is None else dict(state)
     effective: dict[str, Tensor] = {}
     shared: dict[int, Tensor] = {}
     hidden: list[str] = []
     for prefix, layer, name, slots in _viewed(module):
         dot = f"{prefix}." if prefix else ""
-        hidden.append(f"{dot}{CHILD}.")
-        key = dot + name
+        key, inner = dot + name, f"{dot}{CHILD}.{name}."
+        hidden.append(inner)
         if id(slots) not in shared:
             parameter = layer._parameters[name]
             assert parameter is not None
-            weight: Tensor = parameter.detach()
-            if not own:
-                inner = f"{dot}{CHILD}.{name}."
-                slots_then = deepcopy(slots)
-                slots_then.load_state_dict({k[len(inner) :]: v for k, v in full.items() if k.startswith(inner)})
-                slots_then.stale = slots_then.begun
-                weight, shared_slots = full[key].detach(), slots_then
-            else:
-                shared_slots = slots
+            weight = full[key].detach()
+            if weight.data_ptr() != parameter.data_ptr():
+                slots = deepcopy(slots)
+                slots.load_state_dict({k[len(inner) :]: v for k, v in full.items() if k.startswith(inner)})
+                slots.stale = slots.begun
             with torch.no_grad():
-                value = shared_slots.effective(weight).detach()
+                value = slots.effective(weight).detach()
             # Equal numbers in another memory layout give other logits: one layout for all.
-            shared[id(slots)] = value if not shared_slots.begun else value.contiguous()
-        effective[key] = shared[id(slots)]
+            shared[id(layer._modules[CHILD]._modules[name])] = value.contiguous() if slots.begun else value  # type: ignore[union-attr]
+        effective[key] = shared[id(layer._modules[CHILD]._modules[name])]  # type: ignore[union-attr]
     return {
         key: effective.get(key, value)
         for key, value in full.items()

@@ -19,7 +19,9 @@ def _round(core: Tensor, dtype: torch.dtype) -> Tensor:
 def _check(core: Tensor, keep: Tensor, dtype: torch.dtype) -> None:
     largest = float(torch.where(keep, core, 0.0).abs().max()) if core.numel() else 0.0
     if not largest <= torch.finfo(dtype).max:
-        raise ValueError(f"{dtype} holds numbers up to {torch.finfo(dtype).max:g}, a weight of size {largest:g} overflows")
+        raise ValueError(
+            f"{dtype} holds numbers up to {torch.finfo(dtype).max:g}, a weight of size {largest:g} overflows"
+        )
 
 
 def _decode(reader: Reader, keep: Tensor, stored: torch.dtype, dtype: torch.dtype) -> Tensor:

@@ -69,7 +69,8 @@ class LogLevels(Levels):
         mantissa, exponent = torch.frexp(magnitude)
         edges = torch.tensor(self.edges, dtype=magnitude.dtype, device=magnitude.device)
         position = (exponent - 1) * self.root + torch.bucketize(2 * mantissa, edges, out_int32=True)
-        return torch.where(magnitude > 0, position, _LOWEST * self.root - 1)
+        out: Tensor = torch.where(magnitude > 0, position, torch.full_like(position, _LOWEST * self.root - 1))
+        return out
 
     @torch.no_grad()
     def refresh(self, core: Tensor, keep: Tensor) -> None:
@@ -83,7 +84,7 @@ class LogLevels(Levels):
         """0, or the sign times 1 … m, m the largest magnitude."""
         position = self._position(core.abs())
         below = spread(self.highest, self.shape, self.group) - position
-        size = (self.top - below).clamp(0, self.top) * (position >= _LOWEST * self.root)
+        size: Tensor = (self.top - below).clamp(0, self.top) * (position >= _LOWEST * self.root)
         return core.sign() * size
 
     def value(self, code: Tensor) -> Tensor:

@@ -83,7 +83,11 @@ class UniformLevels(Levels):
         self.scale.copy_(round_to_half(scale, self.unit))
 
     def _scale(self) -> Tensor:
-        return straight_through(round_to_half(self.step.detach(), self.unit), self.step) if self.learned_step else self.scale
+        return (
+            straight_through(round_to_half(self.step.detach(), self.unit), self.step)
+            if self.learned_step
+            else self.scale
+        )
 
     def _round(self, ratio: Tensor) -> Tensor:
         if self.bits == 1:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.functional import Group, block_expand, block_mean, group_counts, largest, masked, split, zero_count
+from psc_lightning.functional import Group, block_expand, block_mean, group_counts, largest, masked, zero_count
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["GRANULARITIES", "Mask", "read_keep"]
@@ -75,8 +75,8 @@ class Mask(nn.Module):
 
     #: whether masked entries go on getting a gradient, so that they may return
     dense_gradient: ClassVar[bool] = True
-    #: whether the method wants `observe` called with gradients before it begins
-    labelled: ClassVar[bool] = False
+    #: which labels (gradients of the user's loss) choose the mask: `none`, those `before` it begins, those `during` training
+    labels: ClassVar[str] = "none"
 
     keep: Tensor
 
@@ -109,7 +109,7 @@ class Mask(nn.Module):
         raise NotImplementedError
 
     def observe(self, core: Tensor, gradient: Tensor) -> None:
-        """Take in the gradient of one step (labelled methods)."""
+        """Take in the gradient of one step (label-driven methods)."""
 
     @torch.no_grad()
     def refresh(self, core: Tensor, strength: float = 1.0) -> None:
@@ -118,7 +118,7 @@ class Mask(nn.Module):
         scores = self.score(core).float()
         weights = unit_mean(core.abs(), self.granularity, self.block).float()
         kept = torch.ones_like(scores, dtype=torch.bool).reshape(-1)
-        count, size = group_counts(tuple(scores.shape), self.group)
+        _, size = group_counts(tuple(scores.shape), self.group)
         full = (scores.numel() // size) * size
         # All full groups at once, then the shorter last one: their counts of zeros differ.
         for part, width in ((slice(0, full), size), (slice(full, None), scores.numel() - full)):
@@ -134,6 +134,10 @@ class Mask(nn.Module):
 
     def _set(self, keep: Tensor) -> None:
         self.keep.copy_(keep)
+        self.idle = bool(self.keep.all())
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
         self.idle = bool(self.keep.all())
 
     def forward(self, value: Tensor, core: Tensor) -> Tensor:

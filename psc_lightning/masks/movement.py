@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.masks.base import Mask
+from psc_lightning.masks.base import Mask, unit_mean
 
 __all__ = ["MovementMask"]
 
@@ -31,6 +31,7 @@ class MovementMask(Mask):
     """
 
     dense_gradient = False
+    labels = "during"
 
     def __init__(self, shape: tuple[int, ...], **options: object) -> None:
         super().__init__(shape, **options)  # type: ignore[arg-type]
@@ -39,6 +40,11 @@ class MovementMask(Mask):
     def learned_scores(self) -> Tensor | None:
         """The scores, a matrix of units."""
         return self.scores
+
+    @torch.no_grad()
+    def observe(self, core: Tensor, gradient: Tensor) -> None:
+        """One step of plain gradient descent on the scores, for use without an optimizer (one-shot)."""
+        self.scores.sub_(unit_mean(gradient * core, self.granularity, self.block))
 
     def score(self, core: Tensor) -> Tensor:
         """The learned scores."""

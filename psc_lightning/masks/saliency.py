@@ -34,7 +34,7 @@ class SaliencyMask(Mask):
     """
 
     dense_gradient = False
-    labelled = True
+    labels = "before"
 
     total: Tensor
 

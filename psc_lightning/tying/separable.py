@@ -56,7 +56,7 @@ class Separable(Tying):
             raise ValueError("it has no kernel of two or more entries to separate")
         wanted = resolve_rank(1 if rank is None else rank, min(shape[0], kernel))
         if wanted * (shape[0] + kernel) >= shape[0] * kernel:
-            raise ValueError(f"factors of rank {wanted} are no smaller than {shape[0]} outputs × {kernel} kernel entries")
+            raise ValueError(f"factors of rank {wanted} are no smaller than {shape[0]} × {kernel} entries an input")
         return cls(shape, wanted)
 
     def core_shapes(self) -> dict[str, Shape]:

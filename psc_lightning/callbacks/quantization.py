@@ -1,0 +1,96 @@
+"""Which values weights may take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from psc_lightning.callbacks.slot import SlotCallback, grouping, one_of, positive, whole
+from psc_lightning.levels import FORMS, LEVELS, ROOTS
+from psc_lightning.schedule import Schedule
+
+__all__ = ["StraightThroughQuantization"]
+
+# Which options each method reads; giving it another one is an error, not a silence.
+_OPTIONS = {
+    "float16": (),
+    "bfloat16": (),
+    "uniform": ("bits", "group", "learned_step"),
+    "binary": ("form", "group"),
+    "ternary": ("group",),
+    "log": ("bits", "group", "root"),
+    "codebook": ("k", "group"),
+}
+
+
+class StraightThroughQuantization(SlotCallback):
+    """Rounds weights to few values while the model is trained, the gradient passing straight through: the levels slot.
+
+    Args:
+        levels: `float16`, `bfloat16`, `uniform` (a grid), `binary` (two values), `ternary` (three), `log` (powers of
+            two), `codebook` (trained centroids).
+        bits: `uniform`: 1 … 8, `log`: 2 … 8. None: 8.
+        k: `codebook`: 2 … 256 centroids. None: 16.
+        group: entries that share a scale or a codebook: `tensor`, `channel`, or n entries in memory order. None: channel,
+            for `codebook` tensor.
+        learned_step: `uniform`: train the step (LSQ) instead of taking it from the largest weight.
+        form: `binary`: `sign` (±s) or `01` (0 or 1 with a scale and an offset). None: sign.
+        root: `log`: 1, 2, 4 or 8; the base is 2^(1/root). None: 1.
+        step_lr: learning rate of learned steps and centroids.
+        refresh: recompute scales and assignments every n optimizer steps.
+        targets: globs over tensor names, module names, `re:` expressions or layer types; None: every weight.
+        ignore: the same, for what to leave out.
+        min_size: fewest entries of a tensor.
+        schedule: a `Schedule`, its kind, or a mapping; during the ramp weights are blended with their levels. None:
+            linear up to 70 % of training.
+
+    Raises:
+        ValueError: a wrong value (the argument is named), or, before training starts, a pattern that matches nothing or
+            a slot that is taken.
+
+    >>> StraightThroughQuantization("uniform", bits=4, group=64).options
+    {'bits': 4, 'group': 64}
+
+    Source: see the methods in `psc_lightning.levels`.
+    """
+
+    slot = "levels"
+
+    def __init__(
+        self,
+        levels: str = "uniform",
+        bits: int | None = None,
+        k: int | None = None,
+        group: str | int | None = None,
+        learned_step: bool | None = None,
+        form: str | None = None,
+        root: int | None = None,
+        step_lr: float = 1e-4,
+        refresh: int = 1,
+        targets: str | list[str] | None = None,
+        ignore: str | list[str] | None = None,
+        min_size: int = 64,
+        schedule: Schedule | str | dict[str, Any] | None = None,
+    ) -> None:
+        one_of("levels", levels, LEVELS)
+        given = {"bits": bits, "k": k, "group": group, "learned_step": learned_step, "form": form, "root": root}
+        options = {name: value for name, value in given.items() if value is not None}
+        for name in options:
+            if name not in _OPTIONS[levels]:
+                raise ValueError(
+                    f"{name}: {levels!r} does not read it; it takes {', '.join(_OPTIONS[levels]) or 'no options'}"
+                )
+        if bits is not None:
+            whole("bits", bits, 2 if levels == "log" else 1, 8)
+        if k is not None:
+            whole("k", k, 2, 256)
+        if group is not None:
+            options["group"] = grouping(group)
+        if learned_step is not None:
+            one_of("learned_step", learned_step, (True, False))
+        if form is not None:
+            one_of("form", form, FORMS)
+        if root is not None:
+            one_of("root", root, ROOTS)
+        super().__init__(
+            levels, options, targets, ignore, min_size, schedule, lr=positive("step_lr", step_lr), refresh=refresh
+        )

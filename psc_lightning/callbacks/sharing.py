@@ -1,0 +1,98 @@
+"""Which weights are one weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from psc_lightning.callbacks.slot import SlotCallback, one_of, positive, whole
+from psc_lightning.schedule import Schedule
+from psc_lightning.tying import TYINGS
+
+__all__ = ["WeightSharing"]
+
+# Which options each method reads; giving it another one is an error, not a silence.
+_OPTIONS = {
+    "cross_channel": ("groups", "labels"),
+    "row": ("block",),
+    "column": ("block",),
+    "separable": ("rank",),
+    "low_rank": ("rank",),
+}
+
+
+class WeightSharing(SlotCallback):
+    """Ties many positions of a weight to few numbers while the model is trained: the tying slot.
+
+    When it begins, the weight is overwritten by its tied form; from then on ties hold in the effective weight at every
+    step, by construction. A tensor to which the method does not apply is left out and the plan says why; if it was named
+    exactly, or nothing is left, that is an error.
+
+    Args:
+        method: `cross_channel` (groups of input channels share a bank), `row`, `column` (neighbours share a number),
+            `separable` (depthwise and pointwise), `low_rank` (two thin matrices).
+        groups: `cross_channel`: G ≥ 2, a divisor of the input channels. None: 2.
+        labels: `cross_channel`: which member of each position stays: `saliency` (largest Σ|g·w| over the first steps)
+            or `magnitude`. None: saliency.
+        block: `row`, `column`: n ≥ 1 neighbours. None: 4, for `row` the kernel's width.
+        rank: `separable`, `low_rank`: R ≥ 1, or a share of the full rank in (0, 1). None: 1 and 0.25.
+        calibration_steps: `cross_channel` by saliency: optimizer steps over which labels are summed.
+        factor_lr: `separable`, `low_rank`: learning rate of the factors.
+        targets: globs over tensor names, module names, `re:` expressions or layer types; None: every weight.
+        ignore: the same, for what to leave out.
+        min_size: fewest entries of a tensor.
+        schedule: a tying has no soft phase: it begins at the schedule's `begin`.
+
+    Raises:
+        ValueError: a wrong value (the argument is named), or, before training starts, a pattern that matches nothing, a
+            method that applies nowhere, or a slot that is taken.
+
+    >>> WeightSharing("cross_channel", groups=4).options
+    {'groups': 4}
+
+    Source: see the methods in `psc_lightning.tying`.
+    """
+
+    slot = "tying"
+
+    def __init__(
+        self,
+        method: str,
+        groups: int | None = None,
+        labels: str | None = None,
+        block: int | None = None,
+        rank: int | float | None = None,
+        calibration_steps: int = 50,
+        factor_lr: float = 1e-3,
+        targets: str | list[str] | None = None,
+        ignore: str | list[str] | None = None,
+        min_size: int = 64,
+        schedule: Schedule | str | dict[str, Any] | None = None,
+    ) -> None:
+        one_of("method", method, TYINGS)
+        given = {"groups": groups, "labels": labels, "block": block, "rank": rank}
+        options = {name: value for name, value in given.items() if value is not None}
+        for name in options:
+            if name not in _OPTIONS[method]:
+                raise ValueError(f"{name}: {method!r} does not read it; it takes {', '.join(_OPTIONS[method])}")
+        if groups is not None:
+            whole("groups", groups, 2)
+        if block is not None:
+            whole("block", block, 1)
+        if labels is not None:
+            one_of("labels", labels, ("saliency", "magnitude"))
+        if isinstance(rank, float):
+            if not 0 < rank < 1:
+                raise ValueError(f"rank: expected a whole number from 1 up or a share in (0, 1), found {rank!r}")
+        elif rank is not None:
+            whole("rank", rank, 1)
+        labelled = method == "cross_channel" and labels != "magnitude"
+        super().__init__(
+            method,
+            options,
+            targets,
+            ignore,
+            min_size,
+            schedule,
+            lr=positive("factor_lr", factor_lr),
+            calibration_steps=whole("calibration_steps", calibration_steps, 1) if labelled else 0,
+        )

@@ -1,0 +1,317 @@
+"""What the three slot callbacks share: attaching, scheduling, stepping what they train, resuming."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from psc_lightning.callbacks.plain import builds_late, make_plain
+from psc_lightning.schedule import Schedule
+from psc_lightning.slots import HARD, SLOTS, Slots, Spec
+from psc_lightning.targets import Selection, Target, patterns, select
+from psc_lightning.tying import TYINGS
+from psc_lightning.view import attach_slots, slots_of
+
+__all__ = ["SlotCallback"]
+
+
+class SlotCallback(Callback):
+    """A callback that fills one slot of the tensors it targets.
+
+    Life of a fit: `setup` attaches (before checkpoints are restored and optimizers are made); `on_fit_start` takes the
+    sidecars out of the user's optimizers, so that these keep the plain run's layout, and gives them an AdamW of their
+    own; each batch starts at the scheduled strength and ends hard, so that whatever looks between two steps (validation,
+    a checkpoint, the user) sees exactly what a file would hold.
+
+    Args:
+        method: the method's name.
+        options: its options.
+        targets, ignore, min_size: which tensors; see `targets.select`.
+        schedule: how hard it acts when.
+        lr: learning rate of what the slot trains beside the weight; it follows the user's scheduler.
+        refresh: recompute thresholds, scales and assignments every n optimizer steps.
+        calibration_steps: optimizer steps of labels to see before the slot begins, for methods that need them.
+    """
+
+    slot: ClassVar[str]
+
+    def __init__(
+        self,
+        method: str,
+        options: dict[str, Any],
+        targets: str | Iterable[str] | None,
+        ignore: str | Iterable[str] | None,
+        min_size: int,
+        schedule: Schedule | str | dict[str, Any] | None,
+        lr: float,
+        refresh: int = 1,
+        calibration_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        self.method, self.options = method, options
+        self.targets, self.ignore = patterns("targets", targets), patterns("ignore", ignore)
+        self.min_size = whole("min_size", min_size, 0)
+        self.schedule = Schedule.of(schedule, Schedule())
+        self.lr = positive("lr", lr)
+        self.refresh = whole("refresh", refresh, 1)
+        self.calibration_steps = whole("calibration_steps", calibration_steps, 0)
+        #: what it fills: tensor name, slots, raw Parameter
+        self.held: list[tuple[str, Slots, nn.Parameter]] = []
+        self._optimizer: AdamW | None = None
+        self._total: float | None = None
+        self._base_lr: float | None = None
+        self._seen_step = 0
+        self._restored: dict[str, Any] | None = None
+
+    # ------------------------------------------------------------------------------------------- attaching
+
+    @property
+    def state_key(self) -> str:
+        """Class, targets and method: what tells two of our callbacks in one checkpoint apart."""
+        return self._generate_state_key(targets=self.targets, method=self.method)
+
+    def spec(self) -> Spec:
+        """What this callback puts into a slot."""
+        return Spec(self.method, self.options, self.state_key)
+
+    def choose(self, model: nn.Module) -> Selection:
+        """The tensors it takes, and why it leaves the others."""
+        chosen = select(model, self.targets, self.ignore, self.min_size)
+        if self.slot != "tying":
+            return chosen
+        fitting: list[Target] = []
+        for target in chosen.targets:
+            try:
+                TYINGS[self.method].build(target.matrix_shape, **self.options)
+                fitting.append(target)
+            except ValueError as error:
+                if target.exact:
+                    raise ValueError(f"targets: {target.name} cannot be tied by {self.method!r}: {error}") from None
+                chosen.skipped[target.name] = f"{self.method} does not apply: {error}"
+        if not fitting:
+            reasons = "; ".join(f"{target.name}: {chosen.skipped[target.name]}" for target in chosen.targets[:5])
+            raise ValueError(f"method={self.method!r} can tie none of the chosen tensors. {reasons}")
+        chosen.targets = fitting
+        return chosen
+
+    def attach(self, model: nn.Module) -> None:
+        """View every chosen tensor and fill its slot; what this callback has filled before is left alone.
+
+        Raises:
+            ValueError: as `targets.select`, or where another callback fills the same slot of the same tensor.
+        """
+        self.held = []
+        for target in self.choose(model).targets:
+            slots = slots_of(*target.holders[0]) or Slots(target.layout, tuple(target.parameter.shape))
+            taken = slots.specs.get(self.slot)
+            if taken is None or taken.owner != self.state_key:
+                try:
+                    slots.to(target.parameter.device).fill(self.slot, self.spec())
+                except ValueError as error:
+                    raise ValueError(f"{target.name}: {error}") from None
+                attach_slots(target.holders, slots)
+            elif dict(taken.options) != self.options:
+                raise ValueError(
+                    f"{target.name}: its {self.slot} slot holds {taken.owner} with {dict(taken.options)}, this callback has "
+                    f"{self.options}; call psc_lightning.detach(model) before training it with other options"
+                )
+            self.held.append((target.name, slots, target.parameter))
+
+    def attach_late(self, module: LightningModule) -> None:
+        """Attach where layers may still be missing; `on_fit_start` has the last word."""
+        try:
+            self.attach(module)
+        except ValueError:
+            if not (builds_late(type(module), "setup") or builds_late(type(module), "configure_model")):
+                raise
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Attach, before checkpoints are restored and optimizers are made."""
+        if stage != "fit":
+            return
+        for other in trainer.callbacks[: trainer.callbacks.index(self)]:  # type: ignore[attr-defined]
+            if any(base.__name__ in ("WeightAveraging", "StochasticWeightAveraging") for base in type(other).__mro__):
+                raise ValueError(
+                    f"{type(other).__name__} comes before {type(self).__name__} in Trainer(callbacks=…): it copies the "
+                    "model before the slots are attached; put it after psc_lightning's callbacks"
+                )
+        self._optimizer = self._total = self._base_lr = self._restored = None
+        self._seen_step = 0
+        make_plain(pl_module)
+        self.attach_late(pl_module)
+
+    # -------------------------------------------------------------------------------------------- training
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Verify that every target is attached; take over the sidecars."""
+        self.attach(pl_module)
+        restored = self._restored or {}
+        self._total = restored.get("total_steps") or trainer.estimated_stepping_batches
+        self.schedule.strength(0, self._total)  # an endless run with a schedule in shares is told before it starts
+        sidecars = [p for _, slots, _ in self.held for p in slots.sidecars(self.slot)]
+        self._release(trainer, sidecars)
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        first = groups[0] if groups else {}
+        self._base_lr = restored.get("base_lr") or first.get("max_lr") or first.get("initial_lr") or first.get("lr")
+        self._seen_step = restored.get("seen_step", trainer.global_step)
+        if sidecars:
+            # Not fused: which kernel a device offers must not change the numbers of a resumed run.
+            self._optimizer = AdamW(sidecars, lr=self.lr, weight_decay=0.0)
+            if restored.get("optimizer"):
+                self._optimizer.load_state_dict(restored["optimizer"])
+
+    @staticmethod
+    def _release(trainer: Trainer, sidecars: Iterable[nn.Parameter]) -> None:
+        mine = {id(parameter) for parameter in sidecars}
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                if any(id(parameter) in mine for parameter in group["params"]):
+                    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in mine]
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fine-tuning callbacks add groups as they unfreeze: take the sidecars out again."""
+        self._release(trainer, (p for _, slots, _ in self.held for p in slots.sidecars(self.slot)))
+
+    def begins(self) -> int:
+        """The optimizer step at which the slot begins: not before its labels are in."""
+        assert self._total is not None
+        return max(self.schedule.begins(self._total), self.calibration_steps)
+
+    def _company(self, trainer: Trainer) -> list[SlotCallback]:
+        """All slot callbacks of the run, in the order of the slots, whatever the user's order."""
+        ours = [callback for callback in trainer.callbacks if isinstance(callback, SlotCallback)]  # type: ignore[attr-defined]
+        return sorted(ours, key=lambda callback: SLOTS.index(callback.slot))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Set the scheduled strengths: the first of our callbacks does it for all, so that their order is the slots'."""
+        company = self._company(trainer)
+        if self is not company[0]:
+            return
+        for callback in company:
+            assert callback._total is not None
+            step = trainer.global_step
+            strength = callback.schedule.strength(step, callback._total) if step >= callback.begins() else 0.0
+            for _, slots, weight in callback.held:
+                slots.set_strength(callback.slot, strength, weight)
+        for callback in company:
+            for _, slots, weight in callback.held:
+                if slots.stale:
+                    slots.refresh(weight)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Collect labels; bring the sidecars' gradients to the scale of the user's (a gradient scaler skips them)."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and self._optimizer is not None:
+            for parameter in self._optimizer.param_groups[0]["params"]:
+                if parameter.grad is not None and not getattr(parameter.grad, "_psc_unscaled", False):
+                    parameter.grad.div_(scaler.get_scale())
+                    parameter.grad._psc_unscaled = True
+        if self.calibration_steps and trainer.global_step < self.begins():
+            own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            for _, slots, weight in self.held:
+                if id(weight) in own or not weight.requires_grad:
+                    slots.observe(self.slot, weight)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Step the sidecars, if an optimizer stepped; then everything is hard until the next batch."""
+        stepped = trainer.global_step != self._seen_step
+        if stepped:
+            self._seen_step = trainer.global_step
+            self._step(trainer)
+        for _, slots, weight in self.held:
+            if slots.phase[SLOTS.index(self.slot)]:
+                slots.set_strength(self.slot, 1.0, weight)
+                slots.stale = slots.stale or (stepped and trainer.global_step % self.refresh == 0)
+
+    def _step(self, trainer: Trainer) -> None:
+        if self._optimizer is None:
+            return
+        group = self._optimizer.param_groups[0]
+        asleep = {
+            id(p)
+            for _, slots, _ in self.held
+            if not slots.phase[SLOTS.index(self.slot)]
+            for p in slots.sidecars(self.slot)
+        }
+        grads = [p.grad for p in group["params"] if p.grad is not None and id(p) not in asleep]
+        if grads and all(bool(grad.isfinite().all()) for grad in grads):
+            for parameter in group["params"]:
+                if id(parameter) in asleep:
+                    parameter.grad = None
+            users = trainer.optimizers[0].param_groups[0] if trainer.optimizers else {}
+            group["lr"] = self.lr * (users["lr"] / self._base_lr if users and self._base_lr else 1.0)
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave a usable model: what has begun is hard."""
+        for _, slots, weight in self.held:
+            if slots.phase[SLOTS.index(self.slot)]:
+                slots.set_strength(self.slot, 1.0, weight)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so where training was too short for the slot to begin."""
+        index = SLOTS.index(self.slot)
+        if not trainer.fast_dev_run and self.held and all(slots.phase[index] != HARD for _, slots, _ in self.held):  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"{type(self).__name__}({self.method!r}) never began: training ended at step {trainer.global_step}, the "
+                f"slot begins at step {self.begins()}. The model is uncompressed in this slot; train longer, or give an "
+                "earlier begin."
+            )
+
+    # -------------------------------------------------------------------------------------------- resuming
+
+    def state_dict(self) -> dict[str, Any]:
+        """Total steps, and the state of the plugin's own optimizer; tensors and primitives only."""
+        if self._total is None:
+            return {}
+        optimizer = self._optimizer.state_dict() if self._optimizer is not None else None
+        total = self._total if math.isfinite(self._total) else None
+        return {"total_steps": total, "base_lr": self._base_lr, "seen_step": self._seen_step, "optimizer": optimizer}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Kept until `on_fit_start`, when the optimizer exists."""
+        self._restored = state_dict
+
+
+# --------------------------------------------------------------------------------------------- argument checks
+
+
+def one_of(name: str, value: Any, allowed: Iterable[Any]) -> Any:
+    """The value, if it is allowed; else a ValueError that names the argument and what is."""
+    allowed = list(allowed)
+    if not any(type(value) is type(item) and value == item for item in allowed):
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, found {value!r}")
+    return value
+
+
+def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """A whole number in a range; else a ValueError that names the argument."""
+    bounds = f"a whole number from {low}" + (f" to {high}" if high is not None else " up")
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        raise ValueError(f"{name}: expected {bounds}, found {value!r}")
+    return value
+
+
+def positive(name: str, value: Any) -> float:
+    """A finite number ≥ 0; else a ValueError that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}: expected a finite number ≥ 0, found {value!r}")
+    return float(value)
+
+
+def grouping(value: Any) -> str | int:
+    """`tensor`, `channel` or a whole number ≥ 1; else a ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    if value not in ("tensor", "channel"):
+        raise ValueError(f"group: expected tensor, channel or a whole number from 1 up, found {value!r}")
+    return str(value)

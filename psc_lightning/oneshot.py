@@ -1,0 +1,228 @@
+"""Compression without training, and what a compression would take: `compress`, `attach`, `plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from psc_lightning.artifact import Report, to_bytes
+from psc_lightning.callbacks.slot import SlotCallback
+from psc_lightning.configs import config_dir
+from psc_lightning.masks import MASKS
+from psc_lightning.slots import SLOTS
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+
+__all__ = ["Plan", "attach", "compress", "plan", "preset"]
+
+_NOT_OPTIONS = ("name", "callbacks")
+
+
+def preset(compression: str, threshold: float | None = None, **options: Any) -> list[SlotCallback]:
+    """The callbacks of a preset, as `python train.py compression=…` builds them, with the constant schedule.
+
+    Args:
+        compression: a file's name in ``conf/compression``.
+        threshold: share of the core's entries that are zero; None: the preset's default.
+        options: any other key at the top of that file (`bits`, `group`, `targets`, …).
+
+    Raises:
+        ValueError: an unknown preset, an option that it does not have, or a wrong value; the key is named.
+
+    >>> [callback.method for callback in preset("deep", threshold=0.8)]
+    ['movement', 'codebook']
+    """
+    from hydra.utils import instantiate
+    from omegaconf import DictConfig, OmegaConf
+
+    folder = config_dir() / "compression"
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if compression not in known:
+        raise ValueError(f"compression: unknown preset {compression!r}; there are {', '.join(known)}")
+    config = OmegaConf.load(folder / f"{compression}.yaml")
+    assert isinstance(config, DictConfig)
+    allowed = [str(key) for key in config if key not in _NOT_OPTIONS]
+    if threshold is not None:
+        options["threshold"] = threshold
+    for key, value in options.items():
+        if key not in allowed:
+            raise ValueError(f"{key}: compression={compression!r} has no such option; it has {', '.join(allowed)}")
+        config[key] = list(value) if isinstance(value, tuple) else value
+    root = OmegaConf.create({"compression": config, "schedule": "constant"})
+    resolved = OmegaConf.to_container(root, resolve=True)
+    assert isinstance(resolved, dict)
+    built = [instantiate(part, _convert_="all") for part in (resolved["compression"]["callbacks"] or {}).values()]
+    return sorted(built, key=lambda callback: SLOTS.index(callback.slot))
+
+
+def attach(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> None:
+    """View the tensors that callbacks target, before a Trainer does: for models that are sharded by hand.
+
+    The slots stay off until training begins; the same callbacks then go to the Trainer.
+
+    Raises:
+        ValueError: as the callbacks would before training.
+    """
+    for callback in [callbacks] if not isinstance(callbacks, Sequence) else callbacks:
+        if isinstance(callback, SlotCallback):
+            callback.attach(model)
+
+
+def compress(
+    model: nn.Module,
+    compression: str,
+    threshold: float | None = None,
+    batches: Iterable[Any] | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    **options: Any,
+) -> Report:
+    """Compress any torch model once, in place, without training.
+
+    The model's layers then compute with the compressed weights; `save` writes them, `detach` bakes them in.
+
+    Args:
+        model: the model, changed in place (its dense weights stay in its Parameters until `detach`).
+        compression: a preset: float, binary, ternary, mask, cross_channel, row, column, separable, low_rank, log,
+            codebook, deep, none.
+        threshold: share of the entries that are zero, 0 ≤ threshold < 1; None: the preset's default.
+        batches: for presets that labels drive (`mask`, `deep`): batches to compute gradients on.
+        loss: ``loss(model, batch)`` gives a scalar for each of them.
+        options: any other key of ``conf/compression/<preset>.yaml``: `bits`, `k`, `group`, `groups`, `block`, `rank`,
+            `targets`, `ignore`, `min_size`, …
+
+    Returns:
+        The report of the file that `save` will write.
+
+    Raises:
+        ValueError: an unknown preset or option, a wrong value, a pattern that matches nothing, a label-driven preset
+            without `batches` and `loss`, or a model that is compressed already.
+
+    >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    >>> report = compress(model, "float", threshold=0.5)
+    >>> [(t.name, t.method, t.sparsity) for t in report.tensors if t.method != "plain"]
+    [('0.weight', 'magnitude+uniform', 0.5), ('2.weight', 'magnitude+uniform', 0.5)]
+    >>> report.compression_ratio > 4
+    True
+    """
+    callbacks = preset(compression, threshold, **options)
+    driven = [callback for callback in callbacks if callback.slot == "mask" and MASKS[callback.method].labels != "none"]
+    if (batches is None) != (loss is None) or (driven and batches is None):
+        raise ValueError(
+            f"batches, loss: compression={compression!r} "
+            + ("is driven by labels and needs both" if driven else "takes both or neither")
+            + ": compress(model, …, batches=loader, loss=lambda model, batch: …)"
+        )
+    for callback in callbacks:
+        for target in callback.choose(model).targets:  # every error before the model is touched
+            if any(hasattr(layer, "psc") for layer, _ in target.holders):
+                raise ValueError(f"{target.name} is compressed already; call psc_lightning.detach(model) first")
+    for callback in callbacks:
+        callback.attach(model)
+    held = [(callback, slots, weight) for callback in callbacks for _, slots, weight in callback.held]
+    if batches is not None and loss is not None:
+        _calibrate(model, held, batches, loss)
+    for _, slots, weight in held:
+        slots.harden(weight)
+    return to_bytes(model)[1]
+
+
+def _calibrate(
+    model: nn.Module,
+    held: Sequence[tuple[SlotCallback, Any, nn.Parameter]],
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+) -> None:
+    """Show the labels of all batches to the methods that want them; modes and gradients are left as they were."""
+    from rich.progress import track
+
+    training = [(layer, layer.training) for layer in model.modules()]
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
+    model.eval()
+    try:
+        for batch in track(batches, description="calibrating", transient=True):
+            for parameter, _ in before:
+                parameter.grad = None
+            with torch.enable_grad():
+                loss(model, batch).backward()  # type: ignore[no-untyped-call]
+            for callback, slots, weight in held:
+                slots.observe(callback.slot, weight)
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
+        for layer, mode in training:
+            layer.training = mode
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What callbacks would do to a model; ``str(plan)`` is a table.
+
+    Attributes:
+        taken: tensor name → the methods that would fill its slots.
+        left: tensor name → why no callback takes it.
+        notes: tensor name → why some slot stays empty although others are filled.
+        report: the sizes to expect, from compressing a copy now; training changes them a little.
+    """
+
+    taken: dict[str, str]
+    left: dict[str, str]
+    notes: dict[str, str]
+    report: Report
+
+    def __str__(self) -> str:
+        lines = [str(self.report)]
+        if self.notes:
+            lines += ["", "slots left empty:"] + [f"  {name}: {reason}" for name, reason in self.notes.items()]
+        if self.left:
+            lines += ["", "not compressed:"] + [f"  {name}: {reason}" for name, reason in self.left.items()]
+        return "\n".join(lines)
+
+
+def plan(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> Plan:
+    """Which tensors each callback takes, which it leaves and why, and the bytes to expect; the model is not touched.
+
+    Args:
+        model: the model.
+        callbacks: those that will go to the Trainer; others than ours are passed over.
+
+    Raises:
+        ValueError: what training would refuse: a pattern that matches nothing, a slot filled twice.
+
+    >>> from psc_lightning.callbacks import StraightThroughQuantization, WeightSharing
+    >>> model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(32, 10))
+    >>> made = plan(model, [WeightSharing("separable"), StraightThroughQuantization("uniform")])
+    >>> made.taken
+    {'0.weight': 'separable+uniform', '2.weight': 'uniform'}
+    >>> made.notes
+    {'2.weight': 'separable does not apply: it has no kernel of two or more entries to separate'}
+    """
+    from psc_lightning.view import views
+
+    ours = [
+        c for c in ([callbacks] if not isinstance(callbacks, Sequence) else callbacks) if isinstance(c, SlotCallback)
+    ]
+    copy = deepcopy(model)
+    skipped: dict[str, list[str]] = {}
+    for callback in ours:
+        callback = deepcopy(callback)
+        callback.attach(copy)
+        for name, reason in callback.choose(copy).skipped.items():
+            reasons = skipped.setdefault(name, [])
+            if reason not in reasons:
+                reasons.append(reason)
+    taken = {name: slots.method for name, slots, _ in views(copy)}
+    for _, slots, weight in views(copy):
+        slots.harden(weight)
+    why = {name: "; ".join(parts) for name, parts in skipped.items()}
+    return Plan(
+        taken=taken,
+        left={name: reason for name, reason in why.items() if name not in taken},
+        notes={name: reason for name, reason in why.items() if name in taken},
+        report=to_bytes(copy)[1],
+    )

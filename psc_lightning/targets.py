@@ -1,0 +1,215 @@
+"""Names and patterns → tensors.
+
+A pattern is a glob over tensor names (``encoder.*.weight``), a module's name (its weights), ``re:`` and a regular
+expression for the whole tensor name, or a layer type (``Conv2d``, subclasses included).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from psc_lightning.layout import Layout
+from psc_lightning.view import CHILD
+
+__all__ = ["Selection", "Target", "patterns", "select"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One Parameter, under its first name, with every layer that holds it."""
+
+    name: str
+    parameter: nn.Parameter
+    holders: list[tuple[nn.Module, str]]
+    #: the pattern that names it and nothing else, if one does
+    exact: bool = False
+
+    @property
+    def layer(self) -> nn.Module:
+        """The first layer that holds it."""
+        return self.holders[0][0]
+
+    @property
+    def layout(self) -> Layout:
+        """Where its output axis is."""
+        return Layout.of(self.layer)
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Its shape with the output axis first."""
+        return self.layout.shape(tuple(self.parameter.shape))
+
+
+@dataclass
+class Selection:
+    """What was chosen, and for every other tensor why not."""
+
+    targets: list[Target] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def patterns(name: str, value: str | type | Iterable[str | type] | None) -> list[str] | None:
+    """The argument `name` as a list of pattern strings; a layer class stands for its name.
+
+    Raises:
+        ValueError: where it is anything else; it names the argument.
+
+    >>> patterns("targets", "layer1.*"), patterns("ignore", [nn.Linear, "head"]), patterns("ignore", None)
+    (['layer1.*'], ['Linear', 'head'], None)
+    """
+    if value is None:
+        return None
+    values = [value] if isinstance(value, str | type) else list(value)
+    found = [item.__name__ if isinstance(item, type) else item for item in values]
+    for item in found:
+        if not isinstance(item, str) or not item:
+            raise ValueError(f"{name}: expected a pattern or a list of patterns, found {item!r}")
+        if item.startswith("re:"):
+            try:
+                re.compile(item[3:])
+            except re.error as error:
+                raise ValueError(f"{name}: {item!r} is not a regular expression: {error}") from None
+    return found
+
+
+def tensors(model: nn.Module) -> Iterator[Target]:
+    """Every Parameter of the model once; not the plugin's own."""
+    found: dict[int, Target] = {}
+    for prefix, layer in model.named_modules():
+        if prefix.split(".")[-1] == CHILD or f".{CHILD}." in f".{prefix}.":
+            continue
+        for name, parameter in layer._parameters.items():
+            if parameter is not None:
+                first = Target(f"{prefix}.{name}" if prefix else name, parameter, [])
+                found.setdefault(id(parameter), first).holders.append((layer, name))
+    yield from found.values()
+
+
+def _names(pattern: str, target: Target) -> bool:
+    """Whether the pattern names exactly this tensor, or the layer that holds it."""
+    return pattern in (target.name, target.name.rpartition(".")[0])
+
+
+def _matches(pattern: str, target: Target) -> bool:
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], target.name) is not None
+    if fnmatchcase(target.name, pattern):
+        return True
+    if target.parameter.dim() < 2 and not isinstance(target.parameter, UninitializedParameter):
+        return False  # a module or a type means its weights
+    if any(pattern == base.__name__ for layer, _ in target.holders for base in type(layer).__mro__[:-2]):
+        return True
+    parts = target.name.split(".")[:-1]
+    return any(fnmatchcase(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))
+
+
+def _refusal(target: Target) -> str | None:
+    """Why a tensor cannot have a view, or None."""
+    parameter = target.parameter
+    if isinstance(parameter, UninitializedParameter):
+        return "a lazy layer has no weight yet: run one batch through the model first"
+    if "parametrizations" in target.name.split("."):
+        return "it belongs to torch.nn.utils.parametrize (weight_norm?): remove the parametrization first"
+    layer, name = target.holders[0]
+    if name.endswith(("_orig", "_g", "_v")) and name.rpartition("_")[0] in vars(layer):
+        return "torch.nn.utils has pruned or weight-normed it: remove that first"
+    if type(parameter.data) is not torch.Tensor:
+        kind = type(parameter.data).__name__
+        hint = "attach before sharding" if kind == "DTensor" else "compress the plain model instead"
+        return f"it is a {kind}, not a plain tensor: {hint}"
+    if not parameter.is_floating_point():
+        return f"it holds {parameter.dtype}, not floating-point numbers"
+    return None
+
+
+def select(
+    model: nn.Module,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+    min_size: int = 64,
+) -> Selection:
+    """The tensors that patterns choose; by default every weight of two or more axes and `min_size` entries.
+
+    A tensor (or its layer) that is named exactly is taken whatever its size and axes.
+
+    Args:
+        model: any module.
+        targets: patterns; None: all weights.
+        ignore: patterns of what to leave out; it wins over `targets`.
+        min_size: fewest entries of a tensor.
+
+    Raises:
+        ValueError: a pattern matches nothing, all matches are excluded, a tensor named exactly cannot have a view, or
+            one holds an infinity or a NaN.
+
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 2))
+    >>> [t.name for t in select(model).targets], select(model).skipped
+    (['0.weight'], {'0.bias': 'one axis', '1.weight': 'fewer than 64 entries', '1.bias': 'one axis'})
+    >>> [t.name for t in select(model, targets=["1"]).targets]
+    ['1.weight']
+    """
+    everything = list(tensors(model))
+    for argument, wanted in (("targets", targets), ("ignore", ignore)):
+        for pattern in wanted or ():
+            if not any(_matches(pattern, target) for target in everything):
+                raise ValueError(_nothing(argument, pattern, model, everything))
+    chosen = Selection()
+    for target in everything:
+        exact = any(_names(pattern, target) for pattern in targets or ())
+        reason = _why_not(target, targets, ignore, min_size, exact)
+        if reason is None:
+            if not bool(target.parameter.detach().isfinite().all()):
+                raise ValueError(f"{target.name} holds a value that is not a finite number")
+            chosen.targets.append(Target(target.name, target.parameter, target.holders, exact))
+        elif exact and _refusal(target) is not None:
+            raise ValueError(f"{target.name} cannot be compressed: {reason}")
+        else:
+            chosen.skipped[target.name] = reason
+    if not chosen.targets:
+        types = Counter(type(layer).__name__ for layer in model.modules() if layer._parameters)
+        listed = ", ".join(f"{count} {name}" for name, count in types.most_common()) or "no layer with a parameter"
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(chosen.skipped.items())[:5])
+        raise ValueError(
+            f"targets={list(targets) if targets else None}, ignore={list(ignore) if ignore else None}, "
+            f"min_size={min_size} leave no tensor to compress. The model has {listed}. {reasons}"
+        )
+    return chosen
+
+
+def _why_not(
+    target: Target, targets: Sequence[str] | None, ignore: Sequence[str] | None, min_size: int, exact: bool
+) -> str | None:
+    if targets and not any(_matches(pattern, target) for pattern in targets):
+        return "not among the targets"
+    if ignore and any(_matches(pattern, target) for pattern in ignore):
+        return "ignored"
+    refusal = _refusal(target)
+    if refusal is not None:
+        return refusal
+    if not exact and target.parameter.dim() < 2:
+        return "one axis"
+    if not exact and target.parameter.numel() < min_size:
+        return f"fewer than {min_size} entries"
+    return "empty" if target.parameter.numel() == 0 else None
+
+
+def _nothing(argument: str, pattern: str, model: nn.Module, everything: list[Target]) -> str:
+    names = [target.name for target in everything]
+    types = sorted({type(layer).__name__ for layer in model.modules() if layer._parameters})
+    modules = {name.rpartition(".")[0] for name in names}
+    near = difflib.get_close_matches(pattern, [*names, *modules, *types], n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+    return (
+        f"{argument}: {pattern!r} matches no tensor, module or layer type; {hint}"
+        f"The tensors are {listed or '(none)'}; the layer types {', '.join(types) or '(none)'}."
+    )
