@@ -102,7 +102,7 @@ class GradientClipping(Callback):
         self.max_value = max_value
         self.adaptive = adaptive
         self.scope = scope
-        self.log = log
+        self.log_norms = log  # Lightning puts its own `log` on every callback
         self.steps = 0
         self.clipped_steps = 0
 
@@ -140,7 +140,7 @@ class GradientClipping(Callback):
         before, after, clipped = self.clip(pl_module, (p for group in optimizer.param_groups for p in group["params"]))
         self.steps += 1
         self.clipped_steps += clipped
-        if self.log and not trainer.barebones:  # barebones forbids logging
+        if self.log_norms and not trainer.barebones:  # barebones forbids logging
             several = len(trainer.optimizers) > 1
             suffix = f"/{[other is optimizer for other in trainer.optimizers].index(True)}" if several else ""
             pl_module.log(f"grad_norm/before{suffix}", before)
