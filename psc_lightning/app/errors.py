@@ -1,0 +1,54 @@
+"""Errors a user can mend: shown as one line with the key and what it allows, never as a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+__all__ = ["UsageError", "explain", "one_line"]
+
+
+class UsageError(ValueError):
+    """A setting or an input file is wrong; the message says which, what was found, and what to do."""
+
+
+@contextmanager
+def explain(key: str) -> Iterator[None]:
+    """Turn what a setting's reader raises into a `UsageError` that starts with the setting's key."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except InstantiationException as error:
+        raise UsageError(f"{key}: {error.__cause__ or error}") from error
+    except (ValueError, TypeError, ImportError, OmegaConfBaseException) as error:
+        raise UsageError(f"{key}: {error}") from error
+
+
+def one_line(error: BaseException) -> str | None:
+    """Return the line to show for a mendable error, None for one that deserves its traceback.
+
+    >>> one_line(UsageError("trainer.devices:\\n  must be 1"))
+    'error: trainer.devices: must be 1'
+    >>> one_line(KeyError("x")) is None
+    True
+    """
+    parts: list[str] = []
+    if isinstance(error, UsageError):
+        parts = [str(error)]
+    elif isinstance(error, OSError) and error.filename is not None:
+        parts = [f"{error.filename}: {error.strerror}"]
+    elif isinstance(error, HydraException | OmegaConfBaseException):
+        parts = [str(error)]
+        cause = error.__cause__ or error
+        if isinstance(error.__cause__, OmegaConfBaseException | UsageError):
+            parts.append(str(cause))
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
+            parts.append(f"keys there: {', '.join(sorted(map(str, cause.parent_node)))}")
+    if not parts:
+        return None
+    return "error: " + " ".join(" ".join(parts).split())

@@ -1,0 +1,75 @@
+"""What a multirun leaves behind: one table on the terminal, and sweep.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from psc_lightning.app.files import write_atomic
+from psc_lightning.app.runs import Run
+
+__all__ = ["SweepFolder", "summarise"]
+
+
+class SweepFolder(Callback):
+    """Tell `main` where a multirun went. (Hydra does not call `on_multirun_end` when a job failed.)"""
+
+    current: ClassVar[Path | None] = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Remember the folder."""
+        SweepFolder.current = Path(config.hydra.sweep.dir).absolute()
+
+
+def summarise(folder: Path) -> list[dict[str, Any]]:
+    """Write `sweep.json`, print the table, and return the jobs: those that left a run.json in a folder of `folder`."""
+    jobs = [entry(Run(path.parent)) for path in sorted(folder.glob("*/run.json"), key=job_order)]
+    if jobs:
+        write_atomic(folder / "sweep.json", (json.dumps({"jobs": jobs}, indent=2) + "\n").encode())
+        Console().print(table(jobs))
+    return jobs
+
+
+def job_order(path: Path) -> tuple[int, str]:
+    """Return what sorts Hydra's job folders: 2 before 10."""
+    name = path.parent.name
+    return int(name) if name.isdecimal() else -1, name
+
+
+def entry(run: Run) -> dict[str, Any]:
+    """Return one job's entry of sweep.json."""
+    record = json.loads(run.record.read_text())
+    report = json.loads(run.report.read_text()) if run.finished else {}
+    job = {"overrides": record["overrides"], "run_dir": str(run.folder), "status": record["status"]}
+    job |= {key: report.get(key) for key in ("file_bytes", "compression_ratio", "metrics")}
+    return job | ({"error": record["error"]} if "error" in record else {})
+
+
+def table(jobs: list[dict[str, Any]]) -> Table:
+    """Return the jobs as a table, with the first metric of the dense, the one-shot and the fine-tuned model."""
+    names = [name for job in jobs for name in (job["metrics"] or {}).get("compressed", {})]
+    metric = "accuracy" if "accuracy" in names or not names else names[0]
+    result = Table(title="jobs", title_justify="left")
+    result.add_column("job", justify="right")
+    result.add_column("overrides", overflow="fold")
+    for column in ("bytes", "ratio", f"dense {metric}", "one-shot", "compressed"):
+        result.add_column(column, justify="right")
+    result.add_column("status", overflow="fold")
+    for job in jobs:
+        metrics = job["metrics"] or {}
+        values = [metrics.get(stage, {}).get(metric) for stage in ("dense", "one_shot", "compressed")]
+        result.add_row(
+            Path(job["run_dir"]).name,
+            " ".join(job["overrides"]),
+            "" if job["file_bytes"] is None else f"{job['file_bytes']:,}",
+            "" if job["compression_ratio"] is None else f"{job['compression_ratio']:.1f}",
+            *("" if value is None else f"{value:.4f}" for value in values),
+            f"{job['status']}: {job['error']}" if "error" in job else job["status"],
+        )
+    return result

@@ -1,0 +1,356 @@
+"""`python train.py compression=binary`, installed as `psc-train`: from a configuration to a verified small file.
+
+`run` is the whole story from top to bottom, and an example of how the callbacks are used.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import logging
+import math
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import hydra
+import hydra.utils
+import lightning
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+import psc_lightning
+from psc_lightning.app.baseline import cached, fingerprint
+from psc_lightning.app.checkpoint import ResumePoint, read_checkpoint
+from psc_lightning.app.errors import UsageError, explain, one_line
+from psc_lightning.app.plots import Curve, draw
+from psc_lightning.app.runs import Run, register_resolvers
+from psc_lightning.app.sweep import SweepFolder, summarise
+from psc_lightning.app.task import Classifier
+from psc_lightning.configs import config_dir
+
+__all__ = ["main", "run"]
+
+log = logging.getLogger(__name__)
+
+CALIBRATION_BATCHES = 16
+
+
+def run(cfg: DictConfig, folder: Path) -> float:
+    """Fine-tune under a compression, write the file, test the file, report; return the objective.
+
+    Args:
+        cfg: what `conf/train.yaml` composes to.
+        folder: of the run; what was begun there goes on if `cfg.resume` is set.
+
+    Raises:
+        UsageError: a setting is wrong, or training diverged.
+    """
+    this = Run(folder)
+    cfg = resumed(cfg, this)
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    if cfg.resume is not None and this.finished:
+        log.info("%s is finished already", folder)
+        return objective(cfg, json.loads(this.report.read_text()))
+    callbacks = build_callbacks(cfg)
+    data = build_data(cfg)
+    fresh = build_module(cfg)
+    check_plan(fresh, callbacks)
+    if is_main():
+        this.begin(cfg, list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [])
+
+    dense = dense_state(cfg, fresh, data)
+    metrics: dict[str, dict[str, float]] = {}
+    if is_main():  # in a distributed run, the other processes only help to fit
+        fresh.load_state_dict(dense)
+        metrics["dense"] = evaluate(cfg, fresh, data)
+        objective(cfg, {"file_bytes": 0, "compression_ratio": 0, "metrics": {"compressed": metrics["dense"]}})
+        metrics["one_shot"] = evaluate(cfg, one_shot(cfg, fresh, data), data)
+
+    module = build_module(cfg)
+    module.load_state_dict(dense)
+    curve = Curve()
+    trainer = build_trainer(
+        cfg,
+        callbacks=[*callbacks, curve, ResumePoint(this.checkpoints, cfg.checkpoint.every_n_steps)],
+        logger=build_logger(cfg, folder),
+        default_root_dir=folder,
+    )
+    seed(cfg)
+    trainer.fit(module, datamodule=data, ckpt_path=this.checkpoint, weights_only=True)
+    if not is_main():
+        return math.nan
+    check_finite(module.state_dict(), "training diverged", "optimizer.lr")
+
+    report = psc_lightning.save(module, this.model, leftovers=cfg.leftovers)
+    reloaded = build_module(cfg)  # the reported numbers are the file's
+    psc_lightning.load_into(reloaded, this.model)
+    metrics["compressed"] = evaluate(cfg, reloaded, data)
+    check_finite({f"metrics.{name}": torch.tensor(value) for name, value in metrics["compressed"].items()}, "test", "")
+    report.metrics = metrics
+    draw(report, curve, this.plots)
+    report.save(this.report)
+    print(report)
+    return objective(cfg, report.to_dict())
+
+
+def is_main() -> bool:
+    """Whether this is the first process of a distributed run, or the only one."""
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
+
+
+def resumed(cfg: DictConfig, this: Run) -> DictConfig:
+    """Return the configuration to run: the run's own where `resume` is all that was said; clear away an older run."""
+    if cfg.resume is None:
+        this.report.unlink(missing_ok=True)
+        (this.checkpoints / "last.ckpt").unlink(missing_ok=True)
+        return cfg
+    if not this.config.is_file():
+        log.info("resume=%s: nothing to go on with, starting in %s", cfg.resume, this.folder)
+        return cfg
+    if HydraConfig.initialized() and list(HydraConfig.get().overrides.task) == [f"resume={cfg.resume}"]:
+        cfg = OmegaConf.merge(OmegaConf.load(this.config), {"resume": cfg.resume})  # type: ignore[assignment]
+    if different := this.differences(cfg):
+        raise UsageError(f"resume={cfg.resume}: the run in {this.folder} has other values of {', '.join(different)}")
+    log.info("resuming %s", this.folder)
+    return cfg
+
+
+def build_callbacks(cfg: DictConfig) -> list[Callback]:
+    """Return the callbacks of the preset, of the clipping, and the user's own."""
+    for group in ("compression", "clipping", "callbacks"):
+        if not isinstance(cfg[group], DictConfig):
+            raise UsageError(f"{group}: {cfg[group]!r} is not one of the files in conf/{group}, but a plain value")
+    nodes = {f"compression.callbacks.{name}": node for name, node in cfg.compression.callbacks.items()}
+    if cfg.clipping:
+        nodes["clipping"] = cfg.clipping
+    nodes |= {f"callbacks.{name}": node for name, node in cfg.callbacks.items()}
+    if cfg.compression.name == "none" and cfg.compression.threshold:
+        log.info("compression=none ignores compression.threshold=%s", cfg.compression.threshold)
+    return [build(node, key) for key, node in nodes.items()]
+
+
+def build_data(cfg: DictConfig) -> LightningDataModule:
+    """Return the data, read."""
+    data = build(cfg.data, "data")
+    if not isinstance(data, LightningDataModule):
+        raise UsageError(f"data._target_: {cfg.data._target_} gives a {type(data).__name__}, not a LightningDataModule")
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def build_module(cfg: DictConfig, **optimizer: Any) -> LightningModule:
+    """Return a freshly initialised module: the user's LightningModule, or a `Classifier` around the user's network."""
+    seed(cfg)
+    net = build(cfg.model.net, "model.net")
+    if isinstance(net, LightningModule):
+        return net
+    if not isinstance(net, nn.Module):
+        raise UsageError(f"model.net._target_: {cfg.model.net._target_} gives a {type(net).__name__}, not an nn.Module")
+    make = build(cfg.optimizer, "optimizer", **optimizer)
+    with explain("model"):
+        return Classifier(net, make, cfg.model.classes, cfg.model.decay, cfg.model.channels_last)
+
+
+def build_trainer(cfg: DictConfig, **settings: Any) -> Trainer:
+    """Return a Trainer with the configuration's arguments, overridden by `settings`."""
+    if settings.get("enable_progress_bar", cfg.trainer.enable_progress_bar) is None:
+        settings["enable_progress_bar"] = sys.stderr.isatty()
+    make = build(cfg.trainer, "trainer", _partial_=True)
+    with explain("trainer"):
+        try:
+            trainer: Trainer = make(**settings)
+        except lightning.fabric.utilities.exceptions.MisconfigurationException as error:
+            raise UsageError(f"trainer: {error}") from error
+    if trainer.world_size > 1 and HydraConfig.initialized():
+        check_sweeper(HydraConfig.get())
+    return trainer
+
+
+def build_logger(cfg: DictConfig, folder: Path) -> Any:
+    """Return the logger, or False for none."""
+    return build(cfg.logger, "logger", save_dir=str(folder)) if cfg.logger else False
+
+
+def build(node: DictConfig, key: str, **settings: Any) -> Any:
+    """Instantiate one node of the configuration, as plain Python values; its errors name `key`."""
+    with explain(key):
+        return instantiate(node, _convert_="all", **settings)
+
+
+def seed(cfg: DictConfig) -> None:
+    """Seed Python, NumPy and torch."""
+    lightning.seed_everything(cfg.seed, verbose=False)
+
+
+def check_plan(module: LightningModule, callbacks: list[Callback]) -> None:
+    """Find wrong targets before time is spent on training (a module that builds its layers later is checked in fit)."""
+    if next(module.parameters(), None) is not None:
+        with explain("compression"):
+            psc_lightning.plan(module, callbacks)
+
+
+def check_sweeper(config: Any) -> None:
+    """Refuse a sweeper that chooses as it goes in a distributed run: each process would train something else, silently."""
+    basic = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+    if config.mode == RunMode.MULTIRUN and config.sweeper._target_ != basic:
+        raise UsageError(
+            f"hydra/sweeper: {config.sweeper._target_} with more than one process (trainer.devices, trainer.num_nodes) would "
+            "give each process other values; use hydra/sweeper=basic or trainer.devices=1"
+        )
+
+
+def check_finite(state: Mapping[str, Tensor], what: str, key: str) -> None:
+    """Raise for NaN and infinity."""
+    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        hint = f"; a lower {key} may help" if key else ""
+        raise UsageError(f"{what}: NaN or infinity in {', '.join(broken[:3])}{' and more' * (len(broken) > 3)}{hint}")
+
+
+def dense_state(cfg: DictConfig, fresh: LightningModule, data: LightningDataModule) -> dict[str, Tensor]:
+    """Return the dense weights that fine-tuning starts from: a checkpoint's, or a baseline's, trained once."""
+    if cfg.model.checkpoint is not None:
+        return read_checkpoint(Path(cfg.model.checkpoint).expanduser(), fresh)
+
+    def train(work: Path) -> LightningModule:
+        module = build_module(cfg, lr=cfg.baseline.lr)
+        trainer = build_trainer(
+            cfg,
+            max_epochs=cfg.baseline.max_epochs,
+            max_steps=-1,
+            devices=1,
+            num_nodes=1,
+            strategy="auto",
+            callbacks=[resume := ResumePoint(work, cfg.checkpoint.every_n_steps)],
+            logger=False,
+            default_root_dir=work,
+        )
+        seed(cfg)
+        begun = resume.path if resume.path.is_file() else None
+        trainer.fit(module, datamodule=data, ckpt_path=begun, weights_only=True)
+        check_finite(module.state_dict(), "the dense baseline diverged", "baseline.lr")
+        return module
+
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(settings, dict)
+    chosen: dict[str, Any] = {str(key): settings[key] for key in ("model", "data", "optimizer", "baseline", "seed")}
+    of_fine_tuning = ("max_epochs", "max_steps", "devices", "num_nodes", "strategy", "enable_progress_bar")
+    chosen["trainer"] = {key: value for key, value in settings["trainer"].items() if key not in of_fine_tuning}
+    chosen["optimizer"] = chosen["optimizer"] | {"lr": None}
+    return cached(Path(cfg.cache).expanduser() / "baselines", fingerprint(chosen, fresh), train)
+
+
+def one_shot(cfg: DictConfig, dense: LightningModule, data: LightningDataModule) -> LightningModule:
+    """Return a copy of the dense module, compressed without training."""
+    module = copy.deepcopy(dense)
+    if not cfg.compression.callbacks:
+        return module
+    options = {key: value for key, value in cfg.compression.items() if key not in ("name", "threshold", "callbacks")}
+    batches = list(islice(data.train_dataloader(), CALIBRATION_BATCHES))
+    with explain("compression"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"You are trying to `self\.log\(\)`")  # a training step without a Trainer
+        psc_lightning.compress(
+            module, cfg.compression.name, cfg.compression.threshold, batches=batches, loss=step_loss, **options
+        )
+    return module
+
+
+def step_loss(module: nn.Module, batch: Any) -> Tensor:
+    """Return the loss of a module's own training step."""
+    result: Any = module.training_step(batch, 0)  # type: ignore[operator]
+    return result["loss"] if isinstance(result, Mapping) else result  # type: ignore[no-any-return]
+
+
+def evaluate(cfg: DictConfig, module: LightningModule, data: LightningDataModule) -> dict[str, float]:
+    """Return the test metrics, without `test_` in front of their names."""
+    trainer = build_trainer(
+        cfg,
+        devices=1,
+        num_nodes=1,
+        strategy="auto",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    results = trainer.test(module, datamodule=data, verbose=False)
+    return {
+        name.removeprefix("test_").removeprefix("test/"): float(value)
+        for result in results
+        for name, value in result.items()
+    }
+
+
+def objective(cfg: DictConfig, report: Mapping[str, Any]) -> float:
+    """Return what a sweeper is to see."""
+    values = {key: report[key] for key in ("file_bytes", "compression_ratio")} | report["metrics"]["compressed"]
+    if cfg.objective not in values:
+        raise UsageError(f"objective={cfg.objective}: not one of {', '.join(values)}")
+    return float(values[cfg.objective])
+
+
+def job(cfg: DictConfig) -> float:
+    """Run one job of Hydra's, and note in run.json how it ended."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    this = Run(folder)
+    try:
+        result = run(cfg, folder)
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
+        resume = f"resume={shlex.quote(str(folder))}"
+        print(f"stopped; to go on, repeat the command with {resume} or resume=auto", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        message = one_line(error)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            log.error(message or "the job failed", exc_info=None if message else error)
+        if folder.is_dir():
+            overrides = list(HydraConfig.get().overrides.task)
+            this.note(status="failed", overrides=overrides, error=message or f"{type(error).__name__}: {error}")
+        raise
+    if is_main():
+        this.note(status="completed")
+    return result
+
+
+def application() -> Callable[[], None]:
+    """Return `job` under Hydra's command line."""
+    register_resolvers()
+    settings: dict[str, Any] = {}
+    if "execution_whitelist" in inspect.signature(hydra.main).parameters:
+        # Hydra 1.4 asks which targets a configuration may name. Here it is the user's own, and naming any class is its point.
+        settings["execution_whitelist"] = vars(hydra.utils)["UNSAFE_DISABLE_EXECUTION_CHECKS"]
+    decorate = hydra.main(version_base=None, config_path=str(config_dir()), config_name="train", **settings)
+    return decorate(job)  # type: ignore[no-any-return]
+
+
+def main() -> None:
+    """Run the command line; a mendable error is one line (HYDRA_FULL_ERROR=1 shows where it came from)."""
+    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them
+    try:
+        application()()
+    except Exception as error:
+        message = one_line(error)
+        if full or message is None:
+            raise
+        sys.exit(message)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if SweepFolder.current is not None:
+            summarise(SweepFolder.current)

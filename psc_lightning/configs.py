@@ -1,0 +1,43 @@
+"""Where the YAML files are: one answer for train.py, psc-train, `compress()` and a user's own Hydra application."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+__all__ = ["config_dir", "register"]
+
+GROUPS = ("clipping", "compression", "schedule")
+
+
+def config_dir() -> Path:
+    """Return the folder of the YAML files: the package `psc_lightning.conf` where installed, else the checkout's `conf/`.
+
+    Raises:
+        FileNotFoundError: neither is there.
+
+    >>> (config_dir() / "compression" / "binary.yaml").is_file()
+    True
+    """
+    spec = importlib.util.find_spec("psc_lightning.conf")
+    packaged = list(spec.submodule_search_locations or []) if spec else []
+    candidates = [Path(folder) for folder in packaged] + [Path(__file__).resolve().parents[1] / "conf"]
+    for folder in candidates:
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"psc_lightning's configuration is in none of {[str(folder) for folder in candidates]}")
+
+
+def register() -> None:
+    """Make `+compression=binary +schedule=cubic +clipping=layer` known to any Hydra application.
+
+    Call it before `hydra.main` runs; a group of the same name in the application's own folder wins. The callbacks are
+    then in `cfg.compression.callbacks` (a mapping to instantiate one by one) and `cfg.clipping`.
+    """
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    store = ConfigStore.instance()
+    for group in GROUPS:
+        for path in sorted((config_dir() / group).glob("*.yaml")):
+            store.store(group=group, name=path.stem, node=OmegaConf.load(path), provider="psc_lightning")
