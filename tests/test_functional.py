@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -181,7 +182,7 @@ def lloyd(values: list[float], k: int, iterations: int = 30) -> list[float]:
     for _ in range(iterations):
         clusters: list[list[float]] = [[] for _ in range(k)]
         for x in ordered:
-            clusters[sum(x > (a + b) / 2 for a, b in zip(centroids, centroids[1:], strict=False))].append(x)
+            clusters[sum(x > (a + b) / 2 for a, b in itertools.pairwise(centroids))].append(x)
         centroids = sorted(sum(c) / len(c) if c else centroids[j] for j, c in enumerate(clusters))
     return centroids
 

@@ -1,0 +1,114 @@
+"""Counts, granularities and groups: what every mask has in common, by loops."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psc_lightning.masks import GRANULARITIES, read_keep
+from psc_lightning.masks.magnitude import MagnitudeMask
+
+
+def units_of(shape: tuple[int, ...], granularity: str, block: int) -> list[list[int]]:
+    """Flat indices of each unit, in the order of the matrix of units."""
+    rows, columns = shape[0], math.prod(shape[1:])
+    at = np.arange(rows * columns).reshape(rows, columns)
+    if granularity == "element":
+        return [[i] for i in range(rows * columns)]
+    if granularity == "channel":
+        return at.tolist()
+    if granularity == "row":
+        return [at[o, c : c + block].tolist() for o in range(rows) for c in range(0, columns, block)]
+    return [at[o : o + block, c].tolist() for o in range(0, rows, block) for c in range(columns)]
+
+
+def units_in_a_channel(shape: tuple[int, ...], granularity: str, block: int) -> int:
+    columns = math.prod(shape[1:])
+    return {"element": columns, "row": -(-columns // block), "column": columns, "channel": 1}[granularity]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.integers(1, 4), min_size=2, max_size=4).map(tuple),
+    st.sampled_from(GRANULARITIES),
+    st.one_of(st.sampled_from(["tensor", "channel"]), st.integers(1, 20)),
+    st.integers(1, 5),
+    st.integers(0, 99),
+    st.integers(0, 99),
+)
+def test_the_smallest_units_of_each_group_are_zero_and_their_number_is_exact(
+    shape, granularity, group, block, percent, seed
+):
+    core = torch.from_numpy(np.random.default_rng(seed).integers(-3, 4, size=shape).astype(np.float32))
+    mask = MagnitudeMask(shape, threshold=percent / 100, granularity=granularity, group=group, block=block)
+    mask.refresh(core)
+    block = mask.block
+    flat, keep = core.reshape(-1).double().abs(), mask.keep.reshape(-1)
+    units = units_of(shape, granularity, block)
+    size = {"tensor": len(units), "channel": units_in_a_channel(shape, granularity, block)}.get(group, group)
+    for first in range(0, len(units), size):
+        part = units[first : first + size]
+        zeros = min(math.floor(percent / 100 * len(part) + 0.5), len(part) - 1)
+        means = [float(flat[unit].mean()) for unit in part]
+        dropped = [not bool(keep[unit].any()) for unit in part]
+        assert all(bool(keep[unit].all()) != gone for unit, gone in zip(part, dropped, strict=True))
+        assert sum(dropped) == zeros
+        order = sorted(range(len(part)), key=lambda i: (round(means[i], 5), i))
+        assert [i for i, gone in enumerate(dropped) if gone] == sorted(order[:zeros])
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("block", [None, 1, 3, 99])
+def test_stored_as_one_bit_a_unit(granularity: str, block: int | None, tape):
+    for shape in ((5, 2, 3, 3), (4, 7), (1, 1), (3, 1, 1)):
+        mask = MagnitudeMask(shape, threshold=0.4, granularity=granularity, block=block)
+        mask.refresh(torch.randn(shape))
+        written = tape()
+        mask.encode(written)
+        bits, size = written.items[-1]
+        assert (len(bits), size) == (math.prod(mask.units()), 2)
+        assert torch.equal(read_keep(written, shape), mask.keep)
+        assert written.finished
+
+
+@pytest.mark.parametrize(
+    ("shape", "granularity", "block", "expected"),
+    [
+        ((8, 4, 3, 5), "row", None, 5),  # the kernel's width
+        ((8, 4, 1, 1), "row", None, 4),
+        ((8, 20), "row", None, 4),
+        ((8, 4, 3, 5), "column", None, 4),
+        ((2, 9), "column", None, 2),
+        ((8, 9), "row", 99, 9),
+    ],
+)
+def test_block_length(shape: tuple[int, ...], granularity: str, block: int | None, expected: int):
+    assert MagnitudeMask(shape, granularity=granularity, block=block).block == expected
+
+
+def test_strength_scales_the_share():
+    mask, core = MagnitudeMask((1, 10), threshold=0.8), torch.arange(1.0, 11.0)[None]
+    for strength, zeros in ((0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)):
+        mask.refresh(core, strength)
+        assert int((~mask.keep).sum()) == zeros
+        assert mask.idle == (zeros == 0)
+
+
+def test_a_mask_that_keeps_all_is_the_value_itself():
+    mask, w = MagnitudeMask((2, 3), threshold=0.0), torch.randn(2, 3)
+    mask.refresh(w)
+    assert mask(w, w) is w
+
+
+def test_idle_follows_a_checkpoint():
+    mask = MagnitudeMask((1, 4), threshold=0.5)
+    mask.refresh(torch.arange(4.0)[None])
+    other = MagnitudeMask((1, 4), threshold=0.5)
+    other.load_state_dict(mask.state_dict())
+    assert not other.idle
+    assert other(torch.ones(1, 4), torch.ones(1, 4)).tolist() == [[0.0, 0.0, 1.0, 1.0]]
