@@ -152,19 +152,24 @@ class SlotCallback(Callback):
         """Verify that every target is attached; take over the sidecars."""
         self.attach(pl_module)
         restored = self._restored or {}
-        self._total = restored.get("total_steps") or trainer.estimated_stepping_batches
-        self.schedule.strength(0, self._total)  # an endless run with a schedule in shares is told before it starts
+        self._total = restored.get("total_steps")
         sidecars = [p for _, slots, _ in self.held for p in slots.sidecars(self.slot)]
         self._release(trainer, sidecars)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         first = groups[0] if groups else {}
         self._base_lr = restored.get("base_lr") or first.get("max_lr") or first.get("initial_lr") or first.get("lr")
-        self._seen_step = restored.get("seen_step", trainer.global_step)
         if sidecars:
             # Not fused: which kernel a device offers must not change the numbers of a resumed run.
             self._optimizer = AdamW(sidecars, lr=self.lr, weight_decay=0.0)
             if restored.get("optimizer"):
                 self._optimizer.load_state_dict(restored["optimizer"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the steps of the run. Not earlier: asking for the total loads the data, which a resume still positions."""
+        if self._total is None:
+            self._total = trainer.estimated_stepping_batches
+        self.schedule.strength(0, self._total)  # an endless run with a schedule in shares is told before it starts
+        self._seen_step = trainer.global_step
 
     @staticmethod
     def _release(trainer: Trainer, sidecars: Iterable[nn.Parameter]) -> None:
@@ -275,7 +280,7 @@ class SlotCallback(Callback):
             return {}
         optimizer = self._optimizer.state_dict() if self._optimizer is not None else None
         total = self._total if math.isfinite(self._total) else None
-        return {"total_steps": total, "base_lr": self._base_lr, "seen_step": self._seen_step, "optimizer": optimizer}
+        return {"total_steps": total, "base_lr": self._base_lr, "optimizer": optimizer}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until `on_fit_start`, when the optimizer exists."""

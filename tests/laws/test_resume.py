@@ -1,0 +1,89 @@
+"""Law 5: a resumed run is the uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from training import COMBINATIONS, QUIET, Net, differences, fit, run_state
+
+from psc_lightning.artifact import to_bytes
+
+pytestmark = QUIET
+
+#: Two epochs of twelve batches, two of them to an optimizer step: twelve steps, a step 6 that ends an epoch.
+OPTIONS = {"accumulate_grad_batches": 2, "max_epochs": 2}
+SCHEDULES = {
+    "cubic": {"kind": "cubic", "begin": 0.25, "end": 0.75},
+    "linear": {"kind": "linear", "begin": 0.0, "end": 0.5},
+    "constant": {"kind": "constant", "begin": 5},
+}
+
+
+def run(name, schedule, folder, resume=None, **options):
+    saver = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    callbacks = COMBINATIONS[name](SCHEDULES[schedule]) if name != "plain" else []
+    return fit([*callbacks, saver], Net(steps=12), ckpt=resume, **{**OPTIONS, **options})
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "steps"),
+    [
+        ("plain", "linear", (2, 6)),
+        *((name, "cubic", (2, 6, 8)) for name in COMBINATIONS),
+        ("separable_lsq", "constant", (4, 5, 6)),
+        ("cross_channel", "linear", (1, 3)),
+        ("saliency", "constant", (2, 5)),
+        ("ternary_movement", "linear", (1, 11)),
+    ],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(name, schedule, steps, tmp_path):
+    model, made = run(name, schedule, tmp_path / "whole")
+    expected, file = run_state(model, made), to_bytes(model)[0]
+    assert made.global_step == 12
+    for step in steps:
+        model, made = run(name, schedule, tmp_path / "resumed", resume=tmp_path / "whole" / f"step={step}.ckpt")
+        assert differences(expected, run_state(model, made)) == [], f"from step {step}"
+        assert to_bytes(model)[0] == file
+
+
+@pytest.mark.parametrize("name", ["deep", "separable_lsq", "row"])
+def test_saving_and_validating_do_not_move_a_run(name, tmp_path):
+    """The same numbers with a checkpoint and a validation after every step, and with none."""
+    model, made = run(name, "cubic", tmp_path, val_check_interval=1)
+    callbacks = COMBINATIONS[name](SCHEDULES["cubic"])
+    bare, other = fit(callbacks, Net(steps=12), limit_val_batches=0, **OPTIONS)
+    expected, found = run_state(bare, other), run_state(model, made)
+    assert differences(expected["optimizers"], found["optimizers"]) == []
+    assert differences(expected["ours"], found["ours"]) == []
+    assert to_bytes(bare)[0] == to_bytes(model)[0]
+
+
+def test_the_total_of_the_first_start_is_kept(tmp_path):
+    """A run that is made longer keeps the schedule it began with."""
+    callbacks = COMBINATIONS["ternary_movement"](SCHEDULES["linear"])
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=4)
+    fit([*callbacks, saver], Net("sgd"), **OPTIONS)
+    callbacks = COMBINATIONS["ternary_movement"](SCHEDULES["linear"])
+    _, made = fit(callbacks, Net("sgd"), ckpt=tmp_path / "step=12.ckpt", **{**OPTIONS, "max_epochs": 4})
+    assert made.global_step == 24
+    assert [callback.state_dict()["total_steps"] for callback in callbacks] == [12, 12]
+
+
+def test_a_plain_checkpoint_is_a_start(tmp_path):
+    """Compression may begin from a checkpoint of a run without it; the optimizers go on."""
+    run("plain", "linear", tmp_path)
+    model, made = run("float", "linear", tmp_path / "ours", resume=tmp_path / "step=3.ckpt")
+    assert made.global_step == 12
+    assert model.net[3].weight.eq(0).sum() == 288
+    steps = [int(state["step"]) for state in made.optimizers[0].state.values()]
+    assert set(steps) == {12}
+
+
+def test_our_checkpoint_goes_on_without_us(tmp_path):
+    run("float", "linear", tmp_path)
+    model, made = run("plain", "linear", tmp_path / "plain", resume=tmp_path / "step=10.ckpt")
+    assert made.global_step == 12
+    assert type(model) is Net
+    assert not any(".psc." in key for key in model.state_dict())
+    assert torch.isfinite(made.callback_metrics["val"])
