@@ -134,8 +134,8 @@ def attach_slots(holders: list[tuple[nn.Module, str]], slots: Slots) -> None:
 
 
 def _viewed(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Slots]]:
-    """Every (layer name, layer, tensor, slots), tied holders included."""
-    for prefix, layer in module.named_modules():
+    """Every (layer name, layer, tensor, slots), tied holders and a layer's other names included."""
+    for prefix, layer in module.named_modules(remove_duplicate=False):
         child = layer._modules.get(CHILD)
         if isinstance(child, nn.ModuleDict):
             for name, slots in child.items():

@@ -1,0 +1,177 @@
+"""Law 6: checkpoints load in the user's own class, where psc_lightning was never installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from training import COMBINATIONS, INPUTS, QUIET, Loader, Net, differences, fit, layers, trainer
+
+from psc_lightning import MaskLearning, StraightThroughQuantization, detach
+
+pytestmark = QUIET
+
+RAMP = {"kind": "cubic", "begin": 0.25, "end": 0.75}
+WITHOUT_US = """
+import sys
+
+class Nobody:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "psc_lightning":
+            raise ImportError("psc_lightning is not installed here")
+
+sys.meta_path.insert(0, Nobody())
+import torch
+from torch import nn
+
+torch.set_num_threads(1)
+net = nn.Sequential(
+    nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
+    nn.Flatten(), nn.Identity(), nn.Linear(128, 4),
+)
+inputs, out, *paths = sys.argv[1:]
+logits = {}
+for path in paths:
+    checkpoint = torch.load(path, weights_only=True)
+    net.load_state_dict({key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items()})
+    with torch.no_grad():
+        logits[path] = net.eval()(torch.load(inputs, weights_only=True))
+try:
+    import psc_lightning
+except ImportError:
+    torch.save(logits, out)
+"""
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(INPUTS)
+
+
+def test_checkpoints_load_where_we_are_not_installed(tmp_path):
+    expected = {}
+    for name, make in COMBINATIONS.items():
+        model, made = fit(make(RAMP))
+        for weights_only in (False, True):
+            path = str(tmp_path / f"{name}-{weights_only}.ckpt")
+            made.save_checkpoint(path, weights_only=weights_only)
+            expected[path] = logits(model)
+    torch.save(INPUTS, tmp_path / "inputs")
+    command = [sys.executable, "-c", WITHOUT_US, str(tmp_path / "inputs"), str(tmp_path / "out"), *expected]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    assert differences(expected, torch.load(tmp_path / "out", weights_only=True)) == []
+
+
+def only_primitives(state, path="checkpoint"):
+    kinds = {dict, list, tuple, str, int, float, bool, type(None), Tensor}
+    assert type(state) in kinds or type(state).__name__ == "OrderedDict", f"{path} is a {type(state)}"
+    if isinstance(state, dict):
+        for key, value in state.items():
+            assert type(key) in (str, int), f"{path} has the key {key!r}"
+            only_primitives(value, f"{path}.{key}")
+    elif isinstance(state, list | tuple):
+        for i, value in enumerate(state):
+            only_primitives(value, f"{path}.{i}")
+
+
+@pytest.mark.parametrize("name", ["separable_lsq", "deep", "saliency"])
+def test_checkpoints_hold_tensors_and_primitives(name, tmp_path):
+    _, made = fit(COMBINATIONS[name](RAMP), Net())
+    made.save_checkpoint(tmp_path / "model.ckpt")
+    checkpoint = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    assert list(checkpoint["state_dict"]) == list(Net().state_dict())
+    only_primitives(checkpoint["state_dict"])
+    only_primitives(checkpoint["psc_lightning"])
+    for key, state in checkpoint["callbacks"].items():
+        if key.startswith(("MaskLearning", "WeightSharing", "StraightThrough")):
+            only_primitives(state)
+
+
+@pytest.mark.parametrize("name", ["cross_channel", "low_rank", "ternary_movement"])
+def test_a_test_with_and_without_the_callbacks_measures_the_same(name, tmp_path):
+    model, made = fit([*COMBINATIONS[name](RAMP), ModelCheckpoint(dirpath=tmp_path, filename="last")])
+    path = str(tmp_path / "last.ckpt")
+    after = made.test(model, Loader(count=4), ckpt_path=path, weights_only=True, verbose=False)
+    with_callbacks = trainer(COMBINATIONS[name](RAMP)).test(
+        Net(), Loader(count=4), ckpt_path=path, weights_only=True, verbose=False
+    )
+    without = trainer().test(Net(), Loader(count=4), ckpt_path=path, weights_only=True, verbose=False)
+    assert after == with_callbacks == without
+    loaded = Net.load_from_checkpoint(path, weights_only=True)
+    assert type(loaded) is Net
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("step", [1, 7, 8, 12, 24])
+def test_a_checkpoint_of_a_ramp_holds_the_hard_model(step, tmp_path):
+    """Whatever the strength in the step before: a checkpoint holds what a file would."""
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit([*COMBINATIONS["float"](RAMP), saver])
+    weight = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)["state_dict"]["net.3.weight"]
+    begun = step > 7  # the ramp leaves 0 after step 6
+    assert max(row.unique().numel() for row in weight.reshape(8, 72)) <= (255 if begun else 72)
+    assert int(weight.eq(0).sum()) >= (288 if begun else 0)
+    assert bool(weight.eq(0).any()) == begun
+
+
+def test_plain_states_load_strictly_in_a_viewed_model():
+    model, _ = fit(COMBINATIONS["float"](RAMP))
+    plain = Net()
+    plain.net[0].bias.data.fill_(3.0)
+    model.load_state_dict(plain.state_dict())
+    assert model.net[0].bias[0] == 3
+    with pytest.raises(RuntimeError, match="net.9.weight"):
+        model.load_state_dict({**plain.state_dict(), "net.9.weight": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict({"net.0.weight": plain.net[0].weight})
+
+
+class Twice(LightningModule):
+    """One layer under two names, one Parameter in two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(12, 12)
+        self.again = self.first
+        self.tied = nn.Linear(12, 12)
+        self.tied.weight = self.first.weight
+        self.loader = Loader()
+
+    def training_step(self, batch, batch_idx):
+        inputs = batch[0].flatten(1)[:, :12]
+        return self.tied(self.again(self.first(inputs))).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_one_layer_under_two_names_and_one_parameter_in_two_layers(tmp_path):
+    seed_everything(0, verbose=False)
+    model = Twice()
+    made = trainer([MaskLearning(threshold=0.5, schedule="constant"), StraightThroughQuantization("binary")])
+    made.fit(model, Loader())
+    made.save_checkpoint(tmp_path / "model.ckpt")
+    state = torch.load(tmp_path / "model.ckpt", weights_only=True)["state_dict"]
+    assert list(state) == list(Twice().state_dict())
+    assert state["first.weight"].eq(0).sum() == 72
+    assert torch.equal(state["first.weight"], state["again.weight"])
+    assert torch.equal(state["first.weight"], state["tied.weight"])
+    Twice().load_state_dict(state)
+
+
+def test_after_detach_it_is_the_users_class_again():
+    model, _ = fit(COMBINATIONS["row"](RAMP))
+    expected = logits(model)
+    weights = {key: value for key, value in model.state_dict().items() if ".psc." not in key}
+    detach(model)
+    assert type(model) is Net
+    assert [type(layer) for layer in model.net] == [type(layer) for layer in layers()]
+    assert list(model.state_dict()) == list(Net().state_dict()) == list(weights)
+    assert torch.equal(logits(model), expected)
+    fit((), model.train(), max_epochs=1)
+    assert not torch.equal(logits(model), expected)
