@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from psc_lightning.callbacks.slot import SlotCallback
 from psc_lightning.layout import Layout
 
 __all__ = ["Clipped", "GradientClipping"]
@@ -38,8 +39,9 @@ class GradientClipping(Callback):
       for a bias or any other vector as a whole.
 
     It works in ``on_before_optimizer_step``, so on gradients that are accumulated, unscaled and reduced, once for each
-    step of each optimizer and on that optimizer's parameters only. Among this package's callbacks the order there is:
-    penalties add their gradients, then this one clips, then saliency and other bookkeeping sees the clipped gradients.
+    step of each optimizer and on that optimizer's parameters only. Whatever the order in the Trainer's list, saliency and
+    other bookkeeping of this package sees the clipped gradients; a callback of the user's that adds to the gradient
+    (a penalty) is listed before this one.
 
     Afterwards a norm is at most the limit: rounding is paid for by aiming one machine epsilon of the gradient's dtype
     below it (10⁻⁷ in float32, 0.8 % in bfloat16). What is below its limit keeps its bits. A unit whose norm is
@@ -107,9 +109,16 @@ class GradientClipping(Callback):
         self.clipped_steps = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start counting; a checkpoint is restored after this."""
-        if stage == "fit":
-            self.steps = self.clipped_steps = 0
+        """Start counting (a checkpoint is restored after this), and go before the callbacks that look at gradients."""
+        if stage != "fit":
+            return
+        self.steps = self.clipped_steps = 0
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        others = [callback for callback in callbacks if callback is not self]
+        slots = [index for index, callback in enumerate(others) if isinstance(callback, SlotCallback)]
+        place = min([callbacks.index(self), *slots])
+        # A new list, for the old one is being iterated over.
+        trainer.callbacks = [*others[:place], self, *others[place:]]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what would clip twice, or clip something other than the gradient."""
