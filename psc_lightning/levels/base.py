@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -31,7 +32,8 @@ class Levels(nn.Module):
 
     def __init__(self, shape: Shape, group: Group = "channel") -> None:
         super().__init__()
-        self.shape, self.group = shape, group
+        # A group of more entries than there are is all of them; a file names no larger one.
+        self.shape, self.group = shape, min(group, max(1, prod(shape))) if isinstance(group, int) else group
 
     def begin(self, core: Tensor, keep: Tensor) -> None:
         """Called once when the levels start: set what is trained from here on (steps, centroids)."""

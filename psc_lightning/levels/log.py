@@ -68,7 +68,9 @@ class LogLevels(Levels):
         """root · log2, rounded to the nearest whole number; a very low one for zero."""
         mantissa, exponent = torch.frexp(magnitude)
         edges = torch.tensor(self.edges, dtype=magnitude.dtype, device=magnitude.device)
-        position = (exponent - 1) * self.root + torch.bucketize(2 * mantissa, edges, out_int32=True)
+        # contiguous, else torch warns: the weight of a transposed convolution arrives permuted
+        above = torch.bucketize((2 * mantissa).contiguous(), edges, out_int32=True)
+        position = (exponent - 1) * self.root + above
         out: Tensor = torch.where(magnitude > 0, position, torch.full_like(position, _LOWEST * self.root - 1))
         return out
 

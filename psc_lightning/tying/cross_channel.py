@@ -64,7 +64,8 @@ class CrossChannelSharing(Tying):
 
     def observe(self, matrix: Tensor, gradient: Tensor) -> None:
         """Add one step's labels, |g·w|."""
-        self.total += (gradient * matrix).abs()
+        if self.labelled:
+            self.total += (gradient * matrix).abs()
 
     def begin(self, matrix: Tensor) -> Tensor:
         """The bank of the members with the largest labels, repeated."""
