@@ -47,12 +47,10 @@ def table(weights: Ints) -> Ints:
     >>> table(np.array([1, 1, 1])).tolist()
     [5592406, 5592405, 5592405]
     """
-    size = weights.shape[-1]
-    k: Ints = 1 + weights * (TOTAL - size) // weights.sum(-1, keepdims=True)
-    largest = weights.argmax(-1, keepdims=True)
-    rest = TOTAL - k.sum(-1, keepdims=True)
-    np.put_along_axis(k, largest, np.take_along_axis(k, largest, -1) + rest, -1)
-    return k
+    rows = weights.reshape(-1, weights.shape[-1])
+    k = 1 + rows * (TOTAL - rows.shape[1]) // rows.sum(1, keepdims=True)
+    k[np.arange(len(k)), rows.argmax(1)] += TOTAL - k.sum(1)
+    return k.reshape(weights.shape)
 
 
 def count(symbols: Tensor, size: int) -> Ints:
@@ -93,12 +91,16 @@ class _Contexts:
 
     def __init__(self) -> None:
         self._weights: dict[str, Ints] = {}
+        self._tables: dict[str, Ints] = {}
 
     def table(self, context: str) -> Ints:
-        return table(self._weights.get(context, _FRESH))
+        if context not in self._tables:
+            self._tables[context] = table(self._weights.setdefault(context, _FRESH.copy()))
+        return self._tables[context]
 
     def learn(self, context: str, length: int) -> None:
-        self._weights.setdefault(context, _FRESH.copy())[length] += _LEARN
+        self._weights[context][length] += _LEARN
+        del self._tables[context]
 
 
 class Encoder:

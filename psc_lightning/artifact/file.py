@@ -61,6 +61,8 @@ def to_bytes(model: nn.Module, leftovers: str = "float32") -> tuple[bytes, Repor
     if leftovers not in _LEFTOVERS:
         raise ValueError(f"leftovers must be one of {', '.join(_LEFTOVERS)}, got {leftovers!r}")
     viewed = {name: (its_slots, weight) for name, its_slots, weight in view.views(model)}
+    for name, (_, weight) in viewed.items():
+        _checked(name, weight)  # levels would make a number of an infinity
     softened = [name for name, (its_slots, weight) in viewed.items() if its_slots.begun and its_slots.harden(weight)]
     if softened:
         warnings.warn(

@@ -71,12 +71,13 @@ class Adaptive:
         cuts = list(spans(len(symbols)))
         inside = np.stack([count(symbols[start:stop], size) for start, stop in cuts])
         before = inside.cumsum(0) - inside
+        if len(cuts) == 1:
+            return  # nothing was seen before: that is the uniform coding
+        priors = np.array(PRIORS).reshape(-1, 1, 1)
         for j, radius in enumerate(RADII):
             if radius and (size < _SMOOTH_FROM or 2 * radius >= size):
                 break
-            smooth = weights(before, 0, radius)
-            for i, prior in enumerate(PRIORS):
-                tables = table(smooth + prior)
+            for i, tables in enumerate(table(weights(before, 0, radius) + priors)):
 
                 def write(encoder: Encoder, tables: Ints = tables) -> None:
                     for (start, stop), k, histogram in zip(cuts, tables, inside, strict=True):

@@ -1,0 +1,113 @@
+"""A damaged or hostile file is refused with an ArtifactError, or reads as what a whole file says; never anything else."""
+
+from __future__ import annotations
+
+import random
+import resource
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from models import EVERY_METHOD, bag, compressed, fill
+from torch import nn
+
+from psc_lightning.artifact import ArtifactError, load, streams, to_bytes
+
+LIMIT = 1 << 20
+
+
+def resealed(data: bytes) -> bytes:
+    """With the checksum made right again."""
+    return data[:4] + zlib.crc32(data[8:]).to_bytes(4, "little") + data[8:]
+
+
+def refused(path: Path, data: bytes) -> bool:
+    path.write_bytes(data)
+    started = time.monotonic()
+    try:
+        tensors = load(path, max_bytes=LIMIT)
+    except ArtifactError:
+        return True
+    finally:
+        assert time.monotonic() - started < 2
+    assert sum(tensor.nbytes for tensor in tensors.values()) <= LIMIT
+    return False
+
+
+@pytest.fixture(scope="module")
+def small() -> bytes:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))
+    fill(model, ("0.weight",), mask="magnitude", levels="ternary")
+    return to_bytes(model)[0]
+
+
+def test_every_truncation(small: bytes, tmp_path: Path) -> None:
+    for length in range(len(small)):
+        assert refused(tmp_path / "f", small[:length])
+
+
+def test_every_byte_flipped(small: bytes, tmp_path: Path) -> None:
+    for at in range(len(small)):
+        for mask in (1, 0x80, 0xFF):
+            data = bytearray(small)
+            data[at] ^= mask
+            assert refused(tmp_path / "f", bytes(data))
+
+
+def test_every_byte_flipped_and_every_truncation_under_a_right_checksum(small: bytes, tmp_path: Path) -> None:
+    for at in range(8, len(small)):
+        for mask in (1, 0x80, 0xFF):
+            data = bytearray(small)
+            data[at] ^= mask
+            refused(tmp_path / "f", resealed(bytes(data)))
+        assert refused(tmp_path / "f", resealed(small[:at]))
+
+
+def test_splices_of_all_methods(tmp_path: Path) -> None:
+    choice = random.Random(0)
+    files = [to_bytes(compressed(**slots))[0] for slots in EVERY_METHOD[::3]]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(300):
+        first, second = choice.choice(files), choice.choice(files)
+        data = first[: choice.randrange(8, len(first))] + second[choice.randrange(8, len(second)) :]
+        refused(tmp_path / "f", resealed(data))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+NUMBERS = (0, 1, 2, 3, 5, 7, 64, 255, 2**16, 2**31 - 1, 2**31, 2**40, 2**62, -1, -(2**63))
+
+
+@pytest.mark.parametrize("slots", EVERY_METHOD[::3], ids=lambda slots: "+".join(map(str, slots.values())))
+def test_forged_numbers_in_well_coded_files(
+    slots: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hostile writer: any of a method's integers replaced, everything else coded properly."""
+    model = compressed(**slots)
+    honest = streams.SymbolWriter.integer
+    choice = random.Random(0)
+    forged_at, seen = -1, 0
+
+    def integer(self: streams.SymbolWriter, value: int) -> None:
+        nonlocal seen
+        if seen == forged_at:
+            value = choice.choice((*NUMBERS, value + 1, value - 1))
+        seen += 1
+        honest(self, value)
+
+    monkeypatch.setattr(streams.SymbolWriter, "integer", integer)
+    to_bytes(model)
+    for at in choice.sample(range(seen), min(seen, 6)):
+        forged_at, seen = at, 0
+        refused(tmp_path / "f", to_bytes(model)[0])
+
+
+def test_a_small_file_that_asks_for_much(tmp_path: Path) -> None:
+    """Constant tensors cost nothing to declare: the limit is what protects."""
+    data, _ = to_bytes(bag({"a": torch.zeros(1 << 9, 1 << 9), "b": torch.zeros(1)}))
+    assert len(data) < 60
+    (tmp_path / "f").write_bytes(data)
+    with pytest.raises(ArtifactError, match="max_bytes"):
+        load(tmp_path / "f", max_bytes=LIMIT)

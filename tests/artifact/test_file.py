@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from format_reference import read as reference_read
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import EVERY_METHOD, bag, compressed, fill, net
+from torch import Tensor, nn
+
+from psc_lightning import view
+from psc_lightning.artifact import ArtifactError, container, directory, inspect, load, load_into, save, to_bytes, verify
+
+
+def raw(tensor: Tensor) -> bytes:
+    flat = tensor.contiguous().reshape(-1)
+    return bytes(flat.view(torch.uint8).tolist()) if flat.numel() else b""
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert found[name].shape == tensor.shape, name
+        assert found[name].is_contiguous(), name
+        assert raw(found[name]) == raw(tensor), name
+
+
+# --------------------------------------------------------------------------------------------- law 1, law 3, law 7
+
+
+@pytest.mark.parametrize("slots", EVERY_METHOD, ids=lambda slots: "+".join(map(str, slots.values())))
+def test_every_method_returns_bit_for_bit(slots: dict[str, str], tmp_path: Path) -> None:
+    model = compressed(**slots)
+    path = tmp_path / "model.psc"
+    report = save(model, path)
+    assert_same(load(path), view.plain_state(model))
+    assert report.file_bytes == path.stat().st_size
+    assert sum(row.stored_bytes for row in report.tensors) + report.overhead_bytes == report.file_bytes
+    assert to_bytes(model)[0] == path.read_bytes()
+    plain = net(seed=1)
+    plain.load_state_dict(load(path))
+    model.eval()
+    plain.eval()
+    inputs = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(plain(inputs), model(inputs))
+
+
+def test_same_model_same_bytes() -> None:
+    first, second = to_bytes(compressed(levels="ternary")), to_bytes(compressed(levels="ternary"))
+    assert first == second
+
+
+def test_same_bytes_in_another_process() -> None:
+    code = "import models; from psc_lightning.artifact import to_bytes as t\n"
+    code += "print(t(models.compressed(levels='binary'))[0].hex())"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONHASHSEED": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == to_bytes(compressed(levels="binary"))[0].hex()
+
+
+def test_golden_file(tmp_path: Path) -> None:
+    """Version 1 as it was first written; a reader must go on reading it."""
+    model = bag({"fc.weight": torch.tensor([[1.0, -2.5]]), "fc.bias": torch.tensor([0.5]), "n": torch.tensor(7)})
+    data, _ = to_bytes(model)
+    assert data.hex() == GOLDEN
+    (tmp_path / "golden.psc").write_bytes(bytes.fromhex(GOLDEN))
+    assert_same(load(tmp_path / "golden.psc"), model.state_dict())
+
+
+GOLDEN = "50534301cbdace9202126366c80389a20a8a08083030313231320200031c5ee3c763b853161091aefdcd18a38754e7892d3b6ddf09b994465599"
+
+floats = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])
+types = floats | st.sampled_from([torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool])
+shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
+names = st.lists(st.text("abé0_ []", min_size=1, max_size=3), min_size=1, max_size=3).map(".".join)
+
+
+@st.composite
+def bags(draw: st.DrawFn) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    for name in draw(st.lists(names, max_size=6, unique=True)):
+        if any(f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}.") for other in out):
+            continue
+        values = torch.randn(draw(shapes), generator=generator) * 10
+        out[name] = values.to(draw(types))
+    return out
+
+
+@given(bags())
+@settings(max_examples=60, deadline=None)
+def test_any_tensors_return_and_a_stranger_reads_them(tensors: dict[str, Tensor]) -> None:
+    model = bag(tensors)
+    data, report = to_bytes(model)
+    stranger = reference_read(data, directory._DICTIONARY)
+    assert list(stranger) == list(model.state_dict())
+    for name, tensor in model.state_dict().items():
+        kind, shape, bits = stranger[name]
+        assert (kind, shape) == (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        assert b"".join(b.to_bytes(tensor.dtype.itemsize, "little") for b in bits) == raw(tensor)
+    assert report.dense_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert sum(row.stored_bytes for row in report.tensors) + report.overhead_bytes == len(data)
+
+
+def test_a_stranger_reads_large_and_rounded_leftovers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    large = torch.randn(4097, generator=generator).sign() * 0.5
+    data, _ = to_bytes(bag({"a.bias": large, "b.bias": torch.tensor([0.1])}), leftovers="float16")
+    found = reference_read(data, directory._DICTIONARY)
+    half = torch.tensor(found["a.bias"][2], dtype=torch.int32).to(torch.int16).view(torch.float16)
+    assert torch.equal(half.float(), large)
+    assert found["b.bias"] == ("float16", (1,), [0x2E66])
+
+
+# ---------------------------------------------------------------------------------------------------- leftovers
+
+
+def test_leftovers_in_float16(tmp_path: Path) -> None:
+    model = compressed(levels="binary")
+    report = save(model, tmp_path / "half.psc", leftovers="float16")
+    full = save(model, tmp_path / "full.psc")
+    found, expected = load(tmp_path / "half.psc"), view.plain_state(model)
+    for name, tensor in expected.items():
+        rounded = tensor.is_floating_point() and not name.endswith(("0.weight", "3.weight"))
+        assert torch.equal(found[name], tensor.half().to(tensor.dtype) if rounded else tensor), name
+    assert found["1.num_batches_tracked"].dtype == torch.int64
+    assert report.file_bytes < full.file_bytes - 60
+    assert report.dense_bytes == full.dense_bytes
+
+
+def test_float16_overflow_names_the_tensor(tmp_path: Path) -> None:
+    model = bag({"a.bias": torch.tensor([1.0, 7e4])})
+    with pytest.raises(ValueError, match=r"a\.bias: .*65504.*found 70000: use leftovers='float32'"):
+        save(model, tmp_path / "model.psc", leftovers="float16")
+    assert os.listdir(tmp_path) == []
+
+
+def test_leftovers_has_two_values() -> None:
+    with pytest.raises(ValueError, match="leftovers must be one of float32, float16, got 'int8'"):
+        to_bytes(net(), leftovers="int8")
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["0.weight", "0.bias", "1.running_var"])
+def test_a_number_that_is_none_names_the_tensor(tmp_path: Path, bad: float, name: str) -> None:
+    (tmp_path / "model.psc").write_bytes(b"old")
+    model = compressed(levels="uniform")
+    with torch.no_grad():
+        dict([*model.named_parameters(), *model.named_buffers()])[name].view(-1)[1] = bad
+    for its_slots in [its_slots for _, its_slots, _ in view.views(model)]:
+        its_slots.stale = True
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        save(model, tmp_path / "model.psc")
+    assert (tmp_path / "model.psc").read_bytes() == b"old"
+
+
+def test_a_tensor_that_cannot_be_stored_is_named() -> None:
+    for tensor in (torch.zeros(2, dtype=torch.complex64), torch.eye(2).to_sparse(), torch.zeros(2, device="meta")):
+        with pytest.raises(ValueError, match=r"a\.b: expected a dense tensor"):
+            to_bytes(bag({"a.b": tensor}))
+
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> object:
+            return {"x": 1}
+
+        def set_extra_state(self, state: object) -> None: ...
+
+    with pytest.raises(ValueError, match="_extra_state: expected a tensor, found dict"):
+        to_bytes(Extra(2, 2))
+
+
+# ------------------------------------------------------------------------------------------------ shared tensors
+
+
+def test_tied_leftovers_are_stored_once(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(40, 30), "b": nn.Linear(40, 30), "c": nn.Linear(40, 30)})
+    alone = to_bytes(model)[1]
+    model["c"].weight = model["a"].weight
+    report = save(model, tmp_path / "model.psc")
+    assert report.dense_bytes == alone.dense_bytes - 4800
+    assert report.file_bytes < alone.file_bytes - 3900
+    row = report.tensors[4]
+    assert (row.name, row.method, row.dense_bytes, row.stored_bytes) == ("c.weight", "shared", 0, 0)
+    found = load(tmp_path / "model.psc")
+    assert found["c.weight"] is found["a.weight"]
+    assert_same(found, dict(model.state_dict()))
+
+
+def test_tied_compressed_weights_are_stored_once(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(30, 40), "head": nn.Linear(40, 30)})
+    model["head"].weight = model["embed"].weight
+    fill(model, ("embed.weight",), levels="binary")
+    its_slots = view.slots_of(model["embed"], "weight")
+    assert its_slots is not None
+    view.attach_slots([(model["head"], "weight")], its_slots)
+    report = save(model, tmp_path / "model.psc")
+    assert [row.method for row in report.tensors] == ["binary", "shared", "plain"]
+    found = load(tmp_path / "model.psc")
+    assert found["head.weight"] is found["embed.weight"]
+    assert_same(found, view.plain_state(model))
+
+
+def test_views_of_one_storage_are_not_taken_for_one_tensor() -> None:
+    whole = torch.arange(6.0).reshape(2, 3)
+    square = torch.arange(9.0).reshape(3, 3)
+    model = bag({"a": whole, "b": whole[0], "c": whole[1], "d": square, "e": square.T, "f": whole[0]})
+    data, report = to_bytes(model)
+    assert [row.method for row in report.tensors] == ["plain"] * 5 + ["shared"]
+    assert (
+        reference_read(data, directory._DICTIONARY)["e"][2]
+        == square.T.contiguous().view(torch.int32).flatten().tolist()
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ strength
+
+
+def test_slots_that_have_not_begun_are_leftovers(tmp_path: Path) -> None:
+    model = net()
+    fill(model, ("0.weight",), hard=False, levels="binary")
+    report = save(model, tmp_path / "model.psc")
+    assert {row.method for row in report.tensors} == {"plain"}
+    assert_same(load(tmp_path / "model.psc"), dict(net().state_dict()))
+
+
+def test_soft_slots_are_hardened_aloud(tmp_path: Path) -> None:
+    model = net()
+    fill(model, ("0.weight",), hard=False, levels="binary")
+    its_slots = view.slots_of(model[0], "weight")
+    assert its_slots is not None
+    its_slots.set_strength("levels", 0.5, model[0]._parameters["weight"])
+    with pytest.warns(UserWarning, match=r"0\.weight: not at full strength yet, hardened before writing"):
+        save(model, tmp_path / "model.psc")
+    assert_same(load(tmp_path / "model.psc"), view.plain_state(model))
+    assert len(load(tmp_path / "model.psc")["0.weight"][0].unique()) == 2
+    save(model, tmp_path / "model.psc")  # and silently from then on
+
+
+# ------------------------------------------------------------------------------------------------------ load_into
+
+
+def test_load_into_a_plain_model(tmp_path: Path) -> None:
+    model = compressed(mask="magnitude", levels="ternary")
+    save(model, tmp_path / "model.psc")
+    plain = net(seed=5)
+    load_into(plain, tmp_path / "model.psc")
+    assert_same(dict(plain.state_dict()), view.plain_state(model))
+    double = net(seed=5).double()
+    load_into(double, tmp_path / "model.psc")
+    assert torch.equal(double[3].weight, plain[3].weight.double())
+
+
+def test_load_into_a_model_with_views(tmp_path: Path) -> None:
+    model = compressed(levels="binary")
+    save(model, tmp_path / "model.psc")
+    other = net(seed=5)
+    fill(other, ("0.weight",), hard=False, levels="binary")
+    load_into(other, tmp_path / "model.psc")
+    assert_same(view.plain_state(other), view.plain_state(model))
+
+
+def test_another_model_is_refused_whole(tmp_path: Path) -> None:
+    save(net(), tmp_path / "model.psc")
+    other = nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 9), nn.Linear(2, 2))
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(ArtifactError) as caught:
+        load_into(other, tmp_path / "model.psc")
+    message = str(caught.value)
+    assert "4 differences" in message
+    assert "3.weight has shape [8, 32] in the file, [9, 32] in the model" in message
+    assert "4.bias is missing in the file" in message
+    assert_same(dict(other.state_dict()), before)
+    save(other, tmp_path / "model.psc")
+    with pytest.raises(ArtifactError, match=r"4\.weight is not in the model"):
+        load_into(net(), tmp_path / "model.psc")
+
+
+# ----------------------------------------------------------------------------------------------------- bad places
+
+
+def test_a_file_beyond_the_limit_takes_no_memory(tmp_path: Path) -> None:
+    report = save(bag({"a": torch.zeros(1000, 1000), "b": torch.zeros(3)}), tmp_path / "model.psc")
+    assert report.file_bytes < 60
+    assert report.dense_bytes == 4_000_012
+    with pytest.raises(ArtifactError, match=r"max_bytes = 4000011 bytes, found 4000012: pass a larger max_bytes"):
+        load(tmp_path / "model.psc", max_bytes=4_000_011)
+    load(tmp_path / "model.psc", max_bytes=4_000_012)
+    with mock.patch.object(torch, "zeros", side_effect=AssertionError), pytest.raises(ArtifactError, match="max_bytes"):
+        load(tmp_path / "model.psc", max_bytes=100)
+
+
+def test_a_missing_file_says_so(tmp_path: Path) -> None:
+    for action in (load, verify, inspect):
+        with pytest.raises(FileNotFoundError):
+            action(tmp_path / "nowhere.psc")
+
+
+def test_a_failing_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.psc"
+    save(net(), path)
+    old = path.read_bytes()
+    full = OSError(28, "No space left on device")
+    with (
+        mock.patch.object(container.os, "fsync", side_effect=full),
+        pytest.raises(OSError, match=r"cannot write model"),
+    ):
+        save(net(seed=3), path)
+    assert path.read_bytes() == old
+    assert os.listdir(tmp_path) == ["model.psc"]
+
+
+def test_reading_needs_no_lightning() -> None:
+    code = (
+        "import sys, psc_lightning.artifact\n"
+        "print([m for m in sys.modules if m.split('.')[0] in ('lightning', 'pytorch_lightning', 'hydra', 'rich')])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from psc_lightning.artifact import save
+from psc_lightning.cli import main
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    save(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)), tmp_path / "model.psc")
+    return tmp_path / "model.psc"
+
+
+def test_inspect(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "12 others" in out
+    assert f"{file.stat().st_size:,}" in out
+    assert main(["inspect", "--all", str(file)]) == 0
+    assert "0.weight" in capsys.readouterr().out
+
+
+def test_inspect_json(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(file), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["file_bytes"] == file.stat().st_size
+    assert found["tensors"][0]["shape"] == [4, 6]
+
+
+def test_verify_is_silent(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(file)]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_bad_file_is_one_line_and_status_1(command: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = bytearray(file.read_bytes())
+    data[20] ^= 1
+    file.write_bytes(data)
+    for path in (file, file.parent / "nowhere.psc", file.parent):
+        assert main([command, str(path)]) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith(f"psc {command}: {path}: ")
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["inspect"], ["destroy", "x"], ["inspect", "x", "--yaml"]])
+def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: psc" in capsys.readouterr().err
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert "psc inspect model.psc --json" in out
+    assert "exit status: 0 good, 1 the file is bad, 2 wrong usage" in out
+
+
+def test_as_a_process(file: Path) -> None:
+    command = [sys.executable, "-m", "psc_lightning.cli", "verify"]
+    assert subprocess.run([*command, str(file)], check=False).returncode == 0
+    file.write_bytes(b"no")
+    found = subprocess.run([*command, str(file)], capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert "expected a .psc file" in found.stderr
