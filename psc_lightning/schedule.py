@@ -85,15 +85,17 @@ class Schedule:
             return default
         if isinstance(value, cls):
             return value
-        if isinstance(value, str):
-            return replace(default, kind=value)
         names = [field.name for field in fields(cls)]
-        if not isinstance(value, Mapping) or not set(value) <= set(names):
+        changes = {"kind": value} if isinstance(value, str) else value
+        if not isinstance(changes, Mapping) or not set(changes) <= set(names):
             raise ValueError(
                 f"schedule must be a Schedule, one of {', '.join(KINDS)}, or a mapping of {', '.join(names)},"
                 f" not {value!r}"
             )
-        return replace(default, **value)  # type: ignore[arg-type]  # __post_init__ checks the values
+        try:
+            return replace(default, **changes)  # type: ignore[arg-type]  # __post_init__ checks the values
+        except ValueError as error:
+            raise ValueError(f"schedule: {error}") from None
 
     def begins(self, total_steps: int | float) -> int:
         """The first step at which the slot is in force, though its strength may still be 0 there.

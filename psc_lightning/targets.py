@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,9 @@ from psc_lightning.layout import Layout
 from psc_lightning.view import CHILD
 
 __all__ = ["Selection", "Target", "patterns", "select"]
+
+
+_NOT_AMONG = "not among the targets"
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ def patterns(name: str, value: str | type | Iterable[str | type] | None) -> list
     """
     if value is None:
         return None
-    values = [value] if isinstance(value, str | type) else list(value)
+    single = isinstance(value, str | type) or not isinstance(value, Iterable)
+    values: list[Any] = [value] if single else list(value)  # type: ignore[arg-type]
     found = [item.__name__ if isinstance(item, type) else item for item in values]
     for item in found:
         if not isinstance(item, str) or not item:
@@ -177,7 +182,8 @@ def select(
     if not chosen.targets:
         types = Counter(type(layer).__name__ for layer in model.modules() if layer._parameters)
         listed = ", ".join(f"{count} {name}" for name, count in types.most_common()) or "no layer with a parameter"
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(chosen.skipped.items())[:5])
+        telling = sorted(chosen.skipped.items(), key=lambda item: item[1] == _NOT_AMONG)
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in telling[:5])
         raise ValueError(
             f"targets={list(targets) if targets else None}, ignore={list(ignore) if ignore else None}, "
             f"min_size={min_size} leave no tensor to compress. The model has {listed}. {reasons}"
@@ -189,7 +195,7 @@ def _why_not(
     target: Target, targets: Sequence[str] | None, ignore: Sequence[str] | None, min_size: int, exact: bool
 ) -> str | None:
     if targets and not any(_matches(pattern, target) for pattern in targets):
-        return "not among the targets"
+        return _NOT_AMONG
     if ignore and any(_matches(pattern, target) for pattern in ignore):
         return "ignored"
     refusal = _refusal(target)

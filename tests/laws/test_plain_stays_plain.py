@@ -125,7 +125,7 @@ def test_plain_states_load_strictly_in_a_viewed_model():
     plain.net[0].bias.data.fill_(3.0)
     model.load_state_dict(plain.state_dict())
     assert model.net[0].bias[0] == 3
-    with pytest.raises(RuntimeError, match="net.9.weight"):
+    with pytest.raises(RuntimeError, match=r"net\.9\.weight"):
         model.load_state_dict({**plain.state_dict(), "net.9.weight": torch.zeros(1)})
     with pytest.raises(RuntimeError, match="Missing key"):
         model.load_state_dict({"net.0.weight": plain.net[0].weight})
