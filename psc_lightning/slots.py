@@ -9,7 +9,8 @@ why a file holds the model bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,17 @@ class _Linked(torch.autograd.Function):
         return (grads[0], *(torch.zeros_like(other) for other in ctx.saved_tensors))
 
 
+@contextmanager
+def _float32() -> Iterator[None]:
+    """Sidecars are float32 whatever the default is: Lightning changes it while a bf16-true model is built."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class Chain(nn.Module):
     """Mask and levels of one core."""
 
@@ -87,7 +99,7 @@ class Slots(nn.Module):
         super().__init__()
         self.layout, self.stored_shape = layout, tuple(shape)
         self.specs: dict[str, Spec] = {}
-        self.register_buffer("strength", torch.zeros(len(SLOTS)))
+        self.register_buffer("strength", torch.zeros(len(SLOTS), dtype=torch.float32))
         # Python's view of `strength`, so that forward never waits for a device.
         self.phase = [OFF, OFF, OFF]
         self.stale = False
@@ -97,6 +109,7 @@ class Slots(nn.Module):
 
     # ---------------------------------------------------------------------------------------------- filling
 
+    @_float32()
     def fill(self, slot: str, spec: Spec) -> None:
         """Put a method into an empty slot. Raises ValueError, naming both owners, where the slot is taken."""
         taken = self.specs.get(slot)
@@ -334,7 +347,9 @@ def decode(reader: Reader, shape: Shape, dtype: torch.dtype) -> Tensor:
     levels = {method.code_number: method for method in LEVELS.values()}
     number = reader.integer(0, max(tyings))
     tying = _known(tyings, number, "tying").decode(reader, matrix_shape) if number else None
-    work = torch.float64 if dtype == torch.float64 else torch.float32
+    # As in `effective`: factors are float32 whatever the weight is, other cores are no narrower than float32.
+    trained = tying is not None and any(True for _ in tying.parameters())
+    work = torch.float64 if dtype == torch.float64 and not trained else torch.float32
     cores = {}
     for name, size in (tying.core_shapes() if tying is not None else {"core": matrix_shape}).items():
         keep = read_keep(reader, size) if reader.integer(0, 1) else torch.ones(size, dtype=torch.bool)
