@@ -80,7 +80,10 @@ def test_golden_file(tmp_path: Path) -> None:
     assert_same(load(tmp_path / "golden.psc"), model.state_dict())
 
 
-GOLDEN = "50534301cbdace9202126366c80389a20a8a08083030313231320200031c5ee3c763b853161091aefdcd18a38754e7892d3b6ddf09b994465599"
+GOLDEN = (
+    "50534301cbdace9202126366c80389a20a8a08083030313231320200031c"
+    "5ee3c763b853161091aefdcd18a38754e7892d3b6ddf09b994465599"
+)
 
 floats = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])
 types = floats | st.sampled_from([torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool])

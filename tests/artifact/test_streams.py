@@ -86,6 +86,15 @@ def test_the_described_reader_reads_it(seed: int) -> None:
     assert (reference.state, reference.words) == (1, [])
 
 
+def test_the_described_reader_reads_a_long_array() -> None:
+    """Beyond 2^14 symbols the blocks double."""
+    symbols = draw(40_000, 3, "bell", 0)
+    writer = SymbolWriter()
+    writer.symbols(symbols, 3)
+    assert writer.streams[0].coding == "adaptive"
+    assert Ans(writer.finish()).array(40_000, 3) == symbols.tolist()
+
+
 @pytest.mark.parametrize("code", range(len(CODINGS)))
 @pytest.mark.parametrize("size", [2, 5, 16, 100, 256])
 @pytest.mark.parametrize("number", [1, 8, 9, 40, 1000, 40_000])
