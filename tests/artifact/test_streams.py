@@ -88,7 +88,7 @@ def test_the_described_reader_reads_it(seed: int) -> None:
 
 def test_the_described_reader_reads_a_long_array() -> None:
     """Beyond 2^14 symbols the blocks double."""
-    symbols = draw(40_000, 3, "bell", 0)
+    symbols = draw(40_000, 3, "rare", 0)
     writer = SymbolWriter()
     writer.symbols(symbols, 3)
     assert writer.streams[0].coding == "adaptive"
