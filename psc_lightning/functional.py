@@ -78,16 +78,18 @@ class _Masked(torch.autograd.Function):
         return torch.where(keep, value, 0.0)  # a product would leave -0.0
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, Tensor | None, Tensor | None, None]:
         keep, *rest = ctx.saved_tensors
         (grad,) = grads
-        return grad if ctx.dense else torch.where(keep, grad, 0.0), None, None, grad * rest[0] if rest else None, None
+        hidden = torch.where(keep, 0.0, grad) if ctx.dense else None
+        return torch.where(keep, grad, 0.0), None, hidden, grad * rest[0] if rest else None, None
 
 
 def masked(value: Tensor, keep: Tensor, core: Tensor, scores: Tensor | None = None, dense: bool = True) -> Tensor:
     """`value` where `keep`, else +0.0.
 
-    Pseudo-gradient: ∂/∂value = g everywhere (`dense`: masked entries go on learning and may return) or g·keep;
+    Pseudo-gradient: ∂/∂value = g·keep, so that levels learn their steps and centroids from the survivors alone;
+    ∂/∂core = g·(1 - keep) (`dense`: masked entries go on learning and may return) or 0;
     ∂/∂scores = g·core (straight through the mask: the mask entry m multiplies the core entry).
 
     >>> w = torch.tensor([-2.0, 3.0], requires_grad=True)

@@ -56,6 +56,13 @@ def test_masked_gradients(dense: bool, expected: list[float], same_bits):
     assert scores.grad.tolist() == [-10.0, 21.0, 5.5]
 
 
+def test_masked_entries_learn_through_the_core_alone():
+    """Levels stand between core and value; what they train must not hear of entries that are not stored."""
+    core, value = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    F.masked(value, torch.tensor([False, True]), core).backward(torch.tensor([3.0, 5.0]))
+    assert (value.grad.tolist(), core.grad.tolist()) == ([0.0, 5.0], [3.0, 0.0])
+
+
 def test_masked_zeros_are_positive_even_of_infinities(same_bits):
     out = F.masked(torch.tensor([-1.0, -math.inf, math.nan]), torch.zeros(3, dtype=torch.bool), torch.zeros(3))
     assert same_bits(out, torch.zeros(3))
