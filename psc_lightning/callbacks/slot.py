@@ -16,7 +16,7 @@ from psc_lightning.schedule import Schedule
 from psc_lightning.slots import HARD, SLOTS, Slots, Spec
 from psc_lightning.targets import Selection, Target, patterns, select
 from psc_lightning.tying import TYINGS
-from psc_lightning.view import attach_slots, slots_of
+from psc_lightning.view import attach_slots, slots_of, views
 
 __all__ = ["SlotCallback"]
 
@@ -136,7 +136,7 @@ class SlotCallback(Callback):
         if stage != "fit":
             return
         for other in trainer.callbacks[: trainer.callbacks.index(self)]:  # type: ignore[attr-defined]
-            if any(base.__name__ in ("WeightAveraging", "StochasticWeightAveraging") for base in type(other).__mro__):
+            if _bears(other, "WeightAveraging", "StochasticWeightAveraging"):
                 raise ValueError(
                     f"{type(other).__name__} comes before {type(self).__name__} in Trainer(callbacks=…): it copies the "
                     "model before the slots are attached; put it after psc_lightning's callbacks"
@@ -154,7 +154,7 @@ class SlotCallback(Callback):
         restored = self._restored or {}
         self._total = restored.get("total_steps")
         sidecars = [p for _, slots, _ in self.held for p in slots.sidecars(self.slot)]
-        self._release(trainer, sidecars)
+        self._release(trainer)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         first = groups[0] if groups else {}
         self._base_lr = restored.get("base_lr") or first.get("max_lr") or first.get("initial_lr") or first.get("lr")
@@ -171,22 +171,27 @@ class SlotCallback(Callback):
         self.schedule.strength(0, self._total)  # an endless run with a schedule in shares is told before it starts
         self._seen_step = trainer.global_step
 
-    @staticmethod
-    def _release(trainer: Trainer, sidecars: Iterable[nn.Parameter]) -> None:
-        mine = {id(parameter) for parameter in sidecars}
-        for optimizer in trainer.optimizers:
+    def _release(self, trainer: Trainer) -> None:
+        """Take the sidecars out of the user's optimizers."""
+        mine = {id(parameter) for _, slots, _ in self.held for parameter in slots.sidecars(self.slot)}
+        for optimizer in trainer.optimizers if mine else ():
             for group in optimizer.param_groups:
                 if any(id(parameter) in mine for parameter in group["params"]):
                     group["params"] = [parameter for parameter in group["params"] if id(parameter) not in mine]
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fine-tuning callbacks add groups as they unfreeze: take the sidecars out again."""
-        self._release(trainer, (p for _, slots, _ in self.held for p in slots.sidecars(self.slot)))
-
-    def begins(self) -> int:
-        """The optimizer step at which the slot begins: not before its labels are in."""
+    def begins(self, trainer: Trainer) -> int:
+        """The optimizer step at which the slot begins: not before its labels are in, which only a tied core can have."""
         assert self._total is not None
-        return max(self.schedule.begins(self._total), self.calibration_steps)
+        begin = self.schedule.begins(self._total)
+        if not self.calibration_steps:
+            return begin
+        mine = {id(slots) for _, slots, _ in self.held}
+        tied = [
+            callback.begins(trainer)
+            for callback in self._company(trainer)
+            if callback.slot == "tying" != self.slot and any(id(slots) in mine for _, slots, _ in callback.held)
+        ]
+        return max(begin, max(tied, default=0) + self.calibration_steps)
 
     def _company(self, trainer: Trainer) -> list[SlotCallback]:
         """All slot callbacks of the run, in the order of the slots, whatever the user's order."""
@@ -195,13 +200,14 @@ class SlotCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the scheduled strengths: the first of our callbacks does it for all, so that their order is the slots'."""
+        self._release(trainer)  # fine-tuning callbacks add what they unfreeze
         company = self._company(trainer)
         if self is not company[0]:
             return
         for callback in company:
             assert callback._total is not None
             step = trainer.global_step
-            strength = callback.schedule.strength(step, callback._total) if step >= callback.begins() else 0.0
+            strength = callback.schedule.strength(step, callback._total) if step >= callback.begins(trainer) else 0.0
             for _, slots, weight in callback.held:
                 slots.set_strength(callback.slot, strength, weight)
         for callback in company:
@@ -217,7 +223,7 @@ class SlotCallback(Callback):
                 if parameter.grad is not None and not getattr(parameter.grad, "_psc_unscaled", False):
                     parameter.grad.div_(scaler.get_scale())
                     parameter.grad._psc_unscaled = True
-        if self.calibration_steps and trainer.global_step < self.begins():
+        if self.calibration_steps and trainer.global_step < self.begins(trainer):
             own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             for _, slots, weight in self.held:
                 if id(weight) in own or not weight.requires_grad:
@@ -256,6 +262,38 @@ class SlotCallback(Callback):
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
+    def _give_way(self, trainer: Trainer, pl_module: LightningModule, swap: bool = True) -> None:
+        """Get ready for an average of the weights, which takes the model's place (`swap`) or is saved beside it.
+
+        Averaging callbacks treat buffers as they do parameters. A mean of strengths, masks or scales means nothing: they
+        are those of the model, recomputed from the averaged weights.
+        """
+        averages = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+        for average in averages if self is self._company(trainer)[0] else ():
+            if average is None:
+                continue
+            for (_, slots, weight), (_, averaged, mean) in zip(views(pl_module), views(average)):
+                if slots.stale:
+                    slots.refresh(weight)
+                for own, other in zip(slots.buffers(), averaged.buffers()):
+                    other.copy_(own)
+                averaged.phase = list(slots.phase)
+                averaged.refresh(mean)
+                slots.stale = swap and slots.begun
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning's SWA takes the model's place for its last epoch, which renews the BatchNorm statistics."""
+        swaps = any(_bears(callback, "StochasticWeightAveraging") for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        self._give_way(trainer, pl_module, swap=swaps)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """An average may take the model's place now."""
+        self._give_way(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """An average may be what is saved."""
+        self._give_way(trainer, pl_module, swap=False)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave a usable model: what has begun is hard."""
         for _, slots, weight in self.held:
@@ -263,13 +301,14 @@ class SlotCallback(Callback):
                 slots.set_strength(self.slot, 1.0, weight)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so where training was too short for the slot to begin."""
+        """Say so where training was too short for the slot to begin; an average may take the model's place now."""
+        self._give_way(trainer, pl_module)
         index = SLOTS.index(self.slot)
         if not trainer.fast_dev_run and self.held and all(slots.phase[index] != HARD for _, slots, _ in self.held):  # type: ignore[attr-defined]
             rank_zero_warn(
                 f"{type(self).__name__}({self.method!r}) never began: training ended at step {trainer.global_step}, the "
-                f"slot begins at step {self.begins()}. The model is uncompressed in this slot; train longer, or give an "
-                "earlier begin."
+                f"slot begins at step {self.begins(trainer)}. The model is uncompressed in this slot; train longer, or give "
+                "an earlier begin."
             )
 
     # -------------------------------------------------------------------------------------------- resuming
@@ -285,6 +324,11 @@ class SlotCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until `on_fit_start`, when the optimizer exists."""
         self._restored = state_dict
+
+
+def _bears(callback: Callback, *names: str) -> bool:
+    """Whether it is of a class so named: `lightning` and `pytorch_lightning` have one each."""
+    return any(base.__name__ in names for base in type(callback).__mro__)
 
 
 # --------------------------------------------------------------------------------------------- argument checks
