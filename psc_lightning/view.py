@@ -102,7 +102,7 @@ def _views(base: type, names: tuple[str, ...]) -> dict[str, Any]:
 
         return property(get, doc=f"The effective {name}.")
 
-    attributes: dict[str, Any] = {name: view(name) for name in names}
+    attributes: dict[str, Any] = {"_psc_views": names, **{name: view(name) for name in names}}
     if issubclass(base, nn.RNNBase):
         # Recurrent layers keep a list of their weights for the kernels; it must hold the effective ones.
         attributes["_flat_weights"] = property(
@@ -125,12 +125,13 @@ def attach_slots(holders: list[tuple[nn.Module, str]], slots: Slots) -> None:
             module.add_module(CHILD, nn.ModuleDict())
             module._modules[CHILD].train(module.training)  # type: ignore[union-attr]
         child = module._modules[CHILD]
-        assert isinstance(child, nn.ModuleDict)
+        if not isinstance(child, nn.ModuleDict) or not all(isinstance(own, Slots) for own in child.values()):
+            raise ValueError(f"{type(module).__name__} has a child module of its own named {CHILD!r}: rename it")
         child[name] = slots
-        base = type(module).__dict__.get("_psc_base", type(module))
-        if base is not type(module):
-            module.__class__ = base
-        derive(module, _views, tuple(sorted(child)))
+        names = tuple(sorted(child))
+        # On top of whatever the class is by now: a LightningModule that holds weights itself is derived twice.
+        if getattr(type(module), "_psc_views", ()) != names:
+            derive(module, _views, names)
 
 
 def _viewed(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Slots]]:
