@@ -10,7 +10,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -29,11 +29,13 @@ _NOT_AMONG = "not among the targets"
 
 @dataclass(frozen=True)
 class Target:
-    """One Parameter, under its first name, with every layer that holds it."""
+    """One Parameter, under its first name, with every layer that holds it and every name it has."""
 
     name: str
     parameter: nn.Parameter
     holders: list[tuple[nn.Module, str]]
+    #: a tied weight has several, and so has the weight of a layer that stands in two places
+    names: list[str]
     #: the pattern that names it and nothing else, if one does
     exact: bool = False
 
@@ -89,32 +91,37 @@ def patterns(name: str, value: str | type | Iterable[str | type] | None) -> list
 def tensors(model: nn.Module) -> Iterator[Target]:
     """Every Parameter of the model once; not the plugin's own."""
     found: dict[int, Target] = {}
-    for prefix, layer in model.named_modules():
+    seen: set[int] = set()
+    for prefix, layer in model.named_modules(remove_duplicate=False):
         if prefix.split(".")[-1] == CHILD or f".{CHILD}." in f".{prefix}.":
             continue
         for name, parameter in layer._parameters.items():
             if parameter is not None:
-                first = Target(f"{prefix}.{name}" if prefix else name, parameter, [])
-                found.setdefault(id(parameter), first).holders.append((layer, name))
+                full = f"{prefix}.{name}" if prefix else name
+                target = found.setdefault(id(parameter), Target(full, parameter, [], []))
+                target.names.append(full)
+                if id(layer) not in seen:
+                    target.holders.append((layer, name))
+        seen.add(id(layer))
     yield from found.values()
 
 
 def _names(pattern: str, target: Target) -> bool:
-    """Whether the pattern names exactly this tensor, or the layer that holds it."""
-    return pattern in (target.name, target.name.rpartition(".")[0])
+    """Whether the pattern names exactly this tensor, or a layer that holds it."""
+    return any(pattern in (name, name.rpartition(".")[0]) for name in target.names)
 
 
 def _matches(pattern: str, target: Target) -> bool:
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], target.name) is not None
-    if fnmatchcase(target.name, pattern):
+        return any(re.fullmatch(pattern[3:], name) for name in target.names)
+    if any(fnmatchcase(name, pattern) for name in target.names):
         return True
     if target.parameter.dim() < 2 and not isinstance(target.parameter, UninitializedParameter):
         return False  # a module or a type means its weights
     if any(pattern == base.__name__ for layer, _ in target.holders for base in type(layer).__mro__[:-2]):
         return True
-    parts = target.name.split(".")[:-1]
-    return any(fnmatchcase(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))
+    paths = [name.split(".")[:-1] for name in target.names]
+    return any(fnmatchcase(".".join(path[: i + 1]), pattern) for path in paths for i in range(len(path)))
 
 
 def _refusal(target: Target) -> str | None:
@@ -174,7 +181,7 @@ def select(
         if reason is None:
             if not bool(target.parameter.detach().isfinite().all()):
                 raise ValueError(f"{target.name} holds a value that is not a finite number")
-            chosen.targets.append(Target(target.name, target.parameter, target.holders, exact))
+            chosen.targets.append(replace(target, exact=exact))
         elif exact and _refusal(target) is not None:
             raise ValueError(f"{target.name} cannot be compressed: {reason}")
         else:
@@ -209,7 +216,7 @@ def _why_not(
 
 
 def _nothing(argument: str, pattern: str, model: nn.Module, everything: list[Target]) -> str:
-    names = [target.name for target in everything]
+    names = [name for target in everything for name in target.names]
     types = sorted({type(layer).__name__ for layer in model.modules() if layer._parameters})
     modules = {name.rpartition(".")[0] for name in names}
     near = difflib.get_close_matches(pattern, [*names, *modules, *types], n=3, cutoff=0.5)

@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from psc_lightning import MaskLearning, StraightThroughQuantization, WeightSharing
+from psc_lightning.targets import patterns, select
+from psc_lightning.view import slots_of
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.ReLU())
+        self.lstm = nn.LSTM(8, 8)
+        self.head = nn.Linear(8, 10)
+        self.tiny = nn.Linear(3, 3)
+        self.register_buffer("table", torch.zeros(16, 16))
+
+
+ALL = ["encoder.0.weight", "encoder.2.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0", "head.weight"]
+
+
+def chosen(model: nn.Module | None = None, **how: object) -> list[str]:
+    return [target.name for target in select(Net() if model is None else model, **how).targets]
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (None, ALL),
+        (["*"], ALL),
+        (["encoder.*"], ALL[:2]),
+        (["encoder"], ALL[:2]),  # a module means its weights
+        (["encoder.2"], ALL[1:2]),
+        (["enc*.2"], ALL[1:2]),
+        (["*.weight"], [ALL[0], ALL[1], ALL[4]]),
+        (["re:lstm\\.weight_.*"], ALL[2:4]),
+        (["re:.*hh_l[0-9]"], ALL[3:4]),
+        (["Conv2d"], ALL[:2]),
+        (["_ConvNd", "Linear"], [ALL[0], ALL[1], ALL[4]]),  # subclasses are included
+        (["RNNBase"], ALL[2:4]),
+        (["tiny"], ["tiny.weight"]),  # named exactly: its size does not matter
+        (["tiny.weight"], ["tiny.weight"]),
+        (["tiny.bias"], ["tiny.bias"]),  # nor its axes
+        (["head", "encoder.0.weight"], [ALL[0], ALL[4]]),  # in the model's order
+    ],
+)
+def test_patterns(targets: list[str] | None, expected: list[str]):
+    assert chosen(targets=targets) == expected
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({"ignore": ["LSTM"]}, [ALL[0], ALL[1], ALL[4]]),
+        ({"ignore": ["encoder.0", "re:lstm.*"]}, [ALL[1], ALL[4]]),
+        ({"targets": ["encoder"], "ignore": ["encoder.0.weight"]}, ALL[1:2]),
+        ({"min_size": 256}, [ALL[1], ALL[2], ALL[3]]),
+        ({"min_size": 0}, [*ALL, "tiny.weight"]),
+    ],
+)
+def test_ignore_and_min_size(how: dict[str, object], expected: list[str]):
+    assert chosen(**how) == expected
+
+
+def test_a_layer_that_is_the_model():
+    assert chosen(nn.Linear(8, 16)) == ["weight"]
+    assert chosen(nn.Linear(8, 16), targets=["weight"]) == ["weight"]
+
+
+def test_what_is_left_says_why():
+    skipped = select(Net(), targets=["encoder", "tiny*"], ignore=["encoder.2"]).skipped
+    assert skipped["encoder.2.weight"] == "ignored"
+    assert skipped["encoder.0.bias"] == "not among the targets" or skipped["encoder.0.bias"] == "one axis"
+    assert skipped["tiny.weight"] == "fewer than 64 entries"
+    assert skipped["head.weight"] == "not among the targets"
+    assert "table" not in skipped  # a buffer is no candidate at all
+
+
+# ------------------------------------------------------------------------------------------------------- messages
+
+
+@pytest.mark.parametrize("argument", ["targets", "ignore"])
+def test_a_pattern_that_matches_nothing_is_named_with_what_comes_near(argument: str):
+    with pytest.raises(ValueError, match=r"^\w+: 'encoder\.0\.weigth' matches no") as error:
+        select(Net(), **{argument: ["encoder", "encoder.0.weigth"]})
+    message = str(error.value)
+    assert message.startswith(argument)
+    assert "did you mean encoder.0.weight" in message
+    assert "Conv2d" in message
+    with pytest.raises(ValueError, match=r"targets: 'Conv3d' matches no.*did you mean Conv2d"):
+        select(Net(), targets=["Conv3d"])
+    with pytest.raises(ValueError, match="'table' matches no"):
+        select(Net(), targets=["table"])
+
+
+def test_when_all_is_excluded():
+    with pytest.raises(ValueError, match=r"min_size=9999 leave no tensor to compress.*2 Linear.*fewer than 9999"):
+        select(Net(), min_size=9999)
+    with pytest.raises(ValueError, match=r"ignore=\['\*'\].*leave no tensor.*ignored"):
+        select(Net(), targets=["head"], ignore=["*"])
+    with pytest.raises(ValueError, match="no layer with a parameter"):
+        select(nn.ReLU())
+
+
+@pytest.mark.parametrize("value", [3, [3], [""], [None], "", ["re:("], "re:*"])
+def test_a_wrong_pattern_names_its_argument(value: object):
+    for build in (
+        lambda: MaskLearning(targets=value),
+        lambda: WeightSharing("row", targets=value),
+        lambda: StraightThroughQuantization(targets=value),
+    ):
+        with pytest.raises(ValueError, match=r"^targets: "):
+            build()
+    with pytest.raises(ValueError, match=r"^ignore: "):
+        MaskLearning(ignore=value)
+
+
+def test_patterns_as_a_user_writes_them():
+    assert patterns("targets", nn.Conv2d) == ["Conv2d"]
+    assert patterns("targets", (nn.Conv2d, "head")) == ["Conv2d", "head"]
+    assert patterns("targets", "head") == ["head"]
+    assert patterns("targets", None) is None
+
+
+# -------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_not_finite_is_refused_by_name():
+    model = Net()
+    with torch.no_grad():
+        model.head.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"head\.weight holds a value that is not a finite number"):
+        select(model)
+    assert chosen(model, ignore=["head"]) == ALL[:4]
+
+
+def weight_normed() -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(nn.Linear(8, 16))
+
+
+def old_weight_norm() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.weight_norm(nn.Linear(8, 16))
+
+
+def pruned() -> nn.Module:
+    from torch.nn.utils import prune
+
+    layer = nn.Linear(8, 16)
+    prune.l1_unstructured(layer, "weight", 0.5)
+    return layer
+
+
+def lazy() -> nn.Module:
+    return nn.LazyLinear(16)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "message"),
+    [
+        (weight_normed, "layer.parametrizations.weight.original1", "remove the parametrization first"),
+        (old_weight_norm, "layer.weight_v", "remove that first"),
+        (pruned, "layer.weight_orig", "remove that first"),
+        (lazy, "layer.weight", "run one batch through the model first"),
+    ],
+)
+def test_layers_that_cannot_have_a_view(make: object, name: str, message: str):
+    model = nn.ModuleDict({"layer": make(), "other": nn.Linear(8, 16)})
+    selection = select(model)
+    assert [target.name for target in selection.targets] == ["other.weight"]
+    assert message in selection.skipped[name]
+    with pytest.raises(ValueError, match=rf"^{name} cannot be compressed: .*{message}"):
+        select(model, targets=[name])
+
+
+def test_other_kinds_of_tensor_are_refused():
+    class Special(torch.Tensor):
+        pass
+
+    model = nn.Linear(8, 16)
+    model.weight = nn.Parameter(torch.randn(16, 8).as_subclass(Special))
+    with pytest.raises(ValueError, match="weight cannot be compressed: it is a Special, not a plain tensor"):
+        select(model, targets=["weight"])
+    model.weight = nn.Parameter(torch.zeros(16, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"it holds torch\.int8, not floating-point numbers"):
+        select(model, targets=["weight"])
+    model.weight = nn.Parameter(torch.zeros(16, 0))
+    with pytest.raises(ValueError, match="leave no tensor to compress"):
+        select(model, targets=["weight"])
+
+
+def test_our_own_sidecars_are_never_targets():
+    model = Net()
+    MaskLearning("movement").attach(model)
+    StraightThroughQuantization("codebook").attach(model)
+    assert chosen(model, min_size=0) == [*ALL, "tiny.weight"]
+    assert not any(".psc." in f".{name}" for name in select(model).skipped)
+    with pytest.raises(ValueError, match="matches no"):
+        select(model, targets=["re:.*scores"])
+
+
+# ----------------------------------------------------------------------------------------------------- tied weights
+
+
+def tied() -> nn.Module:
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 8), "body": nn.Linear(8, 8), "head": nn.Linear(8, 9, bias=False)})
+    model["head"].weight = model["embed"].weight
+    return model
+
+
+def test_a_tied_parameter_is_one_target_with_two_holders():
+    model = tied()
+    first, _ = select(model).targets
+    assert (first.name, [layer for layer, _ in first.holders]) == ("embed.weight", [model["embed"], model["head"]])
+    callback = StraightThroughQuantization("ternary")
+    callback.attach(model)
+    assert slots_of(model["embed"], "weight") is slots_of(model["head"], "weight")
+    assert [name for name, _, _ in callback.held] == ["embed.weight", "body.weight"]
+
+
+@pytest.mark.parametrize("pattern", ["head", "head.weight", "he*", "re:head.*", "Linear"])
+def test_a_tied_parameter_answers_to_each_of_its_names(pattern: str):
+    model = tied()
+    assert chosen(model, targets=[pattern])[0] == "embed.weight"
+    assert "embed.weight" not in chosen(model, ignore=[pattern], min_size=0) if pattern != "Linear" else True
+    if pattern in ("head", "head.weight"):
+        assert select(model, targets=[pattern], min_size=999).targets[0].exact
+
+
+def test_a_layer_with_two_names_answers_to_both():
+    layer = nn.Linear(8, 16)
+    model = nn.ModuleDict({"a": layer, "b": layer})
+    for name in ("a", "b", "b.weight"):
+        (target,) = select(model, targets=[name]).targets
+        assert target.name == "a.weight"
+        assert len(target.holders) == 1
+
+
+# ---------------------------------------------------------------------------------------- where a tying does not apply
+
+
+def test_a_tying_is_skipped_where_it_does_not_apply_and_an_exact_name_is_an_error():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 16))
+    selection = WeightSharing("separable").choose(model)
+    assert [target.name for target in selection.targets] == ["0.weight"]
+    assert selection.skipped["2.weight"] == (
+        "separable does not apply: it has no kernel of two or more entries to separate"
+    )
+    with pytest.raises(ValueError, match=r"targets: 2\.weight cannot be tied by 'separable': it has no kernel"):
+        WeightSharing("separable", targets=["0", "2.weight"]).choose(model)
+    with pytest.raises(ValueError, match=r"method='separable' can tie none of the chosen tensors\. 2\.weight: "):
+        WeightSharing("separable", targets="Linear").choose(model)
+    with pytest.raises(ValueError, match="3 input channels are not divisible by groups=2"):
+        WeightSharing("cross_channel", groups=2, targets="Conv2d").choose(nn.Sequential(nn.Conv2d(3, 8, 3)))
