@@ -216,13 +216,17 @@ class SlotCallback(Callback):
                     slots.refresh(weight)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Collect labels; bring the sidecars' gradients to the scale of the user's (a gradient scaler skips them)."""
+        """Collect labels; follow the user's learning rate, and gradient scaler, which passes the sidecars by."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and self._optimizer is not None:
             for parameter in self._optimizer.param_groups[0]["params"]:
                 if parameter.grad is not None and not getattr(parameter.grad, "_psc_unscaled", False):
                     parameter.grad.div_(scaler.get_scale())
                     parameter.grad._psc_unscaled = True
+        if self._optimizer is not None and self._base_lr:
+            # Now: at the batch's end the user's schedulers have moved on already.
+            users = trainer.optimizers[0].param_groups[0]["lr"]
+            self._optimizer.param_groups[0]["lr"] = self.lr * users / self._base_lr
         if self.calibration_steps and trainer.global_step < self.begins(trainer):
             own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             for _, slots, weight in self.held:
@@ -257,8 +261,6 @@ class SlotCallback(Callback):
             for parameter in group["params"]:
                 if id(parameter) in asleep:
                     parameter.grad = None
-            users = trainer.optimizers[0].param_groups[0] if trainer.optimizers else {}
-            group["lr"] = self.lr * (users["lr"] / self._base_lr if users and self._base_lr else 1.0)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 

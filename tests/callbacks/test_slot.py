@@ -1,0 +1,547 @@
+"""What all slot callbacks share: their place in a run, and the stepping of what they train beside the weights."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from itertools import pairwise
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+from training import (
+    COMBINATIONS,
+    INPUTS,
+    LABELS,
+    QUIET,
+    Loader,
+    Net,
+    differences,
+    fit,
+    layers,
+    run_state,
+    trainer,
+)
+
+from psc_lightning import MaskLearning, StraightThroughQuantization, WeightSharing, detach, load, save
+from psc_lightning.artifact import to_bytes
+from psc_lightning.slots import SLOTS
+from psc_lightning.view import views
+
+pytestmark = QUIET
+
+Q, M, W = StraightThroughQuantization, MaskLearning, WeightSharing
+RAMP = {"kind": "linear", "begin": 4, "end": 12}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(INPUTS)
+
+
+def sidecars(model):
+    return {name: parameter for name, parameter in model.named_parameters() if ".psc." in name}
+
+
+class Watch(Callback):
+    """Calls a function after every batch and at every validation batch."""
+
+    def __init__(self, look):
+        self.look, self.calls = look, 0
+
+    def on_train_batch_end(self, made, model, *args):
+        self.calls += 1
+        self.look(made, model)
+
+    def on_validation_batch_end(self, made, model, *args):
+        self.calls += 1
+        self.look(made, model)
+
+
+# ------------------------------------------------------------------------------------- what holds after every step
+
+
+def hard(made, model):
+    """Every slot that has begun is at full strength and holds its invariant; returns how many."""
+    for _, slots, weight in views(model):
+        effective = slots.layout.matrix(slots(weight).detach())
+        cores = slots._reduce(weight.detach()) if slots.begun else {}
+        assert all(phase in (0, 2) for phase in slots.phase)
+        for name, core in cores.items():
+            chain, phase = slots.cores[name], slots.phase
+            value = chain.levels(core) if phase[2] else core
+            if phase[1]:
+                units = chain.mask.keep.numel() // (core[0].numel() if chain.mask.granularity == "channel" else 1)
+                if chain.mask.granularity == "element" and chain.mask.group == "tensor":
+                    zeros = int(chain.mask.threshold * units + 0.5)
+                    assert int((~chain.mask.keep).sum()) == min(zeros, units - 1)
+                value = chain.mask(value, core)
+                assert not value[~chain.mask.keep].any()
+            if phase[2]:
+                most = {"binary": 3, "ternary": 3, "codebook": 17, "uniform": 255, "log": 255}
+                limit = most.get(slots.specs["levels"].method)
+                group = getattr(chain.levels, "group", None)
+                rows = value.reshape(value.shape[0], -1) if group == "channel" else value.reshape(1, -1)
+                if limit and group in ("channel", "tensor"):
+                    assert max(row.unique().numel() for row in rows) <= limit
+        if slots.phase[0]:
+            ties(slots, effective)
+
+
+def ties(slots, weight):
+    rows = weight.reshape(weight.shape[0], -1)
+    method, block = slots.specs["tying"].method, getattr(slots.tying, "block", 0)
+    if method == "row":
+        for start in range(0, rows.shape[1], block):
+            assert bool((rows[:, start : start + block] == rows[:, start : start + 1]).all())
+    elif method == "column":
+        for start in range(0, rows.shape[0], block):
+            assert bool((rows[start : start + block] == rows[start : start + 1]).all())
+    elif method == "cross_channel":
+        first, *others = weight.chunk(slots.tying.groups, 1)
+        assert all(torch.equal(first, other) for other in others)
+    elif method == "separable":
+        for column in weight.reshape(weight.shape[0], weight.shape[1], -1).unbind(1):
+            assert int(torch.linalg.matrix_rank(column.double(), rtol=1e-5)) <= slots.tying.rank
+    else:
+        assert int(torch.linalg.matrix_rank(rows.double(), rtol=1e-5)) <= slots.tying.rank
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_zeros_levels_and_ties_hold_after_every_step(name, optimizer):
+    """Also in the ramp, at validation, and under weight decay and momentum, which would wear a mask off."""
+    watch = Watch(hard)
+    model, _ = fit([*COMBINATIONS[name](RAMP), watch], Net(optimizer), val_check_interval=6)
+    assert watch.calls == 24 + 4 * 2
+    assert all(slots.phase[SLOTS.index(slot)] == 2 for _, slots, _ in views(model) for slot in slots.specs)
+
+
+# ------------------------------------------------------------------------------------------- stepping the sidecars
+
+
+class Filtered(Net):
+    """Decay for matrices, none for vectors, sidecars wherever they fall."""
+
+    def configure_optimizers(self):
+        decay = [p for p in self.parameters() if p.dim() > 1]
+        rest = [p for p in self.parameters() if p.dim() <= 1]
+        adamw = torch.optim.AdamW([{"params": decay, "weight_decay": 0.5}, {"params": rest, "weight_decay": 0.0}], 1e-2)
+        return [adamw], [{"scheduler": torch.optim.lr_scheduler.StepLR(adamw, 1, gamma=0.1), "interval": "epoch"}]
+
+
+class Named(Net):
+    """Only what the user knows by name."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for name, p in self.named_parameters() if name.endswith(("weight", "bias"))], 0.05)
+
+
+@pytest.mark.parametrize("cls", [Net, Filtered, Named])
+def test_the_users_optimizer_keeps_the_plain_layout(cls):
+    plain = cls()
+    expected = group_names(plain, fit((), plain)[1])
+    model = cls()
+    _, made = fit(COMBINATIONS["separable_lsq"]("constant"), model)
+    assert sidecars(model)
+    assert group_names(model, made) == expected
+
+
+def group_names(model, made):
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [[names[id(p)] for p in group["params"]] for group in made.optimizers[0].param_groups]
+
+
+@pytest.mark.parametrize("cls", [Net, Filtered, Named])
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, 24), (2, 12), (5, 6)])
+def test_a_sidecar_is_stepped_once_per_optimizer_step(cls, accumulate, steps):
+    """By our AdamW, without decay, whatever the user's optimizer filters; 5 does not divide the 12 batches."""
+    changes = []
+
+    def look(made, model):
+        now = {name: parameter.detach().clone() for name, parameter in sidecars(model).items()}
+        changes.append((made.global_step, now))
+
+    callback = M("movement", threshold=0.5, schedule="constant")
+    fit([callback, Watch(look)], cls() if cls is not Net else Net(steps=steps), accumulate_grad_batches=accumulate,
+        limit_val_batches=0)  # fmt: skip
+    assert {int(state["step"]) for state in callback._optimizer.state.values()} == {steps}
+    assert [group["weight_decay"] for group in callback._optimizer.param_groups] == [0.0]
+    for (step, before), (now, after) in pairwise(changes):
+        assert all(torch.equal(before[name], after[name]) == (step == now) for name in before)
+
+
+def test_the_step_is_adamws_on_the_accumulated_gradient():
+    """Replayed by hand: the gradients of two batches, summed, into an AdamW of the same learning rate."""
+    seen, scores = [], []
+
+    class Gradients(Callback):
+        def on_before_optimizer_step(self, made, model, optimizer):
+            seen.append([p.grad.clone() for p in sidecars(model).values()])
+
+        def on_train_batch_end(self, made, model, *args):
+            scores.append([p.detach().clone() for p in sidecars(model).values()])
+
+    model = Filtered()
+    fit([M("movement", score_lr=0.03, schedule="constant"), Gradients()], model, accumulate_grad_batches=2)
+    replay = [nn.Parameter(torch.zeros_like(score)) for score in scores[0]]
+    optimizer = torch.optim.AdamW(replay, lr=0.03, weight_decay=0.0)
+    for step, gradients in enumerate(seen):
+        optimizer.param_groups[0]["lr"] = 0.03 if step < 6 else 0.003  # the user's StepLR, after an epoch of six steps
+        for parameter, gradient in zip(replay, gradients):
+            parameter.grad = gradient
+        optimizer.step()
+        torch.testing.assert_close(
+            replay, [nn.Parameter(score) for score in scores[2 * step + 1]], rtol=1e-5, atol=1e-7
+        )
+
+
+def test_sidecars_sleep_before_their_begin():
+    """What a slot will train does not move before it is in force, and its optimizer has no state of then."""
+    seen = {}
+
+    def look(made, model):
+        seen[made.global_step] = [p.detach().clone() for p in sidecars(model).values()]
+
+    callbacks = COMBINATIONS["separable_lsq"]({"kind": "constant", "begin": 12})
+    fit([*callbacks, Watch(look)])
+    assert differences(seen[1], seen[12]) == []
+    assert len(differences(seen[12], seen[13])) == len(seen[1])
+    for callback in callbacks:
+        if callback._optimizer is not None:
+            assert {int(state["step"]) for state in callback._optimizer.state.values()} == {12}
+
+
+def test_a_gradient_that_is_not_finite_is_skipped():
+    """One bad batch: the plugin's step of that batch is left out, later ones are taken."""
+
+    class Bad(Named):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("inf") if batch_idx == 3 else loss
+
+        def on_before_optimizer_step(self, optimizer):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad.nan_to_num_(0, 0, 0)
+
+    callback = M("movement", schedule="constant")
+    model = Bad()
+    fit([callback], model, max_epochs=1)
+    assert {int(state["step"]) for state in callback._optimizer.state.values()} == {11}
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+class Two(Net):
+    """Manual optimization: two optimizers, one for each half, with gradients of one another on the way."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return (
+            torch.optim.AdamW(self.net[:6].parameters(), 1e-2, weight_decay=0.1),
+            torch.optim.SGD(self.net[6:].parameters(), 0.05),
+        )
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.manual_backward(loss)
+        first.step()
+        if batch_idx % 2:
+            second.step()
+            second.zero_grad()
+        first.zero_grad()
+
+
+def test_manual_optimization_with_two_optimizers():
+    callback = M("movement", schedule="constant")
+    model, made = fit([callback], Two())
+    assert made.global_step == 24 + 12
+    assert {int(state["step"]) for state in callback._optimizer.state.values()} == {24}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [
+        [names[id(p)] for p in group["params"]] for optimizer in made.optimizers for group in optimizer.param_groups
+    ]
+    assert not any(".psc." in name for group in groups for name in group)
+
+
+class CpuScaler(MixedPrecision):
+    """fp16 with a GradScaler on a CPU."""
+
+    def __init__(self):
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**12))
+
+    def forward_context(self):
+        return torch.autocast("cpu", dtype=torch.float32, enabled=False)
+
+
+def test_scaled_gradients_are_brought_back():
+    """A GradScaler leaves the sidecars' gradients scaled; a step from them must be the unscaled run's."""
+    runs = []
+    for plugins in ([], [CpuScaler()]):
+        seen = []
+        watch = Watch(
+            lambda made, model, seen=seen: seen.append([p.detach().clone() for p in sidecars(model).values()])
+        )
+        model, _ = fit([M("movement", threshold=0.5, schedule="constant"), watch], Net(), plugins=plugins)
+        runs.append((seen, model))
+    (plain, model), (scaled, other) = runs
+    torch.testing.assert_close(plain, scaled, rtol=1e-4, atol=1e-5)
+    assert to_bytes(model)[1].file_bytes > 0
+    torch.testing.assert_close(model.net[3].weight, other.net[3].weight, rtol=1e-4, atol=1e-5)
+
+
+class Late(Net):
+    """Builds its layers in a hook."""
+
+    def __init__(self, where="configure_model", idempotent=True, **options):
+        super().__init__(**options)
+        self.where, self.idempotent = where, idempotent
+        del self.net
+
+    def build(self, where):
+        if where == self.where and not (self.idempotent and hasattr(self, "net")):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                self.net = layers()
+
+    def setup(self, stage):
+        self.build("setup")
+
+    def configure_model(self):
+        self.build("configure_model")
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("cls", [Net, Late])
+@pytest.mark.parametrize("name", ["separable_lsq", "deep", "saliency"])
+def test_sidecars_stay_float32(precision, cls, name):
+    model, _ = fit(COMBINATIONS[name](RAMP), cls(), precision=precision)
+    ours = {key: value for key, value in model.state_dict().items() if ".psc." in key}
+    assert {value.dtype for value in ours.values()} <= {torch.float32, torch.bool, torch.int32}
+    expected = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    assert {weight.dtype for _, _, weight in views(model)} == {expected}
+    assert {slots(weight).dtype for _, slots, weight in views(model)} == {expected}
+    if precision == "bf16-mixed":
+        hard(None, model)
+
+
+def test_a_bf16_model_is_what_its_file_holds(tmp_path):
+    model, _ = fit(COMBINATIONS["separable_lsq"](RAMP), precision="bf16-true")
+    save(model, tmp_path / "model.psc")
+    state = load(tmp_path / "model.psc")
+    assert all(torch.equal(state[name], slots(weight)) for name, slots, weight in views(model))
+
+
+# -------------------------------------------------------------------------------------------------- life of a model
+
+
+@pytest.mark.parametrize("where", ["setup", "configure_model"])
+@pytest.mark.parametrize("idempotent", [True, False])
+def test_layers_built_late_are_compressed_alike(where, idempotent):
+    expected, _ = fit(COMBINATIONS["separable_lsq"](RAMP))
+    model, made = fit(COMBINATIONS["separable_lsq"](RAMP), Late(where, idempotent))
+    assert to_bytes(model)[0] == to_bytes(expected)[0]
+    (result,) = made.test(model, Loader(count=2), verbose=False) if idempotent else ({"test": 0.0},)
+    assert result["test"] >= 0
+
+
+def test_fit_validate_test_fit():
+    """The second fit goes on from the first, under the same callbacks; what is between changes nothing."""
+    model, made = fit(COMBINATIONS["float"](RAMP), Net("sgd"))
+    before = to_bytes(model)[0]
+    (validated,) = made.validate(model, Loader(count=2), verbose=False)
+    assert validated["val"] == made.callback_metrics["val"]
+    made.test(model, Loader(count=2), verbose=False)
+    assert to_bytes(model)[0] == before
+    made.fit_loop.max_epochs = 4
+    made.fit(model, Loader(), Loader(count=2))
+    assert made.global_step == 48
+    assert to_bytes(model)[0] != before
+    hard(None, model)
+    assert all(slots.phase[1:] == [2, 2] for _, slots, _ in views(model))
+
+
+def test_one_callback_in_two_trainers():
+    callbacks = COMBINATIONS["ternary_movement"](RAMP)
+    first, made = fit(callbacks)
+    expected = run_state(first, made)
+    second, made = fit(callbacks)
+    assert differences(expected, run_state(second, made)) == []
+    assert to_bytes(first)[0] == to_bytes(second)[0]
+
+
+@pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"fast_dev_run": 3}, {"barebones": True, "max_epochs": 2}])
+@pytest.mark.filterwarnings("ignore:.*barebones.*")
+@pytest.mark.filterwarnings("ignore:.*log.* in your module")
+def test_dry_and_bare_runs(options):
+    model = Net()
+    bare = {"accelerator": "cpu", "callbacks": COMBINATIONS["separable_lsq"]("constant"), **options}
+    if "fast_dev_run" in options:
+        made = trainer(**{**bare, "enable_checkpointing": False})
+    else:
+        from lightning.pytorch import Trainer
+
+        made = Trainer(**bare)
+    made.fit(model, Loader(), Loader(count=2))
+    hard(made, model)
+    assert all(slots.begun for _, slots, _ in views(model))
+    to_bytes(model)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_run_leaves_a_hard_model(error, tmp_path):
+    class Stopped(Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if self.trainer.global_step == 7:  # in the ramp
+                assert any(1 in slots.phase for _, slots, _ in views(self))
+                raise error("stop")
+            return loss
+
+    model = Stopped()
+    with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
+        fit(COMBINATIONS["ternary_movement"](RAMP), model)
+    hard(None, model)
+    assert all(row.unique().numel() <= 3 for row in model.net[3].weight.reshape(8, -1))
+    save(model, tmp_path / "model.psc")  # a warning that it was soft would be an error here
+    plain = Net()
+    plain.load_state_dict(load(tmp_path / "model.psc"))
+    assert torch.equal(logits(plain), logits(model))
+
+
+def test_two_callbacks_on_different_tensors():
+    model, _ = fit(
+        [
+            M("magnitude", threshold=0.25, targets="net.0", schedule="constant"),
+            M("magnitude", threshold=0.75, targets="net.7", schedule="constant"),
+            Q("binary", targets=["re:net[.]3[.]weight"], schedule="constant"),
+        ]
+    )
+    assert [int(model.net[i].weight.eq(0).sum()) for i in (0, 3, 7)] == [36, 0, 384]
+    assert {name: slots.method for name, slots, _ in views(model)} == {
+        "net.0.weight": "magnitude",
+        "net.3.weight": "binary",
+        "net.7.weight": "magnitude",
+    }
+
+
+def test_frozen_weights_stay_while_their_slots_act():
+    """Mask and levels apply to a frozen layer, its scores learn, its Parameter keeps every bit."""
+    model = Net("sgd")
+    model.net[3].weight.requires_grad_(False)
+    before = model.net[3].weight.clone()
+    fit([M("movement", threshold=0.5, targets=["net.3", "net.7"], schedule="constant"), Q("ternary", schedule="constant")],
+        model)  # fmt: skip
+    assert torch.equal(model.net[3]._parameters["weight"], before)
+    assert not model.net[3]._parameters["weight"].requires_grad
+    assert int(model.net[3].weight.eq(0).sum()) >= 288
+    assert all(parameter.detach().ne(0).any() for parameter in sidecars(model).values())
+
+
+def test_detached_after_a_fit_it_trains_on(tmp_path):
+    model, _ = fit(COMBINATIONS["cross_channel"](RAMP))
+    expected = logits(model)
+    twin = copy.deepcopy(model)
+    detach(twin)
+    assert torch.equal(logits(twin), expected)
+    assert torch.equal(logits(model), expected)  # the original is still viewed, and hard
+    fit((), twin.train(), max_epochs=1)
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), expected)
+
+
+def test_refresh_waits_its_steps():
+    """With refresh=4 the mask is chosen anew after every fourth step only."""
+    seen = []
+
+    def look(made, model):
+        logits_of = model.net[3].weight  # the mask is brought up to date by looking
+        assert logits_of is not None
+        seen.append(model.net[3].psc["weight"].cores["core"].mask.keep.clone())
+
+    fit([M("magnitude", threshold=0.5, refresh=4, schedule="constant"), Watch(look)], Net("sgd"), limit_val_batches=0)
+    changed = [step + 1 for step in range(1, 24) if not torch.equal(seen[step - 1], seen[step])]
+    assert changed
+    assert all(step % 4 == 0 for step in changed)
+
+
+# ------------------------------------------------------------------------------------------------------- company
+
+
+@pytest.mark.parametrize("name", ["float", "deep", "column", "low_rank"])
+def test_an_average_after_us_is_compressed_too(name, tmp_path):
+    """It validates, is saved, and is left at the end as an averaged model that is hard."""
+    validated = []
+
+    class Look(Callback):
+        def on_validation_batch_end(self, made, model, *args):
+            hard(made, model)
+            validated.append(model.net[3].weight.detach().clone())
+
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="last")
+    model, made = fit([*COMBINATIONS[name](RAMP), EMAWeightAveraging(decay=0.6), Look(), saver])
+    hard(made, model)
+    assert torch.equal(model.net[3].weight, validated[-1])
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    plain = Net()
+    plain.load_state_dict(state)
+    assert torch.equal(state["net.3.weight"], validated[-1])
+    assert torch.equal(logits(plain), logits(model))
+    save(model, tmp_path / "model.psc")
+    assert torch.equal(load(tmp_path / "model.psc")["net.3.weight"], state["net.3.weight"])
+    single, _ = fit(COMBINATIONS[name](RAMP))
+    assert not torch.equal(single.net[3].bias, model.net[3].bias)
+
+
+@pytest.mark.parametrize("name", ["float", "deep", "channels"])
+def test_a_run_with_an_average_resumes(name, tmp_path):
+    def run(folder, ckpt=None):
+        saver = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        return fit([*COMBINATIONS[name](RAMP), EMAWeightAveraging(decay=0.6), saver], ckpt=ckpt)
+
+    model, made = run(tmp_path / "whole")
+    expected, file = run_state(model, made), to_bytes(model)[0]
+    for step in (3, 9, 12, 17):
+        model, made = run(tmp_path / "resumed", tmp_path / "whole" / f"step={step}.ckpt")
+        found = run_state(model, made)
+        assert differences(expected["optimizers"], found["optimizers"]) == [], step
+        assert differences(expected["ours"], found["ours"]) == [], step
+        assert to_bytes(model)[0] == file, step
+
+
+class Backbone(Net):
+    def __init__(self):
+        super().__init__()
+        self.backbone = self.net[:4]
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], 1e-3, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_a_finetuning_callback_unfreezes_stays_ours(first, tmp_path):
+    found = []
+
+    def look(made, model):
+        found.extend(name for group in group_names(model, made) for name in group if ".psc." in name)
+
+    callback = M("movement", schedule="constant", score_lr=0.01)
+    others = [BackboneFinetuning(1, train_bn=False), Watch(look)]
+    model, made = fit([callback, *others] if first else [*others, callback], Backbone())
+    assert found == []
+    assert len(made.optimizers[0].param_groups) == 2
+    assert all(parameter.detach().ne(0).any() for parameter in sidecars(model).values())
+
+
+def test_the_data_are_the_tests():
+    """A check of the tests: the labels can be learned, so that losses, gradients and scores are alive."""
+    model, _ = fit((), Net("sgd"), max_epochs=3)
+    loss = nn.functional.cross_entropy(model.eval()(INPUTS), LABELS)
+    assert loss < 1.3 < nn.functional.cross_entropy(Net().eval()(INPUTS), LABELS)
