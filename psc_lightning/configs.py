@@ -7,8 +7,6 @@ from pathlib import Path
 
 __all__ = ["config_dir", "register"]
 
-GROUPS = ("clipping", "compression", "schedule")
-
 
 def config_dir() -> Path:
     """Return the folder of the YAML files: the package `psc_lightning.conf` where installed, else the checkout's `conf/`.
@@ -31,13 +29,15 @@ def config_dir() -> Path:
 def register() -> None:
     """Make `+compression=binary +schedule=cubic +clipping=layer` known to any Hydra application.
 
-    Call it before `hydra.main` runs; a group of the same name in the application's own folder wins. The callbacks are
-    then in `cfg.compression.callbacks` (a mapping to instantiate one by one) and `cfg.clipping`.
+    Call it before `hydra.main` runs; a file of the same name in the application's own folder wins. The callbacks are
+    then in `cfg.compression.callbacks` (a mapping to instantiate one by one) and in `cfg.clipping`.
     """
-    from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
+    from hydra.core.config_search_path import ConfigSearchPath
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-    store = ConfigStore.instance()
-    for group in GROUPS:
-        for path in sorted((config_dir() / group).glob("*.yaml")):
-            store.store(group=group, name=path.stem, node=OmegaConf.load(path), provider="psc_lightning")
+    class OurFolder(SearchPathPlugin):
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            search_path.append("psc_lightning", f"file://{config_dir()}")
+
+    Plugins.instance().register(OurFolder)

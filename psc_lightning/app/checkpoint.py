@@ -37,9 +37,8 @@ def read_checkpoint(path: Path, module: nn.Module) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the bytes make it stumble over
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"{key}: not a checkpoint of tensors alone (torch.load with weights_only=True: {reason})"
+            f"{key}: damaged, or more than tensors (it is read with weights_only=True); save a state_dict()"
         ) from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]

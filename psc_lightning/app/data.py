@@ -111,13 +111,11 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) 
         (count, channels, height, width) -> the same
     """
     count, _, height, width = images.shape
-    top, left = torch.randint(2 * padding + 1, (2, count, 1), generator=generator)
-    flip = torch.rand(count, 1, generator=generator) < 0.5
-    rows = top + torch.arange(height)
-    columns = left + torch.where(flip, torch.arange(width).flip(0), torch.arange(width))
+    top, left = torch.randint(2 * padding + 1, (2, count), generator=generator).tolist()
+    flip = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
     padded = F.pad(images, (padding,) * 4)
-    picked = padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return picked.permute(0, 3, 1, 2).contiguous()
+    cut = torch.stack([image[:, t : t + height, k : k + width] for image, t, k in zip(padded, top, left, strict=True)])
+    return torch.where(flip, cut.flip(3), cut)
 
 
 class Loader(DataLoader[tuple[Tensor, Tensor]]):

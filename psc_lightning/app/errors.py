@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -38,17 +39,27 @@ def one_line(error: BaseException) -> str | None:
     True
     """
     parts: list[str] = []
-    if isinstance(error, UsageError):
+    if isinstance(error, UsageError) or (isinstance(error, ValueError) and ours(error)):
         parts = [str(error)]
     elif isinstance(error, OSError) and error.filename is not None:
         parts = [f"{error.filename}: {error.strerror}"]
     elif isinstance(error, HydraException | OmegaConfBaseException):
-        parts = [str(error)]
         cause = error.__cause__ or error
-        if isinstance(error.__cause__, OmegaConfBaseException | UsageError):
+        parts = [str(error).partition("Config search path:")[0]]
+        if cause is not error and isinstance(cause, OmegaConfBaseException):
             parts.append(str(cause))
         if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
             parts.append(f"keys there: {', '.join(sorted(map(str, cause.parent_node)))}")
     if not parts:
         return None
-    return "error: " + " ".join(" ".join(parts).split())
+    text = " ".join(" ".join(parts).split())
+    text = re.sub(r" object_type=\w+|\w+ raised while resolving interpolation: ", "", text)
+    return f"error: {text}"
+
+
+def ours(error: BaseException) -> bool:
+    """Whether psc_lightning itself raised it: its messages are written for users."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("psc_lightning.")

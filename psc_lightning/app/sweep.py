@@ -32,7 +32,12 @@ def summarise(folder: Path) -> list[dict[str, Any]]:
     jobs = [entry(Run(path.parent)) for path in sorted(folder.glob("*/run.json"), key=job_order)]
     if jobs:
         write_atomic(folder / "sweep.json", (json.dumps({"jobs": jobs}, indent=2) + "\n").encode())
-        Console().print(table(jobs))
+        console = Console()
+        console.width = console.width if console.is_terminal else 120
+        console.print(table(jobs))
+        for job in jobs:
+            if "error" in job:
+                console.print(f"job {Path(job['run_dir']).name}: {job['error']}", markup=False, highlight=False)
     return jobs
 
 
@@ -52,10 +57,11 @@ def entry(run: Run) -> dict[str, Any]:
 
 
 def table(jobs: list[dict[str, Any]]) -> Table:
-    """Return the jobs as a table, with the first metric of the dense, the one-shot and the fine-tuned model."""
+    """Return the jobs as a table: what was said of each and not of all, its size, and a metric of its three models."""
     names = [name for job in jobs for name in (job["metrics"] or {}).get("compressed", {})]
     metric = "accuracy" if "accuracy" in names or not names else names[0]
-    result = Table(title="jobs", title_justify="left")
+    common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
+    result = Table(title=" ".join(["jobs", *sorted(common)]), title_justify="left")
     result.add_column("job", justify="right")
     result.add_column("overrides", overflow="fold")
     for column in ("bytes", "ratio", f"dense {metric}", "one-shot", "compressed"):
@@ -66,10 +72,10 @@ def table(jobs: list[dict[str, Any]]) -> Table:
         values = [metrics.get(stage, {}).get(metric) for stage in ("dense", "one_shot", "compressed")]
         result.add_row(
             Path(job["run_dir"]).name,
-            " ".join(job["overrides"]),
+            " ".join(override for override in job["overrides"] if override not in common),
             "" if job["file_bytes"] is None else f"{job['file_bytes']:,}",
             "" if job["compression_ratio"] is None else f"{job['compression_ratio']:.1f}",
             *("" if value is None else f"{value:.4f}" for value in values),
-            f"{job['status']}: {job['error']}" if "error" in job else job["status"],
+            job["status"],
         )
     return result

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import json
@@ -46,6 +47,7 @@ __all__ = ["main", "run"]
 log = logging.getLogger(__name__)
 
 CALIBRATION_BATCHES = 16
+LEFTOVERS = ("float32", "float16")
 
 
 def run(cfg: DictConfig, folder: Path) -> float:
@@ -65,6 +67,8 @@ def run(cfg: DictConfig, folder: Path) -> float:
     if cfg.resume is not None and this.finished:
         log.info("%s is finished already", folder)
         return objective(cfg, json.loads(this.report.read_text()))
+    if cfg.leftovers not in LEFTOVERS:
+        raise UsageError(f"leftovers={cfg.leftovers}: not one of {', '.join(LEFTOVERS)}")
     callbacks = build_callbacks(cfg)
     data = build_data(cfg)
     fresh = build_module(cfg)
@@ -162,6 +166,8 @@ def build_module(cfg: DictConfig, **optimizer: Any) -> LightningModule:
     if not isinstance(net, nn.Module):
         raise UsageError(f"model.net._target_: {cfg.model.net._target_} gives a {type(net).__name__}, not an nn.Module")
     make = build(cfg.optimizer, "optimizer", **optimizer)
+    with explain("optimizer"):
+        make([nn.Parameter(torch.zeros(1))])  # a wrong value shows now, not after the data are read
     with explain("model"):
         return Classifier(net, make, cfg.model.classes, cfg.model.decay, cfg.model.channels_last)
 
@@ -303,10 +309,16 @@ def objective(cfg: DictConfig, report: Mapping[str, Any]) -> float:
     return float(values[cfg.objective])
 
 
-def job(cfg: DictConfig) -> float:
-    """Run one job of Hydra's, and note in run.json how it ended."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    folder = Path(HydraConfig.get().runtime.output_dir)
+def job(cfg: DictConfig, full: bool) -> float:
+    """Run one job of Hydra's, and note in run.json how it ended.
+
+    Args:
+        cfg: of the job.
+        full: whether the user asked for tracebacks.
+    """
+    quiet()
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
     this = Run(folder)
     try:
         result = run(cfg, folder)
@@ -316,26 +328,40 @@ def job(cfg: DictConfig) -> float:
         sys.exit(130)
     except Exception as error:
         message = one_line(error)
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            log.error(message or "the job failed", exc_info=None if message else error)
-        if folder.is_dir():
-            overrides = list(HydraConfig.get().overrides.task)
+        with contextlib.suppress(OSError):  # where the folder itself is what is wrong
+            overrides = list(hydra_config.overrides.task)
             this.note(status="failed", overrides=overrides, error=message or f"{type(error).__name__}: {error}")
+        if hydra_config.mode == RunMode.MULTIRUN:
+            log.error(message or "the job failed", exc_info=None if message and not full else error)
+        elif message and not full:
+            sys.exit(message)  # an exception would pass through Hydra, which adds a line of its own
         raise
     if is_main():
         this.note(status="completed")
     return result
 
 
-def application() -> Callable[[], None]:
+def quiet() -> None:
+    """Leave out what Lightning says of itself; anything about the user's run stays."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).* is deprecated")  # its own use of torch
+    warnings.filterwarnings("ignore", r"The '\w+_dataloader' does not have many workers")  # batches come from memory
+    warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty")  # a resumed run's
+
+
+def application(full: bool) -> Callable[[], None]:
     """Return `job` under Hydra's command line."""
     register_resolvers()
     settings: dict[str, Any] = {}
     if "execution_whitelist" in inspect.signature(hydra.main).parameters:
-        # Hydra 1.4 asks which targets a configuration may name. Here it is the user's own, and naming any class is its point.
+        # Hydra 1.4 asks which targets a configuration may name. Here it is the user's own: to name any class is its point.
         settings["execution_whitelist"] = vars(hydra.utils)["UNSAFE_DISABLE_EXECUTION_CHECKS"]
-    decorate = hydra.main(version_base=None, config_path=str(config_dir()), config_name="train", **settings)
-    return decorate(job)  # type: ignore[no-any-return]
+
+    @hydra.main(version_base=None, config_path=str(config_dir()), config_name="train", **settings)
+    def train(cfg: DictConfig) -> float:
+        return job(cfg, full)
+
+    return train  # type: ignore[no-any-return]
 
 
 def main() -> None:
@@ -343,7 +369,7 @@ def main() -> None:
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them
     try:
-        application()()
+        application(full)()
     except Exception as error:
         message = one_line(error)
         if full or message is None:

@@ -1,0 +1,70 @@
+"""Every YAML composes and builds what it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from psc_lightning.app.runs import register_resolvers
+from psc_lightning.configs import config_dir, register
+from psc_lightning.schedule import Schedule
+
+FILES = sorted(path.relative_to(config_dir()).with_suffix("") for path in config_dir().glob("*/*.yaml"))
+PRESETS = ["none", "float", "binary", "ternary", "mask", "cross_channel", "row", "column", "separable", "low_rank"]
+PRESETS += ["log", "codebook", "deep"]
+
+
+def composed(*overrides: str) -> DictConfig:
+    register_resolvers()
+    with initialize_config_dir(str(config_dir()), version_base=None):
+        return compose("train", list(overrides))
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_each_file_composes_and_resolves(path: Path) -> None:
+    group, name = path.parent.name, path.name
+    extra = ["model.net._target_=torch.nn.Identity"] if path == Path("model/custom") else []
+    cfg = composed(f"{group}={name}", *extra)
+    OmegaConf.to_container(cfg, resolve=True)
+
+
+def test_there_are_the_promised_presets() -> None:
+    assert sorted(path.name for path in FILES if path.parent.name == "compression") == sorted(PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_preset_builds_its_callbacks(name: str) -> None:
+    cfg = composed(f"compression={name}", "compression.threshold=0.25", "schedule=linear", "schedule.end=0.5")
+    built = {key: instantiate(node, _convert_="all") for key, node in cfg.compression.callbacks.items()}
+    assert cfg.compression.name == name
+    assert ("mask" in built) == (name != "none")
+    if built:
+        assert built["mask"].options["threshold"] == 0.25
+    assert all(callback.schedule == Schedule("linear", 0.0, 0.5) for callback in built.values())
+
+
+@pytest.mark.parametrize("name", ["weight", "layer", "global", "agc"])
+def test_each_clipping_builds_its_callback(name: str) -> None:
+    assert type(instantiate(composed(f"clipping={name}").clipping)).__name__ == "GradientClipping"
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_each_optimizer_builds(name: str) -> None:
+    make = instantiate(composed(f"optimizer={name}").optimizer, _convert_="all")
+    assert isinstance(make([torch.nn.Parameter(torch.zeros(1))]), torch.optim.Optimizer)
+
+
+def test_a_users_own_application_finds_the_presets(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("epochs: 3\n")
+    register()
+    with initialize_config_dir(str(tmp_path), version_base=None):
+        cfg = compose("mine", ["+compression=binary", "compression.threshold=0.5"])
+        with_schedule = compose("mine", ["+compression=binary", "+schedule=cosine"])
+    assert isinstance(cfg.compression, DictConfig)
+    assert instantiate(cfg.compression.callbacks.mask).options["threshold"] == 0.5
+    assert instantiate(with_schedule.compression.callbacks.mask).schedule.kind == "cosine"

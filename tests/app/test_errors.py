@@ -1,0 +1,51 @@
+"""A wrong setting: one line with its key, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compression=foo"], ["compression/foo", "binary codebook column"]),
+        (["compression=binary", "compression.threshold=1.5"], ["threshold", "1.5", "0 ≤ threshold < 1"]),
+        (["compression=float", "compression.bits=-1"], ["bits", "1 to 8", "-1"]),
+        (["compression=binary", "compression.targets=nothing.*"], ["targets", "nothing.*", "net.conv1.weight"]),
+        (["compression=binary", "compression.bits=3"], ["compression.bits", "threshold"]),
+        (["nonsense=3"], ["nonsense", "compression"]),
+        (["trainer.max_epoch=3"], ["trainer.max_epoch", "max_epochs"]),
+        (["model.checkpoint=none.pt"], ["model.checkpoint=none.pt", "no such file"]),
+        (["model.net._target_=torch.zeros", "~model.net.classes", "+model.net.size=[1]"], ["model.net", "Tensor"]),
+        (["model=custom"], ["model.net._target_"]),
+        (["model.decay=linear"], ["decay", "cosine", "linear"]),
+        (["optimizer.lr=abc"], ["optimizer"]),
+        (["leftovers=int8"], ["leftovers=int8", "float16"]),
+        (["data.validation=2"], ["validation", "2"]),
+        (["data._target_=torch.nn.Identity"], ["data"]),
+        (["resume=nowhere"], ["resume=nowhere", "no run there"]),
+        (["clipping=layer", "clipping.max_norm=-1"], ["clipping", "max_norm"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_one_line(cli: Command, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    status, said = cli(*arguments, "hydra.run.dir=run")
+    assert status == 1
+    lines = said.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert [word for word in words if word not in lines[0]] == []
+    assert not (tmp_path / "run/report.json").exists()
+
+
+def test_a_folder_that_cannot_be_made(cli: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    status, said = cli("hydra.run.dir=file/run")
+    assert status == 1
+    assert "file/run: Not a directory" in said
+    assert "Traceback" not in said

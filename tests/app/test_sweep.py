@@ -1,0 +1,67 @@
+"""Multirun: one baseline, one table, sweep.json; a job that fails does not take the others with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hydra.types import RunMode
+
+from psc_lightning.app.errors import UsageError
+from psc_lightning.app.runs import unique_name
+from psc_lightning.app.train import check_sweeper
+
+Command = Callable[..., tuple[int, str]]
+
+TINY = ["baseline.max_epochs=2", "trainer.max_epochs=1", "logger=none", "hydra.sweep.dir=sweep"]
+
+
+def test_jobs_that_fail_or_diverge_are_reported_and_the_others_go_on(cli: Command, tmp_path: Path) -> None:
+    status, said = cli(
+        "-m", "compression=binary", "compression.threshold=0.0,1.5,0.9", "optimizer.lr=0.003,1e30", *TINY
+    )
+    assert status == 1
+    jobs = json.loads((tmp_path / "sweep/sweep.json").read_text())["jobs"]
+    assert [job["status"] for job in jobs] == ["completed", "failed", "failed", "failed", "completed", "failed"]
+    assert jobs[0]["overrides"][:2] == ["compression=binary", "compression.threshold=0.0"]
+    assert jobs[0]["file_bytes"] == (Path(jobs[0]["run_dir"]) / "model.psc").stat().st_size
+    assert jobs[0]["metrics"]["dense"] == jobs[4]["metrics"]["dense"]
+    assert jobs[4]["compression_ratio"] > jobs[0]["compression_ratio"] > 1
+    assert "NaN" in jobs[1]["error"]
+    assert "threshold" in jobs[2]["error"]
+    assert said.count("training it once") <= 1
+    assert "job 2: error" in said
+
+
+def test_a_sweep_goes_on_where_it_was_stopped(cli: Command, tmp_path: Path) -> None:
+    command = ["-m", "compression=none,float", "baseline.max_epochs=2", "trainer.max_epochs=1", "logger=none"]
+    assert cli(*command)[0] == 0
+    (folder,) = (tmp_path / "multirun").iterdir()
+    before = [(folder / name / "model.psc").read_bytes() for name in ("0", "1")]
+    (folder / "1/report.json").unlink()  # as if it had been killed
+    status, said = cli(*command, "resume=auto")
+    assert status == 0
+    assert list((tmp_path / "multirun").iterdir()) == [folder]
+    assert "finished already" in said
+    assert before == [(folder / name / "model.psc").read_bytes() for name in ("0", "1")]
+
+
+def test_a_sweeper_that_chooses_as_it_goes_is_refused_in_a_distributed_run() -> None:
+    basic = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+    check_sweeper(SimpleNamespace(mode=RunMode.MULTIRUN, sweeper=SimpleNamespace(_target_=basic)))
+    check_sweeper(SimpleNamespace(mode=RunMode.RUN, sweeper=SimpleNamespace(_target_="optuna.Sweeper")))
+    with pytest.raises(UsageError, match=r"hydra/sweeper: optuna\.Sweeper"):
+        check_sweeper(SimpleNamespace(mode=RunMode.MULTIRUN, sweeper=SimpleNamespace(_target_="optuna.Sweeper")))
+
+
+def test_names_of_runs_differ_in_the_same_second() -> None:
+    assert len({unique_name() for _ in range(100)}) == 100
+
+
+def test_the_objective_is_what_the_job_returns(cli: Command, tmp_path: Path) -> None:
+    status, said = cli("objective=nothing", "hydra.run.dir=run", "baseline.max_epochs=2", "trainer.max_epochs=1")
+    assert status == 1
+    assert "objective=nothing: not one of file_bytes, compression_ratio, accuracy, loss" in said

@@ -1,0 +1,113 @@
+"""Whole runs of the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import LightningModule
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+import psc_lightning
+from psc_lightning.app.models import DigitsCNN
+
+Command = Callable[..., tuple[int, str]]
+
+TINY = ["baseline.max_epochs=2", "trainer.max_epochs=2", "logger=none"]
+
+
+class OwnModule(LightningModule):
+    """A user's: another metric, no accuracy, an optimizer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return {"loss": nn.functional.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])}
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        wrong = self.layer(batch[0].flatten(1)).argmax(1) != batch[1]
+        self.log("test_error", wrong.float().mean(), on_epoch=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+PRESETS = ["none", "float", "binary", "ternary", "mask", "cross_channel", "row", "column", "separable", "low_rank"]
+PRESETS += ["log", "codebook", "deep"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_preset_from_command_to_file(cli: Command, tmp_path: Path, name: str) -> None:
+    status, said = cli(f"compression={name}", "compression.threshold=0.6", "hydra.run.dir=run", *TINY)
+    assert status == 0, said
+    run = tmp_path / "run"
+    report = json.loads((run / "report.json").read_text())
+    assert report["file_bytes"] == (run / "model.psc").stat().st_size
+    assert {*report["metrics"]} == {"dense", "one_shot", "compressed"}
+    assert all({*values} == {"accuracy", "loss"} for values in report["metrics"].values())
+    for file in ("config.yaml", "run.json", "plots/bytes.png", "plots/training.png", "checkpoints/last.ckpt"):
+        assert (run / file).is_file()
+    assert OmegaConf.load(run / "config.yaml").compression.threshold == 0.6
+    assert json.loads((run / "run.json").read_text())["status"] == "completed"
+    assert ("ignores compression.threshold" in said) == (name == "none")
+    state = psc_lightning.load(run / "model.psc")
+    net = DigitsCNN()
+    net.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
+    weight = state["net.conv3.weight"]
+    zeros = int((weight == 0).sum())
+    if name in ("float", "binary", "codebook", "mask", "deep"):
+        assert zeros >= int(0.6 * weight.numel() + 0.5)
+    if name in ("binary", "codebook"):
+        assert zeros == int(0.6 * weight.numel() + 0.5)
+    if name == "none":
+        assert zeros == 0
+
+
+def test_binary_is_good_and_small(cli: Command, tmp_path: Path) -> None:
+    status, said = cli("compression=binary", "hydra.run.dir=run")
+    assert status == 0, said
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["metrics"]["compressed"]["accuracy"] >= 0.95
+    assert report["compression_ratio"] > 15
+    assert "net.conv3.weight" in said
+
+
+def test_the_same_command_gives_the_same_bytes_and_shares_the_baseline(cli: Command, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        _, said = cli("compression=mask", f"hydra.run.dir={name}", *TINY)
+    assert "training it once" not in said
+    assert (tmp_path / "a/model.psc").read_bytes() == (tmp_path / "b/model.psc").read_bytes()
+    _, said = cli("compression=none", "seed=1", "hydra.run.dir=c", *TINY)
+    assert "training it once" in said
+
+
+def test_a_given_checkpoint_is_the_dense_model(cli: Command, tmp_path: Path) -> None:
+    cli("hydra.run.dir=a", *TINY)
+    trained = psc_lightning.load(tmp_path / "a/model.psc")
+    torch.save({"module." + key.removeprefix("net."): value for key, value in trained.items()}, tmp_path / "mine.pt")
+    status, said = cli("compression=float", "model.checkpoint=mine.pt", "hydra.run.dir=b", *TINY)
+    assert status == 0, said
+    before, after = (json.loads((tmp_path / name / "report.json").read_text())["metrics"] for name in "ab")
+    assert before["compressed"] == after["dense"]
+
+
+def test_a_users_lightning_module_is_used_as_it_is(cli: Command, tmp_path: Path) -> None:
+    target = f"{OwnModule.__module__}.OwnModule"
+    status, said = cli(
+        "compression=ternary",
+        "model=custom",
+        f"model.net._target_={target}",
+        "hydra.run.dir=run",
+        "objective=error",
+        *TINY,
+    )
+    assert status == 0, said
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert [tensor["name"] for tensor in report["tensors"]][:1] == ["layer.weight"]
+    assert {*report["metrics"]["compressed"]} == {"error"}
