@@ -2,8 +2,8 @@
 
 Everything a file stores goes through one `Encoder` and comes back out of one `Decoder`, so the coder's overhead is a
 few bytes per file. A *table* is an int64 array k of at most 256 entries, each at least 1, with sum 2^24: symbol s costs
-exactly -log2(k[s] / 2^24) bits. No floating point decides anything: constriction's `perfect=True` reproduces such a
-table exactly (there is a test with an independent decoder), and the sums of bits below are for the report only.
+exactly -log2(k[s] / 2^24) bits. Reading needs no floating point: constriction's `perfect=True` reproduces such a table
+exactly (there is a test with an independent decoder); the sums of bits below serve the writer's choices and the report.
 """
 
 from __future__ import annotations

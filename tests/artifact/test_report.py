@@ -88,6 +88,13 @@ def test_stored_bytes_are_where_the_bits_are(tmp_path: Path) -> None:
     assert 14 <= report.overhead_bytes < 60
 
 
+def test_fractions_of_a_byte_are_not_lost() -> None:
+    """Constants of a bit or two each: the parts' sum is the whole's, not the sum of what each rounds to."""
+    report = to_bytes(bag({f"{i}.n{i}": torch.tensor([True]) for i in range(200)}))[1]
+    assert max(row.stored_bytes for row in report.tensors) <= 1
+    assert sum(row.stored_bytes for row in report.tensors) == 8
+
+
 def test_the_table_says_it_all() -> None:
     report = to_bytes(compressed(mask=("magnitude", {"threshold": 0.25}), levels="binary"))[1]
     report.metrics = {"dense": {"accuracy": 0.975}, "compressed": {"accuracy": 0.97, "loss": 0.1234567}}
