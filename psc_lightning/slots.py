@@ -223,20 +223,21 @@ class Slots(nn.Module):
         self.unborn = self.unborn and not levelling
 
     def observe(self, slot: str, weight: Tensor) -> None:
-        """Let a labelled method of a slot take in the weight's gradient."""
-        if weight.grad is None:
-            return
+        """Let a labelled method of a slot take in the weight's gradient (its factors', where these are trained)."""
         with torch.no_grad():
-            matrix, gradient = self._matrix(weight), self._matrix(weight.grad)
-            if slot == "tying" and self.tying is not None:
-                self.tying.observe(matrix, gradient)
+            gradient = None if weight.grad is None else self._matrix(weight.grad)
+            if slot == "tying" and self.tying is not None and gradient is not None:
+                self.tying.observe(self._matrix(weight), gradient)
             elif slot == "mask" and (self.tying is None or self.phase[0]):
-                cores = self._reduce(weight)
-                gradients = self.tying.reduce(gradient) if self.tying is not None else {"core": gradient}
-                for name, core in cores.items():
-                    mask = self._chain(name).mask
-                    if mask is not None:
-                        own = core.grad if core.is_leaf and core.grad is not None else gradients[name]
+                reduced = {} if gradient is None else {"core": gradient}
+                if self.tying is not None and gradient is not None:
+                    reduced = self.tying.reduce(gradient)
+                for name, core in self._reduce(weight).items():
+                    mask, own = (
+                        self._chain(name).mask,
+                        core.grad if isinstance(core, nn.Parameter) else reduced.get(name),
+                    )
+                    if mask is not None and own is not None:
                         mask.observe(core, own)
 
     def effective(self, weight: Tensor) -> Tensor:
@@ -267,7 +268,8 @@ class Slots(nn.Module):
             if masking and chain.mask is not None:
                 value = chain.mask(value, core)
             cores[name] = value
-        matrix = self.tying.expand(cores) if self.tying is not None and tying else cores["core"]
+        # A repeated weight may be a strided view: equal numbers in another memory layout give other logits after loading.
+        matrix = self.tying.expand(cores).contiguous() if self.tying is not None and tying else cores["core"]
         return self.layout.weight(matrix, self.stored_shape).to(weight.dtype)
 
     def _chain(self, name: str) -> Chain:

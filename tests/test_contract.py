@@ -199,6 +199,7 @@ def check_law_one(layer: str, choice: dict[str, Choice], tape: type, same_bits: 
         why = label(layer, choice, f"{how} stale={stale}")
         assert same_bits(read, effective), why
         assert read.is_contiguous(), why
+        assert effective.is_contiguous(), f"equal numbers in another memory layout give other logits: {why}"
         assert not read.requires_grad, why
         assert same_bits(getattr(module, name), effective), f"with and without grad: {why}"
         # (A float16 Parameter may underflow to -0.0 when the finished weight is cast to it.)
