@@ -233,10 +233,8 @@ class Slots(nn.Module):
                 if self.tying is not None and gradient is not None:
                     reduced = self.tying.reduce(gradient)
                 for name, core in self._reduce(weight).items():
-                    mask, own = (
-                        self._chain(name).mask,
-                        core.grad if isinstance(core, nn.Parameter) else reduced.get(name),
-                    )
+                    mask = self._chain(name).mask
+                    own = core.grad if isinstance(core, nn.Parameter) else reduced.get(name)
                     if mask is not None and own is not None:
                         mask.observe(core, own)
 

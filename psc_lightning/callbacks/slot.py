@@ -170,6 +170,14 @@ class SlotCallback(Callback):
             self._total = trainer.estimated_stepping_batches
         self.schedule.strength(0, self._total)  # an endless run with a schedule in shares is told before it starts
         self._seen_step = trainer.global_step
+        blind = [
+            n for n, slots, w in self.held if not w.requires_grad and not any(True for _ in slots.sidecars("tying"))
+        ]
+        if self.calibration_steps and blind:
+            rank_zero_warn(
+                f"{type(self).__name__}({self.method!r}) gets no labels from frozen weights, and goes by their magnitude: "
+                f"{', '.join(blind)}"
+            )
 
     def _release(self, trainer: Trainer) -> None:
         """Take the sidecars out of the user's optimizers."""
