@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from psc_lightning.callbacks.slot import SlotCallback
 from psc_lightning.configs import config_dir
 from psc_lightning.masks import MASKS
 from psc_lightning.slots import SLOTS
+from psc_lightning.targets import Target, patterns
+from psc_lightning.view import remove_slots, slots_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -38,6 +41,7 @@ def preset(compression: str, threshold: float | None = None, **options: Any) -> 
     >>> [callback.method for callback in preset("deep", threshold=0.8)]
     ['movement', 'codebook']
     """
+    from hydra.errors import InstantiationException
     from hydra.utils import instantiate
     from omegaconf import DictConfig, OmegaConf
 
@@ -53,11 +57,17 @@ def preset(compression: str, threshold: float | None = None, **options: Any) -> 
     for key, value in options.items():
         if key not in allowed:
             raise ValueError(f"{key}: compression={compression!r} has no such option; it has {', '.join(allowed)}")
-        config[key] = list(value) if isinstance(value, tuple) else value
+        config[key] = patterns(key, value) if key in ("targets", "ignore") else value  # classes become names
     root = OmegaConf.create({"compression": config, "schedule": "constant"})
     resolved = OmegaConf.to_container(root, resolve=True)
     assert isinstance(resolved, dict)
-    built = [instantiate(part, _convert_="all") for part in (resolved["compression"]["callbacks"] or {}).values()]
+    parts = (resolved["compression"]["callbacks"] or {}).values()
+    try:
+        built = [instantiate(part, _convert_="all") for part in parts]
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None  # the callback's own message names the argument
+        raise
     return sorted(built, key=lambda callback: SLOTS.index(callback.slot))
 
 
@@ -118,18 +128,37 @@ def compress(
             + ("is driven by labels and needs both" if driven else "takes both or neither")
             + ": compress(model, …, batches=loader, loss=lambda model, batch: …)"
         )
-    for callback in callbacks:
-        for target in callback.choose(model).targets:  # every error before the model is touched
-            if any(hasattr(layer, "psc") for layer, _ in target.holders):
-                raise ValueError(f"{target.name} is compressed already; call psc_lightning.detach(model) first")
-    for callback in callbacks:
-        callback.attach(model)
-    held = [(callback, slots, weight) for callback in callbacks for _, slots, weight in callback.held]
-    if batches is not None and loss is not None:
-        _calibrate(model, held, batches, loss)
-    for _, slots, weight in held:
-        slots.harden(weight)
-    return to_bytes(model)[1]
+    chosen = [(callback, target) for callback in callbacks for target in callback.choose(model).targets]
+    for _, target in chosen:
+        if any(slots_of(*holder) is not None for holder in target.holders):
+            raise ValueError(f"{target.name} is compressed already; call psc_lightning.detach(model) first")
+    with _undone_on_error(chosen):
+        for callback in callbacks:
+            callback.attach(model)
+        held = [(callback, slots, weight) for callback in callbacks for _, slots, weight in callback.held]
+        if batches is not None and loss is not None:
+            _calibrate(model, held, batches, loss)
+        for _, slots, weight in held:
+            slots.harden(weight)
+        return to_bytes(model)[1]
+
+
+@contextmanager
+def _undone_on_error(chosen: Sequence[tuple[SlotCallback, Target]]) -> Iterator[None]:
+    """Where something fails within it, take the views away again, unbaked: the model is as it was."""
+    holders = [(layer, name, type(layer)) for _, target in chosen for layer, name in target.holders]
+    tied = [target.parameter for callback, target in chosen if callback.slot == "tying"]  # a tying overwrites them
+    values = [parameter.detach().clone() for parameter in tied]
+    try:
+        yield
+    except BaseException:
+        for layer, name, cls in holders:
+            remove_slots(layer, name)
+            layer.__class__ = cls
+        with torch.no_grad():
+            for parameter, value in zip(tied, values, strict=True):
+                parameter.copy_(value)
+        raise
 
 
 def _calibrate(
@@ -142,21 +171,30 @@ def _calibrate(
     from rich.progress import track
 
     training = [(layer, layer.training) for layer in model.modules()]
-    before = [(parameter, parameter.grad) for parameter in model.parameters()]
+    before = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()
+    number = -1
     try:
-        for batch in track(batches, description="calibrating", transient=True):
-            for parameter, _ in before:
+        for _, _, weight in held:
+            weight.requires_grad_()  # a frozen weight has labels too
+        for number, batch in enumerate(track(batches, description="calibrating", transient=True)):
+            for parameter, _, _ in before:
                 parameter.grad = None
             with torch.enable_grad():
-                loss(model, batch).backward()  # type: ignore[no-untyped-call]
+                value = loss(model, batch)
+                if not bool(value.detach().isfinite().all()):
+                    raise ValueError(f"loss: expected a finite number, found {value.detach()} for batch {number}")
+                value.backward()  # type: ignore[no-untyped-call]
             for callback, slots, weight in held:
                 slots.observe(callback.slot, weight)
     finally:
-        for parameter, gradient in before:
+        for parameter, gradient, learns in before:
             parameter.grad = gradient
+            parameter.requires_grad_(learns)
         for layer, mode in training:
             layer.training = mode
+    if number < 0:
+        raise ValueError("batches: expected one batch or more, found none; a generator can be read only once")
 
 
 @dataclass(frozen=True)

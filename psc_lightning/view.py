@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from psc_lightning.slots import Slots
 
-__all__ = ["attach_slots", "derive", "detach", "plain_state", "raw", "slots_of", "views"]
+__all__ = ["attach_slots", "derive", "detach", "plain_state", "raw", "remove_slots", "slots_of", "views"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -132,6 +132,15 @@ def attach_slots(holders: list[tuple[nn.Module, str]], slots: Slots) -> None:
         # On top of whatever the class is by now: a LightningModule that holds weights itself is derived twice.
         if getattr(type(module), "_psc_views", ()) != names:
             derive(module, _views, names)
+
+
+def remove_slots(module: nn.Module, name: str) -> None:
+    """Take a tensor's slots out of a layer, unbaked; the caller gives the layer its class back."""
+    child = module._modules.get(CHILD)
+    if child is not None:
+        child._modules.pop(name, None)
+        if not child._modules:
+            module._modules.pop(CHILD)
 
 
 def _viewed(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Slots]]:
