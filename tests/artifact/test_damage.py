@@ -13,7 +13,7 @@ import torch
 from models import EVERY_METHOD, bag, compressed, fill
 from torch import nn
 
-from psc_lightning.artifact import ArtifactError, load, streams, to_bytes
+from psc_lightning.artifact import ArtifactError, container, load, streams, to_bytes
 
 LIMIT = 1 << 20
 
@@ -64,6 +64,15 @@ def test_every_byte_flipped_and_every_truncation_under_a_right_checksum(small: b
             data[at] ^= mask
             refused(tmp_path / "f", resealed(bytes(data)))
         assert refused(tmp_path / "f", resealed(small[:at]))
+
+
+def test_symbols_that_end_too_early_or_too_late(small: bytes, tmp_path: Path) -> None:
+    """In a shell that is right in itself, only the coder's final state tells."""
+    (tag, contents), (_, symbols) = container.unpack(small, frozenset({1, 2, 3})).items()
+    assert not refused(tmp_path / "f", container.pack({tag: contents, 3: symbols}))
+    for length in range(len(symbols)):
+        assert refused(tmp_path / "f", container.pack({tag: contents, 3: symbols[:length]}))
+    assert refused(tmp_path / "f", container.pack({tag: contents, 3: symbols + b"\1"}))
 
 
 def test_splices_of_all_methods(tmp_path: Path) -> None:
