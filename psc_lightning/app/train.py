@@ -122,6 +122,9 @@ def resumed(cfg: DictConfig, this: Run) -> DictConfig:
         this.report.unlink(missing_ok=True)
         (this.checkpoints / "last.ckpt").unlink(missing_ok=True)
         return cfg
+    named = this.folder if cfg.resume == "auto" else Path(cfg.resume).resolve()
+    if named not in (this.folder, this.folder.resolve(), this.folder.resolve().parent):  # the parent: a multirun
+        raise UsageError(f"resume={cfg.resume}: no run there, or hydra.run.dir names another folder ({this.folder})")
     if not this.config.is_file():
         log.info("resume=%s: nothing to go on with, starting in %s", cfg.resume, this.folder)
         return cfg

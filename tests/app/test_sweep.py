@@ -16,7 +16,7 @@ from psc_lightning.app.train import check_sweeper
 
 Command = Callable[..., tuple[int, str]]
 
-TINY = ["baseline.max_epochs=2", "trainer.max_epochs=1", "logger=none", "hydra.sweep.dir=sweep"]
+TINY = ["baseline.max_epochs=2", "trainer.max_epochs=1", "logger=none", "data.batch_size=256", "hydra.sweep.dir=sweep"]
 
 
 def test_jobs_that_fail_or_diverge_are_reported_and_the_others_go_on(cli: Command, tmp_path: Path) -> None:
@@ -37,7 +37,14 @@ def test_jobs_that_fail_or_diverge_are_reported_and_the_others_go_on(cli: Comman
 
 
 def test_a_sweep_goes_on_where_it_was_stopped(cli: Command, tmp_path: Path) -> None:
-    command = ["-m", "compression=none,float", "baseline.max_epochs=2", "trainer.max_epochs=1", "logger=none"]
+    command = [
+        "-m",
+        "compression=none,float",
+        "baseline.max_epochs=2",
+        "trainer.max_epochs=1",
+        "logger=none",
+        "data.batch_size=256",
+    ]
     assert cli(*command)[0] == 0
     (folder,) = (tmp_path / "multirun").iterdir()
     before = [(folder / name / "model.psc").read_bytes() for name in ("0", "1")]
