@@ -48,7 +48,7 @@ def table(weights: Ints) -> Ints:
     [5592406, 5592405, 5592405]
     """
     rows = weights.reshape(-1, weights.shape[-1])
-    k = 1 + rows * (TOTAL - rows.shape[1]) // rows.sum(1, keepdims=True)
+    k: Ints = 1 + rows * (TOTAL - rows.shape[1]) // rows.sum(1, keepdims=True)
     k[np.arange(len(k)), rows.argmax(1)] += TOTAL - k.sum(1)
     return k.reshape(weights.shape)
 

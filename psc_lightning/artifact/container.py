@@ -97,7 +97,7 @@ def pack(sections: Mapping[int, bytes]) -> bytes:
     """Put sections (tag: bytes) into the bytes of a file.
 
     >>> pack({1: b"ab"}).hex(" ")
-    '50 53 43 01 34 92 c4 9e 01 02 61 62'
+    '50 53 43 01 85 36 26 45 01 02 61 62'
     """
     parts = [part for tag, data in sections.items() for part in (bytes([tag]), varint(len(data)), data)]
     checksum = 0
