@@ -117,8 +117,8 @@ def main() -> None:
     lines = [
         "# CPU time of a compressed fit over a plain one",
         "",
-        f"Median (lowest – highest) of {args.pairs} pairs, {args.steps} steps a fit, one thread, torch {torch.__version__}, by",
-        f"`python recipes/benchmarks/step_cost.py --pairs {args.pairs} --steps {args.steps}`.",
+        f"Median (lowest – highest) of {args.pairs} pairs, {args.steps} steps a fit, one thread, torch {torch.__version__},",
+        f"by `python recipes/benchmarks/step_cost.py --pairs {args.pairs} --steps {args.steps}`.",
         "",
         "| method | ResNet-20, batch 64 | transformer 6 × 384, batch 8 × 64 |",
         "|---|--:|--:|",

@@ -1,0 +1,60 @@
+"""Recipes are run, so that they do not rot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*command: str, cwd: Path, **environment: str) -> str:
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env={**os.environ, **one_thread, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_fine_tuning_with_callbacks(tmp_path: Path) -> None:
+    said = run(str(ROOT / "recipes/finetune.py"), cwd=tmp_path)
+    assert "cross_channel+movement+ternary" in said
+    accuracy = float(said.rsplit("accuracy", 1)[1].split("│")[1])
+    assert accuracy > 0.95
+
+
+def test_one_shot(tmp_path: Path) -> None:
+    said = run(str(ROOT / "recipes/one_shot.py"), cwd=tmp_path)
+    assert "magnitude+uniform" in said
+    assert "x smaller" in said
+
+
+@pytest.mark.parametrize("script", ["accuracy.py", "step_cost.py"])
+def test_benchmarks_start(tmp_path: Path, script: str) -> None:
+    assert "usage:" in run(str(ROOT / "recipes/benchmarks" / script), "--help", cwd=tmp_path)
+
+
+def test_the_accuracy_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    # From a copy, so that the committed results stay as they are.
+    for name in ("train.py", "conf"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "recipes" / "benchmarks").mkdir(parents=True)
+    script = tmp_path / "recipes" / "benchmarks" / "accuracy.py"
+    script.write_text((ROOT / "recipes/benchmarks/accuracy.py").read_text())
+    command = [str(script), "digits", "--only", "^(none|row)$", "--seeds", "1", "--runs", str(tmp_path / "runs")]
+    run(*command, cwd=tmp_path, PSC_CACHE=str(tmp_path / "cache"))
+    table = (tmp_path / "recipes/results/digits.md").read_text()
+    assert "| row | 1 |" in table
+    assert "python train.py compression=row seed=0" in table
+    before = (tmp_path / "runs/digits/row/0/report.json").stat().st_mtime_ns
+    run(*command, cwd=tmp_path, PSC_CACHE=str(tmp_path / "cache"))
+    assert (tmp_path / "runs/digits/row/0/report.json").stat().st_mtime_ns == before
