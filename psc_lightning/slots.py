@@ -24,7 +24,7 @@ from psc_lightning.masks import MASKS, Mask, read_keep
 from psc_lightning.symbols import Reader, Writer
 from psc_lightning.tying import TYINGS, Tying
 
-__all__ = ["SLOTS", "Slots", "Spec", "decode"]
+__all__ = ["SLOTS", "Slots", "Spec", "Stored", "decode"]
 
 Shape = tuple[int, ...]
 
@@ -40,6 +40,21 @@ class Spec:
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     owner: str = ""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as a file holds it.
+
+    Attributes:
+        method: the slots' methods, joined; a file does not say how its mask was found.
+        cores: name → values after mask and levels.
+        weight: the effective weight.
+    """
+
+    method: str
+    cores: Mapping[str, Tensor]
+    weight: Tensor
 
 
 class _Linked(torch.autograd.Function):
@@ -252,7 +267,10 @@ class Slots(nn.Module):
     forward = effective
 
     def _through(self, weight: Tensor) -> Tensor:
-        tying, masking, levelling = self.phase
+        return self._expand(self._cores(weight), weight.dtype)
+
+    def _cores(self, weight: Tensor) -> dict[str, Tensor]:
+        _, masking, levelling = self.phase
         cores = self._reduce(weight)
         for name, core in cores.items():
             chain = self._chain(name)
@@ -266,9 +284,13 @@ class Slots(nn.Module):
             if masking and chain.mask is not None:
                 value = chain.mask(value, core)
             cores[name] = value
+        return cores
+
+    def _expand(self, cores: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         # A repeated weight may be a strided view: equal numbers in another memory layout give other logits after loading.
-        matrix = self.tying.expand(cores).contiguous() if self.tying is not None and tying else cores["core"]
-        return self.layout.weight(matrix, self.stored_shape).to(weight.dtype)
+        tied = self.tying is not None and self.phase[0]
+        matrix = self.tying.expand(cores).contiguous() if self.tying is not None and tied else cores["core"]
+        return self.layout.weight(matrix, self.stored_shape).to(dtype)
 
     def _chain(self, name: str) -> Chain:
         chain = self.cores[name]
@@ -276,6 +298,14 @@ class Slots(nn.Module):
         return chain
 
     # ---------------------------------------------------------------------------------------------- storing
+
+    @torch.no_grad()
+    def stored(self, weight: Tensor) -> Stored:
+        """What `encode` would store, as it is now."""
+        if self.stale:
+            self.refresh(weight)
+        cores = self._cores(weight)
+        return Stored(self.method, dict(cores), self._expand(cores, weight.dtype))
 
     @torch.no_grad()
     def encode(self, writer: Writer, weight: Tensor) -> None:
@@ -335,36 +365,41 @@ class Slots(nn.Module):
         return f"{self.method}, strength={[round(value, 3) for value in self.strength.tolist()]}"
 
 
-def decode(reader: Reader, shape: Shape, dtype: torch.dtype) -> Tensor:
-    """Read what `Slots.encode` stored: the effective weight, bit for bit, contiguous.
+def decode(reader: Reader, shape: Shape, dtype: torch.dtype) -> Stored:
+    """Read what `Slots.encode` stored; the effective weight is contiguous, and bit for bit what it was.
 
     Raises:
         ValueError: where the file names a method or a size that cannot be.
     """
     layout = Layout.decode(reader, shape)
     matrix_shape = layout.shape(shape)
-    tyings = {method.code_number: method for method in TYINGS.values()}
-    levels = {method.code_number: method for method in LEVELS.values()}
-    number = reader.integer(0, max(tyings))
-    tying = _known(tyings, number, "tying").decode(reader, matrix_shape) if number else None
+    name, method = _known(TYINGS, reader, "tying")
+    tying = method.decode(reader, matrix_shape) if method else None
+    methods = [name]
     # As in `effective`: factors are float32 whatever the weight is, other cores are no narrower than float32.
     trained = tying is not None and any(True for _ in tying.parameters())
     work = torch.float64 if dtype == torch.float64 and not trained else torch.float32
     cores = {}
     for name, size in (tying.core_shapes() if tying is not None else {"core": matrix_shape}).items():
-        keep = read_keep(reader, size) if reader.integer(0, 1) else torch.ones(size, dtype=torch.bool)
-        number = reader.integer(0, max(levels))
-        if number:
-            core = _known(levels, number, "levels").decode(reader, keep, work)
+        masks = reader.integer(0, 1)
+        keep = read_keep(reader, size) if masks else torch.ones(size, dtype=torch.bool)
+        level, method = _known(LEVELS, reader, "levels")
+        methods += ["mask" if masks else "", level]
+        if method:
+            core = method.decode(reader, keep, work)
         else:
             core = torch.zeros(size, dtype=work)
             core[keep] = read_bits(reader, int(keep.sum()), dtype).to(work)
         cores[name] = torch.where(keep, core, 0.0)
     matrix = tying.expand(cores) if tying is not None else cores["core"]
-    return layout.weight(matrix.detach(), shape).to(dtype).contiguous()
+    weight = layout.weight(matrix.detach(), shape).to(dtype).contiguous()
+    return Stored("+".join(filter(None, dict.fromkeys(methods))) or "plain", cores, weight)
 
 
-def _known(methods: Mapping[int, Any], number: int, slot: str) -> Any:
-    if number not in methods:
-        raise ValueError(f"unknown {slot} method {number}; this version knows {sorted(methods)}")
-    return methods[number]
+def _known(methods: Mapping[str, Any], reader: Reader, slot: str) -> tuple[str, Any]:
+    """The name and the method whose number is read; neither for 0."""
+    numbered = {method.code_number: (name, method) for name, method in methods.items()}
+    number = reader.integer(0, max(numbered))
+    if number and number not in numbered:
+        raise ValueError(f"unknown {slot} method {number}; this version knows {sorted(numbered)}")
+    return numbered.get(number, ("", None))

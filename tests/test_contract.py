@@ -176,7 +176,7 @@ def build(
 def there_and_back(slots: Slots, weight: nn.Parameter, tape: type) -> Tensor:
     written = tape()
     slots.encode(written, weight)
-    read = decode(written, tuple(weight.shape), weight.dtype)
+    read = decode(written, tuple(weight.shape), weight.dtype).weight
     assert written.finished
     return read
 

@@ -199,7 +199,7 @@ def test_a_soft_or_absent_slot_is_not_stored(tape, same_bits):
     slots.set_strength("mask", 1.0, weight)
     written = tape()
     slots.encode(written, weight)
-    assert same_bits(decode(written, (4, 8), torch.float32), slots.effective(weight))
+    assert same_bits(decode(written, (4, 8), torch.float32).weight, slots.effective(weight))
 
 
 @pytest.mark.parametrize(("at", "value"), [(1, 6), (1, -1), (2, 2), (3, 8)])

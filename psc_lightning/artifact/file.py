@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from psc_lightning.artifact.directory import DTYPES, Entry, Kind
 from psc_lightning.artifact.errors import ArtifactError
 from psc_lightning.artifact.report import Report, TensorReport
 from psc_lightning.artifact.streams import Stream, SymbolReader, SymbolWriter
+from psc_lightning.slots import Stored
 
 __all__ = ["inspect", "load", "load_into", "save", "to_bytes", "verify"]
 
@@ -86,9 +87,8 @@ def to_bytes(model: nn.Module, leftovers: str = "float32") -> tuple[bytes, Repor
         _share(bits, entries, group, writer.bits - before)
     tag, content = directory.encode(entries)
     data = container.pack({tag: content, _SYMBOLS: writer.finish()})
-    methods = {name: its_slots.method for name, (its_slots, _) in compressed.items()}
-    cores = {name: tuple(its_slots.core_shapes().values()) for name, (its_slots, _) in compressed.items()}
-    return data, _report(entries, tensors, bits, writer.streams, len(data), methods, cores, _layer_types(model))
+    stored = {name: its_slots.stored(weight) for name, (its_slots, weight) in compressed.items()}
+    return data, _report(entries, tensors, bits, writer.streams, len(data), stored, _layer_types(model))
 
 
 def load(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> dict[str, Tensor]:
@@ -121,7 +121,9 @@ def inspect(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Report:
         ArtifactError: as `load`.
     """
     content = _read(path, max_bytes)
-    return _report(content.entries, content.tensors, content.bits, content.streams, content.file_bytes, {}, {}, {})
+    return _report(
+        content.entries, content.tensors, content.bits, content.streams, content.file_bytes, content.stored, {}
+    )
 
 
 @torch.no_grad()
@@ -145,6 +147,7 @@ class _Content:
 
     entries: list[Entry]
     tensors: dict[str, Tensor]
+    stored: dict[str, Stored]
     bits: list[float]
     streams: list[Stream]
     file_bytes: int = 0
@@ -162,7 +165,7 @@ def _read(path: str | os.PathLike[str], max_bytes: int) -> _Content:
     data = container.read(path, max_bytes + _SLACK)
     entries, payload = _open(data)
     content = _decode(entries, payload, max_bytes)
-    return _Content(content.entries, content.tensors, content.bits, content.streams, len(data))
+    return replace(content, file_bytes=len(data))
 
 
 def _decode(entries: Sequence[Entry], payload: bytes, max_bytes: int) -> _Content:
@@ -174,24 +177,25 @@ def _decode(entries: Sequence[Entry], payload: bytes, max_bytes: int) -> _Conten
         )
     reader = SymbolReader(payload, limit=max_bytes)
     tensors: dict[int, Tensor] = {}
+    stored: dict[str, Stored] = {}
     bits = [0.0] * len(entries)
     for group in _groups(entries):
         before = reader.bits
         entry = entries[group[0]]
         if entry.kind is Kind.SLOTS:
             try:
-                tensors[group[0]] = slots.decode(reader, entry.shape, entry.dtype)
+                stored[entry.name] = slots.decode(reader, entry.shape, entry.dtype)
             except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
                 # Every number was in its range, but together they make no tensor; torch says so in many ways.
                 raise ArtifactError(f"{entry.name}: {error}") from error
+            tensors[group[0]] = stored[entry.name].weight
         else:
-            stored = _stored_dtype(entry)
-            parts = leftovers.decode(reader, [entries[i].shape for i in group], stored)
+            parts = leftovers.decode(reader, [entries[i].shape for i in group], _stored_dtype(entry))
             tensors.update({i: part.to(entries[i].dtype) for i, part in zip(group, parts, strict=True)})
         _share(bits, entries, group, reader.bits - before)
     reader.finish()
     named = {entry.name: tensors[i if entry.alias is None else entry.alias] for i, entry in enumerate(entries)}
-    return _Content(list(entries), named, bits, reader.streams)
+    return _Content(list(entries), named, stored, bits, reader.streams)
 
 
 def _room(shape: Sequence[int]) -> int:
@@ -302,8 +306,7 @@ def _report(
     bits: Sequence[float],
     streams: Sequence[Stream],
     file_bytes: int,
-    methods: Mapping[str, str],
-    cores: Mapping[str, Sequence[tuple[int, ...]]],
+    stored: Mapping[str, Stored],
     layer_types: Mapping[str, str],
 ) -> Report:
     rows: list[TensorReport] = []
@@ -311,23 +314,25 @@ def _report(
     for entry, cost in zip(entries, bits, strict=True):
         spent += cost
         # Rounded where the tensors end, not each for itself: the parts add up to the whole.
-        stored = round(spent / 8) - counted
-        counted += stored
-        core = tuple(cores.get(entry.name, [entry.shape]))
-        tensor = tensors[entry.name]
-        default = {Kind.SLOTS: "compressed", Kind.ALIAS: "shared"}.get(entry.kind, "plain")
+        size = round(spent / 8) - counted
+        counted += size
+        held = stored.get(entry.name)
+        cores = list(held.cores.values()) if held else [tensors[entry.name]]
+        shapes = tuple(tuple(core.shape) for core in cores)
+        entries_in_all = sum(core.numel() for core in cores)
         rows.append(
             TensorReport(
                 name=entry.name,
                 layer_type=layer_types.get(entry.name, ""),
                 shape=entry.shape,
-                core_shape=core[0] if len(core) == 1 else core,
-                method=methods.get(entry.name, default),
+                core_shape=shapes[0] if len(shapes) == 1 else shapes,
+                method=held.method if held else "shared" if entry.kind is Kind.ALIAS else "plain",
                 dense_bytes=0 if entry.alias is not None else entry.nbytes,
-                stored_bytes=stored,
-                sparsity=1 - int(tensor.count_nonzero()) / tensor.numel() if tensor.numel() else 0.0,
-                # A product of factors takes any number of values; it is the factors that have few.
-                levels=_levels(tensor) if entry.kind is Kind.SLOTS and len(core) == 1 else None,
+                stored_bytes=size,
+                sparsity=1 - sum(int(core.count_nonzero()) for core in cores) / entries_in_all
+                if entries_in_all
+                else 0.0,
+                levels=max(map(_levels, cores)) if held else None,
             )
         )
     dense = sum(row.dense_bytes for row in rows)

@@ -23,14 +23,13 @@ class TensorReport:
         name: its key in the plain state dict.
         layer_type: class of the layer that owns it; empty where only the file is known.
         shape: its shape.
-        core_shape: shape of what is stored after tying; for a tying with several factors one shape each.
+        core_shape: shape of what is stored after tying (output axis first); for several factors one shape each.
         method: the filled slots, as in `cross_channel+magnitude+uniform`; `plain` without any; `shared` for a tensor
             that is an earlier one under another name.
         dense_bytes: its size in memory; 0 if shared.
         stored_bytes: its part of the file; small plain tensors that are stored together share by number of entries.
-        sparsity: share of zeros among its entries, 0 … 1.
-        levels: the largest number of distinct values, zero included, in one row of its first axis; None if plain or
-            a product of factors.
+        sparsity: share of zeros among the stored entries (those of the cores, where there is a tying), 0 … 1.
+        levels: the largest number of distinct values, zero included, in one row of a core; None if plain.
     """
 
     name: str

@@ -44,7 +44,8 @@ def test_a_row_by_hand() -> None:
 def test_factors_have_a_shape_each() -> None:
     row = to_bytes(compressed(tying=("low_rank", {"rank": 2}), levels="uniform"))[1].tensors[0]
     assert len(row.core_shape) == 2
-    assert row.levels is None
+    assert row.levels is not None
+    assert 2 < row.levels <= 255
     assert row.method == "low_rank+uniform"
 
 

@@ -58,7 +58,8 @@ def test_what_is_written_returns(arrays: list[tuple[int, int, str, int]], intege
     # The cost is the same on both sides, and it is what the file takes.
     assert reader.bits == pytest.approx(cost, abs=1e-6)
     assert reader.streams == streams
-    assert cost / 8 - 4 <= len(stored) <= 1.01 * cost / 8 + 32
+    # A single message may be lucky by up to the coder's state, eight bytes.
+    assert cost / 8 - 8 <= len(stored) <= 1.01 * cost / 8 + 32
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -703,7 +703,6 @@ def sharded(rank: int, port: int, folder: str) -> None:
     destroy_process_group()
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_dtensors_and_plain_tensors_together(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
