@@ -26,14 +26,12 @@ __all__ = [
     "largest",
     "masked",
     "power_of_two",
-    "read_bits",
     "read_halves",
     "round_to_half",
     "split",
     "spread",
     "straight_through",
     "survivor_mean",
-    "write_bits",
     "write_halves",
     "zero_count",
 ]
@@ -287,18 +285,3 @@ def read_halves(reader: Reader, count: int) -> Tensor:
     if not bool(values.isfinite().all()):
         raise ValueError("a stored scale is not a finite number")
     return values * unit
-
-
-def write_bits(writer: Writer, values: Tensor) -> None:
-    """Store any tensor exactly: one stream a byte (lowest first), so that signs and exponents can be coded apart."""
-    flat = values.detach().reshape(-1).contiguous().cpu()
-    planes = flat.view(torch.uint8).reshape(flat.numel(), flat.element_size())
-    for plane in planes.unbind(1):
-        writer.symbols(plane.to(torch.int32), 256)
-
-
-def read_bits(reader: Reader, count: int, dtype: torch.dtype) -> Tensor:
-    """Read `count` numbers of `dtype` that `write_bits` stored."""
-    size = torch.empty((), dtype=dtype).element_size()
-    planes = [reader.symbols(count, 256).to(torch.uint8) for _ in range(size)]
-    return torch.stack(planes, 1).reshape(-1).view(dtype)

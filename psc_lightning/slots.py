@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.functional import read_bits, write_bits
+from psc_lightning.bits import read_bits, write_bits
 from psc_lightning.layout import Layout
 from psc_lightning.levels import LEVELS, Levels
 from psc_lightning.masks import MASKS, Mask, read_keep

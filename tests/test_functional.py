@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from psc_lightning import functional as F
 
@@ -233,20 +232,3 @@ def test_a_stored_scale_that_is_not_finite_is_refused(tape):
     written.symbols(torch.tensor([0x7C00], dtype=torch.int32), 65536)
     with pytest.raises(ValueError, match="not a finite number"):
         F.read_halves(written, 1)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_bits_come_back(dtype: torch.dtype, tape, same_bits):
-    values = torch.tensor([0.0, -0.0, 1.0, -3.1415926535, 6e-8], dtype=torch.float64).to(dtype)
-    strided: Tensor = torch.stack([values, values], 1)[:, 0]
-    written = tape()
-    F.write_bits(written, strided)
-    assert same_bits(F.read_bits(written, 5, dtype), values)
-    assert written.finished
-    assert len(written.items) == dtype.itemsize
-
-
-def test_no_bits_at_all(tape):
-    written = tape()
-    F.write_bits(written, torch.zeros(0))
-    assert F.read_bits(written, 0, torch.float32).shape == (0,)

@@ -1,9 +1,4 @@
-"""Tensors outside the slots (biases, BatchNorm, whatever was not selected), bit for bit, as planes of bytes.
-
-An entry becomes one unsigned word of its own size, and the words become one plane per byte, the highest first. So that
-equal things meet in one plane, a float's word holds exponent, sign, mantissa from the top (IEEE has the sign first,
-which tears the exponent in two), and a signed integer's is 2x for x ≥ 0 and -2x-1 below.
-"""
+"""Tensors outside the slots (biases, BatchNorm, whatever was not selected), several stored as if they were one."""
 
 from __future__ import annotations
 
@@ -12,60 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from psc_lightning.bits import read_bits, write_bits
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["decode", "encode"]
 
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_MANTISSA = {torch.float16: 10, torch.bfloat16: 7, torch.float32: 23, torch.float64: 52}
-
-
-def _to_words(values: Tensor) -> Tensor:
-    width = 8 * values.dtype.itemsize
-    if values.dtype == torch.bool or values.dtype == torch.uint8:
-        return values.view(torch.uint8)
-    if not values.is_floating_point():
-        values = values.to(torch.int16) if width == 8 else values
-        return (values << 1) ^ (values >> (8 * values.dtype.itemsize - 1))
-    mantissa, bits = _MANTISSA[values.dtype], values.view(_WORDS[width // 8])
-    fraction, exponent = (1 << mantissa) - 1, (1 << (width - 1)) - (1 << mantissa)
-    return ((bits & exponent) << 1) | (((bits >> (width - 1)) & 1) << mantissa) | (bits & fraction)
-
-
-def _from_words(words: Tensor, dtype: torch.dtype) -> Tensor:
-    width = 8 * dtype.itemsize
-    if dtype == torch.bool or dtype == torch.uint8:
-        return words.view(dtype)
-    if not dtype.is_floating_point:
-        width = 8 * words.dtype.itemsize
-        return (((words >> 1) & ((1 << (width - 1)) - 1)) ^ -(words & 1)).to(dtype)
-    mantissa = _MANTISSA[dtype]
-    fraction, exponent = (1 << mantissa) - 1, (1 << (width - 1)) - (1 << mantissa)
-    bits = ((words >> 1) & exponent) | (((words >> mantissa) & 1) << (width - 1)) | (words & fraction)
-    return bits.view(dtype)
-
 
 def encode(writer: Writer, tensors: Sequence[Tensor]) -> None:
-    """Store tensors of one dtype, one after the other, as if they were one."""
-    words = _to_words(torch.cat([tensor.detach().cpu().reshape(-1) for tensor in tensors]))
-    dtype = tensors[0].dtype
-    if dtype == torch.bool:
-        writer.symbols(words, 2)
-        return
-    for byte in reversed(range(dtype.itemsize)):
-        writer.symbols((words >> (8 * byte)) & 255, 256)
+    """Store tensors of one dtype, one after the other."""
+    write_bits(writer, torch.cat([tensor.detach().cpu().reshape(-1) for tensor in tensors]))
 
 
 def decode(reader: Reader, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
     """Read tensors of these shapes, stored together."""
     numbers = [torch.Size(shape).numel() for shape in shapes]
-    if dtype == torch.bool:
-        words = reader.symbols(sum(numbers), 2).to(torch.uint8)
-    else:
-        # A signed byte's word is kept in 16 bits, as in `_to_words`.
-        words = torch.zeros(sum(numbers), dtype=torch.int16 if dtype == torch.int8 else _WORDS[dtype.itemsize])
-        for byte in reversed(range(dtype.itemsize)):
-            words |= reader.symbols(sum(numbers), 256).to(words.dtype) << (8 * byte)
-    parts = torch.split(_from_words(words, dtype), numbers)
+    parts = torch.split(read_bits(reader, sum(numbers), dtype), numbers)
     # Own memory for each: a caller who keeps one bias should not keep all of them.
     return [part.reshape(shape).clone() for part, shape in zip(parts, shapes, strict=True)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from psc_lightning.functional import Group, read_bits, write_bits
+from psc_lightning.bits import read_bits, write_bits
+from psc_lightning.functional import Group
 from psc_lightning.levels.base import Levels, Shape
 from psc_lightning.symbols import Reader, Writer
 

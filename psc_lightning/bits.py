@@ -1,0 +1,64 @@
+"""Any tensor as arrays of bytes, exactly: what no method has made few-valued.
+
+An entry becomes one unsigned word of its own size, and the words become one array per byte, the highest first. So that
+equal things meet in one array, a float's word holds exponent, sign, mantissa from the top (IEEE has the sign first, which
+tears the exponent in two), and a signed integer's is 2x for x ≥ 0 and -2x-1 below.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from psc_lightning.symbols import Reader, Writer
+
+__all__ = ["read_bits", "write_bits"]
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MANTISSA = {torch.float16: 10, torch.bfloat16: 7, torch.float32: 23, torch.float64: 52}
+
+
+def _to_words(values: Tensor) -> Tensor:
+    width = 8 * values.dtype.itemsize
+    if values.dtype == torch.bool or values.dtype == torch.uint8:
+        return values.view(torch.uint8)
+    if not values.is_floating_point():
+        values = values.to(torch.int16) if width == 8 else values
+        return (values << 1) ^ (values >> (8 * values.dtype.itemsize - 1))
+    mantissa, bits = _MANTISSA[values.dtype], values.view(_WORDS[width // 8])
+    fraction, exponent = (1 << mantissa) - 1, (1 << (width - 1)) - (1 << mantissa)
+    return ((bits & exponent) << 1) | (((bits >> (width - 1)) & 1) << mantissa) | (bits & fraction)
+
+
+def _from_words(words: Tensor, dtype: torch.dtype) -> Tensor:
+    width = 8 * dtype.itemsize
+    if dtype == torch.bool or dtype == torch.uint8:
+        return words.view(dtype)
+    if not dtype.is_floating_point:
+        width = 8 * words.dtype.itemsize
+        return (((words >> 1) & ((1 << (width - 1)) - 1)) ^ -(words & 1)).to(dtype)
+    mantissa = _MANTISSA[dtype]
+    fraction, exponent = (1 << mantissa) - 1, (1 << (width - 1)) - (1 << mantissa)
+    bits = ((words >> 1) & exponent) | (((words >> mantissa) & 1) << (width - 1)) | (words & fraction)
+    return bits.view(dtype)
+
+
+def write_bits(writer: Writer, values: Tensor) -> None:
+    """Store a tensor's entries in memory order, bit for bit; bool as one array of size 2, all else a byte an array."""
+    words = _to_words(values.detach().cpu().reshape(-1))
+    if values.dtype == torch.bool:
+        writer.symbols(words.to(torch.int32), 2)
+        return
+    for byte in reversed(range(values.dtype.itemsize)):
+        writer.symbols(((words >> (8 * byte)) & 255).to(torch.int32), 256)
+
+
+def read_bits(reader: Reader, count: int, dtype: torch.dtype) -> Tensor:
+    """Read `count` entries of `dtype` that `write_bits` stored."""
+    if dtype == torch.bool:
+        return reader.symbols(count, 2).to(torch.bool)
+    # A signed byte's word is kept in 16 bits, as in `_to_words`.
+    words = torch.zeros(count, dtype=torch.int16 if dtype == torch.int8 else _WORDS[dtype.itemsize])
+    for byte in reversed(range(dtype.itemsize)):
+        words |= reader.symbols(count, 256).to(words.dtype) << (8 * byte)
+    return _from_words(words, dtype)
