@@ -161,8 +161,11 @@ def newest_first(root: Path) -> list[Path]:
 
 def register_resolvers() -> None:
     """Make `${run_dir:ROOT}` and `${sweep_dir:ROOT}` known to OmegaConf."""
+    register = getattr(
+        OmegaConf, "register_resolver", OmegaConf.register_new_resolver
+    )  # its name from OmegaConf 2.4 on
     for resolver in (run_dir, sweep_dir):
-        OmegaConf.register_new_resolver(resolver.__name__, once(resolver), replace=True)
+        register(resolver.__name__, once(resolver), replace=True)
 
 
 def once(resolver: Callable[..., str]) -> Callable[..., str]:

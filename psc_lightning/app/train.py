@@ -355,12 +355,12 @@ def quiet() -> None:
 def application(full: bool) -> Callable[[], None]:
     """Return `job` under Hydra's command line."""
     register_resolvers()
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {"version_base": None}
     if "execution_whitelist" in inspect.signature(hydra.main).parameters:
         # Hydra 1.4 asks which targets a configuration may name. Here it is the user's own: to name any class is its point.
-        settings["execution_whitelist"] = vars(hydra.utils)["UNSAFE_DISABLE_EXECUTION_CHECKS"]
+        settings = {"execution_whitelist": vars(hydra.utils)["UNSAFE_DISABLE_EXECUTION_CHECKS"]}
 
-    @hydra.main(version_base=None, config_path=str(config_dir()), config_name="train", **settings)
+    @hydra.main(config_path=str(config_dir()), config_name="train", **settings)
     def train(cfg: DictConfig) -> float:
         return job(cfg, full)
 
