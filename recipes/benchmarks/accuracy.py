@@ -53,7 +53,6 @@ def studies(args: argparse.Namespace) -> dict[str, Study]:
             "experiment=cifar10_resnet20",
             f"model.checkpoint={args.checkpoint}",
             f"data.folder={args.data}/cifar-10-batches-bin",
-            "model.channels_last=true",
         ],
         {
             "none": (["compression=none"], 3),
