@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import platform
@@ -161,9 +162,9 @@ def newest_first(root: Path) -> list[Path]:
 
 def register_resolvers() -> None:
     """Make `${run_dir:ROOT}` and `${sweep_dir:ROOT}` known to OmegaConf."""
-    register = getattr(
-        OmegaConf, "register_resolver", OmegaConf.register_new_resolver
-    )  # its name from OmegaConf 2.4 on
+    register = OmegaConf.register_resolver  # its name from OmegaConf 2.4 on; before, that was an older function
+    if "replace" not in inspect.signature(register).parameters:
+        register = OmegaConf.register_new_resolver
     for resolver in (run_dir, sweep_dir):
         register(resolver.__name__, once(resolver), replace=True)
 
