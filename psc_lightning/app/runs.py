@@ -162,7 +162,7 @@ def newest_first(root: Path) -> list[Path]:
 
 def register_resolvers() -> None:
     """Make `${run_dir:ROOT}` and `${sweep_dir:ROOT}` known to OmegaConf."""
-    register = OmegaConf.register_resolver  # its name from OmegaConf 2.4 on; before, that was an older function
+    register: Any = OmegaConf.register_resolver  # its name from OmegaConf 2.4 on; before, that was an older function
     if "replace" not in inspect.signature(register).parameters:
         register = OmegaConf.register_new_resolver
     for resolver in (run_dir, sweep_dir):
