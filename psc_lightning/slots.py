@@ -119,6 +119,7 @@ class Slots(nn.Module):
         self.phase = [OFF, OFF, OFF]
         self.stale = False
         self.unborn = False  # levels that have begun but have not yet seen a core
+        self.untied = False  # a tying that has begun with another weight than the one that was loaded since
         self.tying: Tying | None = None
         self.cores = nn.ModuleDict()
 
@@ -223,6 +224,9 @@ class Slots(nn.Module):
     def refresh(self, weight: Tensor) -> None:
         """Recompute what needs sorting, clustering or sums, from the weight as it is now."""
         self.stale = False
+        if self.untied:
+            self.untied = False
+            self._begin("tying", weight)
         tying, masking, levelling = self.phase
         if self.tying is not None and not tying:
             return
@@ -340,7 +344,7 @@ class Slots(nn.Module):
     # -------------------------------------------------------------------------------- checkpoints and moves
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A checkpoint of the plain class has no keys of ours: keep the sidecars, and recompute what they derive."""
+        """A checkpoint of the plain class has no keys of ours: what has begun begins anew from the weight it brings."""
         plain = not any(key.startswith(prefix) for key in state_dict)
         if plain:
             state_dict.update({prefix + key: value for key, value in self.state_dict().items()})
@@ -348,7 +352,7 @@ class Slots(nn.Module):
         strengths = self.strength.tolist()
         self.phase = [OFF if value <= 0 else HARD if value >= 1 else SOFT for value in strengths]
         self.stale = plain and self.begun
-        self.unborn = False
+        self.untied, self.unborn = plain and bool(self.phase[0]), plain and bool(self.phase[2])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slots:
         """Sidecars follow the model to a device, but stay float32 when it goes to half precision."""

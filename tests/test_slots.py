@@ -220,6 +220,26 @@ def test_sidecars_belong_to_one_slot_each():
     assert {id(p) for part in by_slot for p in part} == {id(p) for p in slots.parameters()}
 
 
+@pytest.mark.parametrize(
+    "methods",
+    [{"tying": ("low_rank", {"rank": 2})}, {"levels": ("codebook", {"k": 4})}, {"tying": ("row", {})}],
+    ids=str,
+)
+def test_a_plain_checkpoint_begins_anew(methods: dict[str, tuple[str, dict[str, object]]]):
+    """Factors and centroids that were made for another weight would hide the one that was loaded."""
+    other, new = make((6, 8), **methods)
+    with torch.no_grad():
+        new.copy_(torch.randn(6, 8, generator=torch.Generator().manual_seed(9)))
+    other.harden(new)
+    loaded = other.effective(new).detach()
+    slots, weight = make((6, 8), **methods)
+    slots.harden(weight)
+    slots.load_state_dict({})
+    with torch.no_grad():
+        weight.copy_(loaded)
+    assert torch.allclose(slots.effective(weight), loaded, atol=1e-2)
+
+
 def test_forward_draws_no_random_numbers_and_changes_no_state():
     slots, weight = make((6, 8), mask=("movement", SHARE), levels=("codebook", {"k": 4}))
     torch.manual_seed(5)
