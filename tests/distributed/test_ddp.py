@@ -1,0 +1,55 @@
+"""DDP with two gloo processes: ranks agree bit for bit, a late start needs no `find_unused_parameters`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training import differences
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One run in two processes and one alone; results are read from files, not from exit codes."""
+    folder = tmp_path_factory.mktemp("ddp")
+    tests = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tests), str(tests.parent)))}
+    script = str(Path(__file__).with_name("ddp_script.py"))
+    for devices in ("2", "1"):
+        command = [sys.executable, script, devices, str(folder)]
+        subprocess.run(command, cwd=folder, env=environment, timeout=600, check=False, capture_output=True)
+    return folder
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_ranks_agree_bit_for_bit(runs):
+    first, second = read(runs / "2-0.pt"), read(runs / "2-1.pt")
+    assert first["steps"] == 12
+    assert differences(first, second) == []
+    strengths = [value for key, value in first.items() if key.endswith(".strength")]
+    assert len(strengths) == 3 * 7
+    assert all(strength.max() == 1 for strength in strengths)
+
+
+def test_two_processes_are_one_with_the_double_batch(runs):
+    """To 1e-5 in all that is trained or chosen."""
+    two, one = read(runs / "2-0.pt"), read(runs / "1-0.pt")
+    assert list(two) == list(one)
+    # Factors take a weight's place; DDP wants a gradient for it all the same, and momentum goes on moving it, unused.
+    unused = {key.split(".psc.")[0] + ".weight" for key in one if ".psc.weight.tying." in key and key[-6:] != ".total"}
+    far = [
+        key for key, value in one.items() if not torch.allclose(two[key].double(), value.double(), rtol=1e-4, atol=1e-5)
+    ]
+    assert set(far) <= unused
+
+
+def test_the_checkpoint_is_plain(runs):
+    keys = [key for key in read(runs / "2-0.pt") if key.startswith("nets.") and ".psc." not in key]
+    assert list(read(runs / "2.ckpt")["state_dict"]) == keys
