@@ -36,11 +36,11 @@ import psc_lightning
 from psc_lightning.app.baseline import cached, fingerprint
 from psc_lightning.app.checkpoint import ResumePoint, read_checkpoint
 from psc_lightning.app.errors import UsageError, explain, one_line
-from psc_lightning.app.plots import Curve, draw
 from psc_lightning.app.runs import Run, register_resolvers
 from psc_lightning.app.sweep import SweepFolder, summarise
 from psc_lightning.app.task import Classifier
 from psc_lightning.configs import config_dir
+from psc_lightning.report import Curve, draw
 
 __all__ = ["main", "run"]
 
