@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -86,7 +87,7 @@ def attach(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> None:
 
 def compress(
     model: nn.Module,
-    compression: str,
+    compression: str | Sequence[Callback],
     threshold: float | None = None,
     batches: Iterable[Any] | None = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
@@ -99,7 +100,7 @@ def compress(
     Args:
         model: the model, changed in place (its dense weights stay in its Parameters until `detach`).
         compression: a preset: float, binary, ternary, mask, cross_channel, row, column, separable, low_rank, log,
-            codebook, deep, none.
+            codebook, deep, none; or callbacks of your own, which are left as they are.
         threshold: share of the entries that are zero, 0 ≤ threshold < 1; None: the preset's default.
         batches: for presets that labels drive (`mask`, `deep`): batches to compute gradients on.
         loss: ``loss(model, batch)`` gives a scalar for each of them.
@@ -120,11 +121,17 @@ def compress(
     >>> report.compression_ratio > 4
     True
     """
-    callbacks = preset(compression, threshold, **options)
+    if isinstance(compression, str):
+        callbacks = preset(compression, threshold, **options)
+    elif threshold is not None or options:
+        raise ValueError(f"{', '.join(options) or 'threshold'}: an option of presets; callbacks have their own")
+    else:
+        callbacks = [deepcopy(callback) for callback in compression if isinstance(callback, SlotCallback)]
     driven = [callback for callback in callbacks if callback.slot == "mask" and MASKS[callback.method].labels != "none"]
+    name = compression if isinstance(compression, str) else "+".join(callback.method for callback in callbacks)
     if (batches is None) != (loss is None) or (driven and batches is None):
         raise ValueError(
-            f"batches, loss: compression={compression!r} "
+            f"batches, loss: compression={name!r} "
             + ("is driven by labels and needs both" if driven else "takes both or neither")
             + ": compress(model, …, batches=loader, loss=lambda model, batch: …)"
         )
@@ -177,7 +184,9 @@ def _calibrate(
     try:
         for _, _, weight in held:
             weight.requires_grad_()  # a frozen weight has labels too
-        for number, batch in enumerate(track(batches, description="calibrating", transient=True)):
+        for number, batch in enumerate(
+            track(batches, description="calibrating", transient=True, disable=not sys.stdout.isatty())
+        ):
             for parameter, _, _ in before:
                 parameter.grad = None
             with torch.enable_grad():

@@ -74,9 +74,7 @@ def patterns(name: str, value: str | type | Iterable[str | type] | None) -> list
     """
     if value is None:
         return None
-    single = isinstance(value, str | type) or not isinstance(value, Iterable)
-    values: list[Any] = [value] if single else list(value)  # type: ignore[arg-type]
-    found = [item.__name__ if isinstance(item, type) else item for item in values]
+    found = [item.__name__ if isinstance(item, type) else item for item in _flat(value)]
     for item in found:
         if not isinstance(item, str) or not item:
             raise ValueError(f"{name}: expected a pattern or a list of patterns, found {item!r}")
@@ -86,6 +84,16 @@ def patterns(name: str, value: str | type | Iterable[str | type] | None) -> list
             except re.error as error:
                 raise ValueError(f"{name}: {item!r} is not a regular expression: {error}") from None
     return found
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """What a value holds, however nested; YAML joins lists by nesting them, and has null for nothing."""
+    if isinstance(value, str | type) or not isinstance(value, Iterable):
+        yield value
+        return
+    for item in value:
+        if item is not None:
+            yield from _flat(item)
 
 
 def tensors(model: nn.Module) -> Iterator[Target]:

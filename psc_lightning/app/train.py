@@ -269,13 +269,10 @@ def one_shot(cfg: DictConfig, dense: LightningModule, data: LightningDataModule)
     module = copy.deepcopy(dense)
     if not cfg.compression.callbacks:
         return module
-    options = {key: value for key, value in cfg.compression.items() if key not in ("name", "threshold", "callbacks")}
     batches = list(islice(data.train_dataloader(), CALIBRATION_BATCHES))
     with explain("compression"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"You are trying to `self\.log\(\)`")  # a training step without a Trainer
-        psc_lightning.compress(
-            module, cfg.compression.name, cfg.compression.threshold, batches=batches, loss=step_loss, **options
-        )
+        psc_lightning.compress(module, build_callbacks(cfg), batches=batches, loss=step_loss)
     return module
 
 

@@ -55,12 +55,12 @@ def studies(args: argparse.Namespace) -> dict[str, Study]:
             f"data.folder={args.data}/cifar-10-batches-bin",
         ],
         {
-            "none": (["compression=none"], 3),
-            "binary": (["compression=binary"], 3),
-            "binary, float16 leftovers": (["compression=binary", "leftovers=float16"], 1),
-            "ternary": (["compression=ternary"], 3),
-            "codebook": (["compression=codebook"], 3),
-            "mask 0.8": (["compression=mask", "compression.threshold=0.8"], 3),
+            "none": (["compression=none"], 1),
+            "binary": (["compression=binary", "schedule=constant"], 3),
+            "binary, float16 leftovers": (["compression=binary", "schedule=constant", "leftovers=float16"], 1),
+            "ternary": (["compression=ternary", "schedule=constant"], 1),
+            "codebook": (["compression=codebook", "schedule=constant"], 1),
+            "mask 0.8": (["compression=mask", "compression.threshold=0.8"], 1),
         },
     )
     return {"digits": digits, "mnist": mnist, "cifar10": cifar10}
