@@ -256,7 +256,7 @@ def kmeans_1d(values: Tensor, keep: Tensor, k: int, iterations: int = 30) -> Ten
     centroids = 0.5 * (low + (high - low) * steps) + 0.5 * quantiles
     for _ in range(iterations):
         middles = (centroids[:, 1:] + centroids[:, :-1]) / 2
-        edges = F.pad(torch.searchsorted(ordered, middles), (1, 0))
+        edges = F.pad(torch.searchsorted(ordered, middles, right=True), (1, 0))
         edges = torch.cat((edges, count), 1)
         inside = edges.diff(dim=1)
         means = sums.gather(1, edges).diff(dim=1) / inside.clamp_min(1)

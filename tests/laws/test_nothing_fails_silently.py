@@ -150,7 +150,7 @@ def test_a_slot_that_never_began_is_told(callback, step):
         (lambda v: M(label=v), ("label", "first_order", None)),
         (lambda v: M(refresh=v), ("refresh", 0, 2.0, True)),
         (lambda v: M(targets=v), ("targets", "", 3, [3], "re:(")),
-        (lambda v: M(ignore=v), ("ignore", "", 3, [None])),
+        (lambda v: M(ignore=v), ("ignore", "", 3, [3])),
         (lambda v: M(min_size=v), ("min_size", -1, 1.5, "64")),
         (lambda v: M(schedule=v), ("schedule", "quadratic", 0.5, {"kind": "linear", "start": 0})),
         (lambda v: Q(v), ("levels", "int8", None, 8)),
