@@ -330,7 +330,7 @@ class Slots(nn.Module):
         for name, core in self._reduce(weight).items():
             chain = self._chain(name)
             keep = chain.keep(core, bool(masking))
-            masks = bool(masking) and chain.mask is not None and not chain.mask.idle
+            masks = bool(masking) and chain.mask is not None and not bool(chain.mask.keep.all())
             writer.integer(int(masks))
             if masks and chain.mask is not None:
                 chain.mask.encode(writer)
