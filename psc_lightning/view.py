@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from psc_lightning.sharding import is_sharded, sharded_modules
 from psc_lightning.slots import Slots
 
 __all__ = ["attach_slots", "derive", "detach", "plain_state", "raw", "remove_slots", "slots_of", "views"]
@@ -92,7 +93,8 @@ def _views(base: type, names: tuple[str, ...]) -> dict[str, Any]:
     def view(name: str) -> property:
         def get(self: nn.Module) -> Tensor | None:
             parameter = self._parameters[name]
-            if parameter is None or getattr(_state, "raw", False):
+            # A sharded weight is no weight to compute with: FSDP2 looks at it here, and puts the whole one in its place.
+            if parameter is None or getattr(_state, "raw", False) or is_sharded(parameter):
                 return parameter
             try:
                 return self._modules[CHILD]._modules[name].effective(parameter)  # type: ignore[union-attr, operator, no-any-return]
@@ -203,7 +205,15 @@ def detach(module: M) -> M:
 
     Slots that have not reached full strength are hardened first. The module is changed in place and returned; what it
     computes in eval stays bit for bit the same.
+
+    Raises:
+        ValueError: the model is sharded.
     """
+    if sharded_modules(module):
+        raise ValueError(
+            "detach: fully_shard has sharded this model, and that cannot be undone: psc_lightning.save(model, path) on all "
+            "ranks, then psc_lightning.load(path) into a plain model"
+        )
     found = list(_viewed(module))
     baked: dict[int, Tensor] = {}
     for _, layer, name, slots in found:
