@@ -9,7 +9,7 @@ from pathlib import Path
 import joblib
 import pytest
 import torch
-from training import COMBINATIONS, INPUTS, QUIET, Net, fit
+from training import COMBINATIONS, INPUTS, QUIET, fit
 
 from psc_lightning.artifact import to_bytes
 
