@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from read_with_numpy import dictionary, read
 from torch import nn
 from training import COMBINATIONS, Net
 
@@ -21,17 +21,7 @@ from psc_lightning.levels import LEVELS
 RECIPE = Path(__file__).parents[1] / "recipes" / "read_with_numpy.py"
 
 
-@pytest.fixture(scope="module")
-def recipe():
-    spec = importlib.util.spec_from_file_location("read_with_numpy", RECIPE)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    assert spec.loader is not None
-    spec.loader.exec_module(module)
-    return module
-
-
-def same(read, path) -> None:
+def same(path) -> None:
     """Every tensor has the bits that `load` gives."""
     expected = psc_lightning.load(path)
     found = read(Path(path).read_bytes())
@@ -57,9 +47,9 @@ def labels(callbacks):
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
-def test_every_combination(recipe, name, tmp_path):
+def test_every_combination(name, tmp_path):
     psc_lightning.save(compressed(COMBINATIONS[name]("constant"), Net()), tmp_path / "model.psc")
-    same(recipe.read, tmp_path / "model.psc")
+    same(tmp_path / "model.psc")
 
 
 OPTIONS = [
@@ -73,15 +63,15 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_every_level_in_every_type(recipe, options, dtype, tmp_path):
+def test_every_level_in_every_type(options, dtype, tmp_path):
     torch.manual_seed(0)
     layers = [nn.Linear(9, 16), nn.ConvTranspose2d(4, 6, 3, groups=2), nn.Conv1d(4, 8, 3), nn.Embedding(11, 7)]
     model = nn.Sequential(*layers).to(dtype)
     psc_lightning.save(compressed([StraightThroughQuantization(**options)], model), tmp_path / "model.psc")
-    same(recipe.read, tmp_path / "model.psc")
+    same(tmp_path / "model.psc")
 
 
-def test_leftovers_of_every_type_and_an_alias(recipe, tmp_path):
+def test_leftovers_of_every_type_and_an_alias(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4))
     model[1].weight = model[0].weight
@@ -93,19 +83,19 @@ def test_leftovers_of_every_type_and_an_alias(recipe, tmp_path):
         )
     for leftovers in ("float32", "float16"):
         psc_lightning.save(model, tmp_path / "model.psc", leftovers=leftovers)
-        same(recipe.read, tmp_path / "model.psc")
+        same(tmp_path / "model.psc")
 
 
-def test_its_dictionary_is_the_writers(recipe):
-    assert recipe.dictionary() == directory._DICTIONARY
+def test_its_dictionary_is_the_writers():
+    assert dictionary() == directory._DICTIONARY
 
 
-def test_a_damaged_file_is_refused(recipe, tmp_path):
+def test_a_damaged_file_is_refused(tmp_path):
     psc_lightning.save(Net(), tmp_path / "model.psc")
     data = bytearray((tmp_path / "model.psc").read_bytes())
     data[-1] ^= 1
     with pytest.raises(ValueError, match="damaged"):
-        recipe.read(bytes(data))
+        read(bytes(data))
 
 
 def test_as_a_program_without_torch(tmp_path):
