@@ -87,6 +87,21 @@ def raw() -> Iterator[None]:
         _state.raw = before
 
 
+def _seen(slots: Slots, parameter: nn.Parameter) -> Tensor:
+    """The effective weight, which requires a gradient also where none is recorded, as the Parameter does.
+
+    Torch chooses how to multiply, and so to round, by whether a weight, or what it is a view of, requires one.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return slots.effective(parameter)
+    with torch.inference_mode(False), torch.no_grad():
+        weight = slots.effective(parameter)
+        if weight is not parameter:
+            weight = weight.data
+            weight.requires_grad = parameter.requires_grad
+        return weight
+
+
 def _views(base: type, names: tuple[str, ...]) -> dict[str, Any]:
     """The properties of a viewed layer."""
 
@@ -97,7 +112,7 @@ def _views(base: type, names: tuple[str, ...]) -> dict[str, Any]:
             if parameter is None or getattr(_state, "raw", False) or is_sharded(parameter):
                 return parameter
             try:
-                return self._modules[CHILD]._modules[name].effective(parameter)  # type: ignore[union-attr, operator, no-any-return]
+                return _seen(self._modules[CHILD]._modules[name], parameter)  # type: ignore[union-attr, arg-type]
             except AttributeError as error:
                 # Module.__getattr__ would take an AttributeError for "no such property" and give out the raw weight.
                 raise RuntimeError(f"the view of {name!r} failed: {error}") from error
