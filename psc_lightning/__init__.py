@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from psc_lightning.artifact import ArtifactError, Report, TensorReport, load, load_into, save, verify
     from psc_lightning.callbacks import GradientClipping, MaskLearning, StraightThroughQuantization, WeightSharing
     from psc_lightning.configs import config_dir
+    from psc_lightning.export.onnx import export_onnx
     from psc_lightning.oneshot import Plan, attach, compress, plan
     from psc_lightning.schedule import Schedule
     from psc_lightning.view import detach, raw
@@ -22,6 +23,7 @@ _HOMES = {
     "artifact": ("ArtifactError", "Report", "TensorReport", "load", "load_into", "save", "verify"),
     "callbacks": ("GradientClipping", "MaskLearning", "StraightThroughQuantization", "WeightSharing"),
     "configs": ("config_dir",),
+    "export.onnx": ("export_onnx",),
     "oneshot": ("Plan", "attach", "compress", "plan"),
     "schedule": ("Schedule",),
     "view": ("detach", "raw"),
@@ -41,6 +43,7 @@ __all__ = [
     "compress",
     "config_dir",
     "detach",
+    "export_onnx",
     "load",
     "load_into",
     "plan",

@@ -51,11 +51,15 @@ class Stored:
         method: the slots' methods, joined; a file does not say how its mask was found.
         cores: name → values after mask and levels.
         weight: the effective weight.
+        layout: where its output axis is.
+        tying: what makes the weight, output axis first, from the cores; None: the one core is it.
     """
 
     method: str
     cores: Mapping[str, Tensor]
     weight: Tensor
+    layout: Layout
+    tying: Tying | None
 
 
 class _Linked(torch.autograd.Function):
@@ -312,7 +316,8 @@ class Slots(nn.Module):
         if self.stale:
             self.refresh(weight)
         cores = self._cores(weight)
-        return Stored(self.method, dict(cores), self._expand(cores, weight.dtype))
+        tying = self.tying if self.phase[0] else None
+        return Stored(self.method, dict(cores), self._expand(cores, weight.dtype), self.layout, tying)
 
     @torch.no_grad()
     def encode(self, writer: Writer, weight: Tensor) -> None:
@@ -401,7 +406,8 @@ def decode(reader: Reader, shape: Shape, dtype: torch.dtype) -> Stored:
         cores[name] = torch.where(keep, core, 0.0)
     matrix = tying.expand(cores) if tying is not None else cores["core"]
     weight = layout.weight(matrix.detach(), shape).to(dtype).contiguous()
-    return Stored("+".join(filter(None, dict.fromkeys(methods))) or "plain", cores, weight)
+    name = "+".join(filter(None, dict.fromkeys(methods))) or "plain"
+    return Stored(name, cores, weight, layout, tying)
 
 
 def _known(methods: Mapping[str, Any], reader: Reader, slot: str) -> tuple[str, Any]:

@@ -33,8 +33,9 @@ LAYERS = [
     {"view"},
     {"artifact", "targets"},
     {"callbacks", "report"},
-    {"oneshot"},
-    {"app", "cli"},
+    {"oneshot", "export"},
+    {"app"},
+    {"cli"},
 ]
 
 

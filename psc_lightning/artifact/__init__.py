@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from psc_lightning.artifact.errors import ArtifactError
-from psc_lightning.artifact.file import inspect, load, load_into, save, to_bytes, verify
+from psc_lightning.artifact.file import inspect, load, load_into, load_stored, save, to_bytes, verify
 from psc_lightning.artifact.report import Report, TensorReport
 
-__all__ = ["ArtifactError", "Report", "TensorReport", "inspect", "load", "load_into", "save", "to_bytes", "verify"]
+__all__ = [
+    "ArtifactError",
+    "Report",
+    "TensorReport",
+    "inspect",
+    "load",
+    "load_into",
+    "load_stored",
+    "save",
+    "to_bytes",
+    "verify",
+]

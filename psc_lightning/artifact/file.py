@@ -20,7 +20,7 @@ from psc_lightning.artifact.streams import Stream, SymbolReader, SymbolWriter
 from psc_lightning.sharding import by_rank_zero, sharded_modules, whole
 from psc_lightning.slots import Stored
 
-__all__ = ["inspect", "load", "load_into", "save", "to_bytes", "verify"]
+__all__ = ["inspect", "load", "load_into", "load_stored", "save", "to_bytes", "verify"]
 
 MAX_BYTES = 2**31
 
@@ -110,6 +110,15 @@ def load(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> dict[str, 
         OSError: it cannot be opened.
     """
     return _read(path, max_bytes).tensors
+
+
+def load_stored(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> dict[str, Stored]:
+    """The compressed tensors of a file by name, each as its cores and what makes the weight from them.
+
+    Raises:
+        ArtifactError: as `load`.
+    """
+    return _read(path, max_bytes).stored
 
 
 def verify(path: str | os.PathLike[str]) -> None:

@@ -1,0 +1,75 @@
+"""New nodes and constants for an ONNX graph, as few bytes as its format allows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+__all__ = ["Graph"]
+
+Array = NDArray[Any]
+
+_PREFIX = "psc"
+
+
+class Graph:
+    """Collects nodes in the order in which they run; equal constants are kept once, names are short.
+
+    >>> graph = Graph()
+    >>> total = graph.node("Add", graph.constant(np.float32(1)), graph.constant(np.float32(1)))
+    >>> total, len(graph.nodes), len(graph.initializers)
+    ('psc1', 1, 1)
+    """
+
+    def __init__(self) -> None:
+        self.nodes: list[NodeProto] = []
+        self.initializers: list[TensorProto] = []
+        self._pool: dict[Any, str] = {}
+        self._count = 0
+
+    def name(self) -> str:
+        """A name that no other value has."""
+        self._count += 1
+        return f"{_PREFIX}{self._count - 1}"
+
+    def constant(self, values: Any, bfloat16: bool = False) -> str:
+        """The name of a constant; `bfloat16` says that a uint16 array holds the bits of such numbers."""
+        array = np.asarray(values)
+        key = (array.dtype.str, bfloat16, array.shape, array.tobytes())
+        if key not in self._pool:
+            self._pool[key] = self.name()
+            tensor = numpy_helper.from_array(array, self._pool[key])
+            if bfloat16:
+                tensor.data_type = TensorProto.BFLOAT16
+            self.initializers.append(tensor)
+        return self._pool[key]
+
+    def node(self, op: str, *inputs: str, **attributes: Any) -> str:
+        """The name of a new node's only output."""
+        output = self.name()
+        self.nodes.append(helper.make_node(op, inputs, [output], **attributes))
+        return output
+
+    def shaped(self, value: str, *shape: int) -> str:
+        """`value` in another shape."""
+        return self.node("Reshape", value, self.constant(np.array(shape, np.int64)))
+
+    def cut(self, value: str, axis: int, length: int) -> str:
+        """The first `length` entries along an axis."""
+        numbers = [self.constant(np.array([number], np.int64)) for number in (0, length, axis)]
+        return self.node("Slice", value, *numbers)
+
+    def repeated(self, value: str, before: int, times: int, after: int) -> str:
+        """A value seen as ``(before, after)`` with each row repeated: ``(before, times, after)``."""
+        return self.node(
+            "Expand", self.shaped(value, before, 1, after), self.constant(np.array([before, times, after], np.int64))
+        )
+
+    def rename(self, value: str, name: str) -> None:
+        """Let the last node bear the name by which a graph asks for its value."""
+        if self.nodes[-1].output[0] != value:
+            raise ValueError(f"{value} is not what the last node gives")
+        self.nodes[-1].output[0] = name

@@ -1,0 +1,32 @@
+"""A model's plain weights as a safetensors file: dense, for whoever reads no .psc."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from psc_lightning.artifact import container
+
+try:
+    from safetensors.torch import save
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "safetensors export needs safetensors: pip install 'psc-lightning[safetensors]'"
+    ) from error
+
+__all__ = ["write_safetensors"]
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Write a plain state dict; the file loads strictly into the model's own class.
+
+    Args:
+        tensors: name → tensor; those that share memory are written each for itself.
+        path: the file; one that exists is replaced only when the new one is complete.
+
+    Raises:
+        OSError: the folder is missing or not writable, or the disk is full; nothing is left behind.
+    """
+    container.write(path, save({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}))
