@@ -187,9 +187,11 @@ class Slots(nn.Module):
 
     def set_strength(self, slot: str, value: float, weight: Tensor) -> None:
         """Set how hard a filled slot acts, 0 … 1; the first value above 0 begins it (a tying overwrites the weight)."""
-        if slot not in self.specs or (slot != "tying" and self.tying is not None and self.phase[0] == OFF):
+        if slot not in self.specs:
             return
         index = SLOTS.index(slot)
+        if slot != "tying" and self.tying is not None and self.phase[0] == OFF:
+            value = 0.0  # its cores are not there: not yet, or, in a second fit, not any more
         if slot == "tying" and value > 0:
             value = 1.0  # a tying has no soft phase
         if self.phase[index] == OFF and value > 0:
