@@ -257,15 +257,17 @@ def _owners(module: nn.Module) -> dict[nn.Parameter, nn.Module]:
 def _norms(tensors: list[Tensor]) -> list[float]:
     """The L2 norm of each tensor as a whole, wherever its shards are."""
     # One stack, and for DTensors one reduction, for what lives together; DTensors do not mix with plain ones.
-    places: dict[Hashable, list[int]] = {}
+    places: dict[tuple[torch.device, Any], list[int]] = {}
     for index, tensor in enumerate(tensors):
         places.setdefault((tensor.device, getattr(tensor, "device_mesh", None)), []).append(index)
     norms = [0.0] * len(tensors)
-    for indices in places.values():
+    for (device, mesh), indices in places.items():
         dtype = _wide(tensors[indices[0]])
-        # On the CPU the norm of a whole tensor is fast in double precision, but slow where it has to convert.
-        members = [tensors[i].to(dtype) if tensors[i].device.type == "cpu" else tensors[i] for i in indices]
-        stacked = torch.stack(torch._foreach_norm(members, 2, dtype))
+        # On the CPU the norm of a whole tensor is fast in double precision, but slow where it has to convert; of
+        # DTensors, torch 2.14 takes the type for an axis.
+        convert = device.type == "cpu" or mesh is not None
+        members = [tensors[i].to(dtype) if convert else tensors[i] for i in indices]
+        stacked = torch.stack(torch._foreach_norm(members, 2, None if convert else dtype))
         if hasattr(stacked, "full_tensor"):
             stacked = stacked.full_tensor()
         for index, norm in zip(indices, stacked.tolist()):
