@@ -18,4 +18,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-zoo", action="store_true", help="write recipes/results/zoo.md from what this run finds")
+    parser.addoption("--write-zoo", action="store_true", help="write the zoo's tables from what this run finds")
