@@ -88,7 +88,7 @@ def test_without_gradients_it_computes_as_the_plain_layer_does(kind: str, mode: 
             assert layer.weight_hh_l0.requires_grad == learns
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # a DeprecationWarning, from torch 2.14 on a FutureWarning
 @pytest.mark.filterwarnings("ignore:.*torch.autograd.function.Function.* should not be instantiated")  # dynamo does
 def test_it_can_be_compiled_exported_and_traced():
     layer, x = nn.Linear(8, 5), torch.randn(3, 8)
