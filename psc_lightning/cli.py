@@ -1,13 +1,16 @@
-"""The `psc` command: look into a .psc file and check it."""
+"""The `psc` command: look into a .psc file, check it, and turn it into other formats."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from psc_lightning.artifact import ArtifactError, inspect, verify
+from psc_lightning.artifact import ArtifactError, inspect, load, load_into, load_stored, verify
 
 __all__ = ["main"]
 
@@ -16,6 +19,9 @@ examples:
   psc inspect model.psc              a table: each tensor's shape, zeros, levels, bytes
   psc inspect model.psc --json       the same as JSON, for other programs
   psc verify model.psc && deploy     checksum, structure and every symbol
+  psc export runs/RUN --onnx model.onnx --example 1,1,8,8
+  psc export model.psc --onnx model.onnx --model package.module:factory --example 1,3,32,32
+  psc export model.psc --safetensors model.safetensors
 
 exit status: 0 good, 1 the file is bad, 2 wrong usage
 """
@@ -33,7 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ArtifactError, OSError) as error:
         print(f"psc {options.command}: {options.file}: {_line(error)}", file=sys.stderr)
         return 1
+    except (_UsageError, ModuleNotFoundError) as error:
+        print(f"psc {options.command}: {_line(error)}", file=sys.stderr)
+        return 2
     return 0
+
+
+class _UsageError(Exception):
+    """Arguments that do not go together."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,7 +67,24 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("verify", help="check a file from end to end; prints nothing if it is good")
     one.add_argument("file", metavar="FILE", help="a .psc file")
     one.set_defaults(run=_verify)
+
+    one = commands.add_parser("export", help="write a file's model as ONNX, or its dense weights as safetensors")
+    one.add_argument("file", metavar="FILE", help="a .psc file, or the folder of a run, which knows its own model")
+    one.add_argument("--onnx", metavar="OUT", help="the ONNX file to write")
+    one.add_argument("--safetensors", metavar="OUT", help="the safetensors file to write")
+    one.add_argument(
+        "--model", metavar="PACKAGE.MODULE:FACTORY", help="what makes the plain model, called without arguments"
+    )
+    one.add_argument("--example", metavar="1,3,32,32", type=_shape, help="the shape of an input")
+    one.set_defaults(run=_export)
     return parser
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(axis) for axis in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers as in 1,3,32,32, found {text!r}") from None
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -64,6 +94,54 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _verify(options: argparse.Namespace) -> None:
     verify(options.file)
+
+
+def _export(options: argparse.Namespace) -> None:
+    folder = Path(options.file) if Path(options.file).is_dir() else None
+    file = folder / "model.psc" if folder else Path(options.file)
+    if not options.onnx and not options.safetensors:
+        raise _UsageError("nothing to write: give --onnx OUT, --safetensors OUT, or both")
+    if options.safetensors:
+        from psc_lightning.export.safetensors import write_safetensors
+
+        write_safetensors(load(file), options.safetensors)
+    if options.onnx:
+        if options.example is None:
+            raise _UsageError("--onnx needs --example, the shape of an input, as in --example 1,3,32,32")
+        if (options.model is None) == (folder is None):
+            raise _UsageError(
+                "a .psc file holds no graph: give --model PACKAGE.MODULE:FACTORY, or a run's folder instead"
+            )
+        import torch
+
+        from psc_lightning.export.onnx import export_stored
+
+        model = _of_run(folder) if folder else _made(options.model)
+        load_into(model, file)
+        export_stored(model, load_stored(file), options.onnx, torch.zeros(options.example))
+
+
+def _made(name: str) -> Any:
+    """The plain model that a factory gives."""
+    module, _, factory = name.partition(":")
+    sys.path.insert(0, "")  # as `python -m` does: a user's own module beside them
+    try:
+        return getattr(importlib.import_module(module), factory)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise _UsageError(
+            f"--model {name}: expected PACKAGE.MODULE:FACTORY, callable without arguments: {error}"
+        ) from error
+
+
+def _of_run(folder: Path) -> Any:
+    """The plain model of a run."""
+    from omegaconf import DictConfig, OmegaConf
+
+    from psc_lightning.app.train import build_module
+
+    cfg = OmegaConf.load(folder / "config.yaml")
+    assert isinstance(cfg, DictConfig)
+    return build_module(cfg)
 
 
 def _line(error: Exception) -> str:

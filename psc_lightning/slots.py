@@ -21,6 +21,7 @@ from psc_lightning.bits import read_bits, write_bits
 from psc_lightning.layout import Layout
 from psc_lightning.levels import LEVELS, Levels
 from psc_lightning.masks import MASKS, Mask, read_keep
+from psc_lightning.sharding import whole
 from psc_lightning.symbols import Reader, Writer
 from psc_lightning.tying import TYINGS, Tying
 
@@ -122,6 +123,7 @@ class Slots(nn.Module):
         # Python's view of `strength`, so that forward never waits for a device.
         self.phase = [OFF, OFF, OFF]
         self.stale = False
+        self.sharded = False
         self.unborn = False  # levels that have begun but have not yet seen a core
         self.untied = False  # a tying that has begun with another weight than the one that was loaded since
         self.tying: Tying | None = None
@@ -185,9 +187,11 @@ class Slots(nn.Module):
 
     def set_strength(self, slot: str, value: float, weight: Tensor) -> None:
         """Set how hard a filled slot acts, 0 … 1; the first value above 0 begins it (a tying overwrites the weight)."""
-        if slot not in self.specs or (slot != "tying" and self.tying is not None and self.phase[0] == OFF):
+        if slot not in self.specs:
             return
         index = SLOTS.index(slot)
+        if slot != "tying" and self.tying is not None and self.phase[0] == OFF:
+            value = 0.0  # its cores are not there: not yet, or, in a second fit, not any more
         if slot == "tying" and value > 0:
             value = 1.0  # a tying has no soft phase
         if self.phase[index] == OFF and value > 0:
@@ -202,8 +206,8 @@ class Slots(nn.Module):
     def _begin(self, slot: str, weight: Tensor) -> None:
         if slot == "tying":
             assert self.tying is not None
-            tied = self.layout.weight(self.tying.begin(self._matrix(weight)), self.stored_shape)
-            weight.copy_(tied)
+            with whole(self, weight) as full:
+                full.copy_(self.layout.weight(self.tying.begin(self._matrix(full)), self.stored_shape))
         self.unborn = self.unborn or slot == "levels"
 
     def harden(self, weight: Tensor) -> bool:
@@ -234,20 +238,21 @@ class Slots(nn.Module):
         tying, masking, levelling = self.phase
         if self.tying is not None and not tying:
             return
-        for name, core in self._reduce(weight).items():
-            chain = self._chain(name)
-            if masking and chain.mask is not None:
-                chain.mask.refresh(core, float(self.strength[1]) if masking == SOFT else 1.0)
-            if levelling and chain.levels is not None:
-                keep = chain.keep(core, bool(masking))
-                if self.unborn:
-                    chain.levels.begin(core, keep)
-                chain.levels.refresh(core, keep)
+        with whole(self, weight) as full:
+            for name, core in self._reduce(full).items():
+                chain = self._chain(name)
+                if masking and chain.mask is not None:
+                    chain.mask.refresh(core, float(self.strength[1]) if masking == SOFT else 1.0)
+                if levelling and chain.levels is not None:
+                    keep = chain.keep(core, bool(masking))
+                    if self.unborn:
+                        chain.levels.begin(core, keep)
+                    chain.levels.refresh(core, keep)
         self.unborn = self.unborn and not levelling
 
     def observe(self, slot: str, weight: Tensor) -> None:
         """Let a labelled method of a slot take in the weight's gradient (its factors', where these are trained)."""
-        with torch.no_grad():
+        with torch.no_grad(), whole(self, weight, gradients=True) as weight:
             gradient = None if weight.grad is None else self._matrix(weight.grad)
             if slot == "tying" and self.tying is not None and gradient is not None:
                 self.tying.observe(self._matrix(weight), gradient)
@@ -335,7 +340,7 @@ class Slots(nn.Module):
         for name, core in self._reduce(weight).items():
             chain = self._chain(name)
             keep = chain.keep(core, bool(masking))
-            masks = bool(masking) and chain.mask is not None and not chain.mask.idle
+            masks = bool(masking) and chain.mask is not None and not bool(chain.mask.keep.all())
             writer.integer(int(masks))
             if masks and chain.mask is not None:
                 chain.mask.encode(writer)
@@ -350,7 +355,8 @@ class Slots(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint of the plain class has no keys of ours: what has begun begins anew from the weight it brings."""
-        plain = not any(key.startswith(prefix) for key in state_dict)
+        # Sharded checkpoints have them; but Lightning loads a whole one key by key.
+        plain = not self.sharded and not any(key.startswith(prefix) for key in state_dict)
         if plain:
             state_dict.update({prefix + key: value for key, value in self.state_dict().items()})
         super()._load_from_state_dict(state_dict, prefix, *args)

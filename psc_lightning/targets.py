@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from psc_lightning.layout import Layout
+from psc_lightning.sharding import is_sharded
 from psc_lightning.view import CHILD
 
 __all__ = ["Selection", "Target", "patterns", "select"]
@@ -142,10 +143,10 @@ def _refusal(target: Target) -> str | None:
     layer, name = target.holders[0]
     if name.endswith(("_orig", "_g", "_v")) and name.rpartition("_")[0] in vars(layer):
         return "torch.nn.utils has pruned or weight-normed it: remove that first"
-    if type(parameter.data) is not torch.Tensor:
-        kind = type(parameter.data).__name__
-        hint = "attach before sharding" if kind == "DTensor" else "compress the plain model instead"
-        return f"it is a {kind}, not a plain tensor: {hint}"
+    if parameter.is_meta:
+        return "it is on the meta device and has no values yet: build it with them"
+    if type(parameter.data) is not torch.Tensor and not is_sharded(parameter):
+        return f"it is a {type(parameter.data).__name__}, not a plain tensor: compress the plain model instead"
     if not parameter.is_floating_point():
         return f"it holds {parameter.dtype}, not floating-point numbers"
     return None
@@ -187,7 +188,8 @@ def select(
         exact = any(_names(pattern, target) for pattern in targets or ())
         reason = _why_not(target, targets, ignore, min_size, exact)
         if reason is None:
-            if not bool(target.parameter.detach().isfinite().all()):
+            # A shard was whole, and looked at, when its slots were attached.
+            if not is_sharded(target.parameter) and not bool(target.parameter.detach().isfinite().all()):
                 raise ValueError(f"{target.name} holds a value that is not a finite number")
             chosen.targets.append(replace(target, exact=exact))
         elif exact and _refusal(target) is not None:

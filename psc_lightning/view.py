@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from psc_lightning.sharding import is_sharded, sharded_modules
 from psc_lightning.slots import Slots
 
 __all__ = ["attach_slots", "derive", "detach", "plain_state", "raw", "remove_slots", "slots_of", "views"]
@@ -86,16 +87,32 @@ def raw() -> Iterator[None]:
         _state.raw = before
 
 
+def _seen(slots: Slots, parameter: nn.Parameter) -> Tensor:
+    """The effective weight, which requires a gradient also where none is recorded, as the Parameter does.
+
+    Torch chooses how to multiply, and so to round, by whether a weight, or what it is a view of, requires one.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return slots.effective(parameter)
+    with torch.inference_mode(False), torch.no_grad():
+        weight = slots.effective(parameter)
+        if weight is not parameter:
+            weight = weight.data
+            weight.requires_grad = parameter.requires_grad
+        return weight
+
+
 def _views(base: type, names: tuple[str, ...]) -> dict[str, Any]:
     """The properties of a viewed layer."""
 
     def view(name: str) -> property:
         def get(self: nn.Module) -> Tensor | None:
             parameter = self._parameters[name]
-            if parameter is None or getattr(_state, "raw", False):
+            # A sharded weight is no weight to compute with: FSDP2 looks at it here, and puts the whole one in its place.
+            if parameter is None or getattr(_state, "raw", False) or is_sharded(parameter):
                 return parameter
             try:
-                return self._modules[CHILD]._modules[name].effective(parameter)  # type: ignore[union-attr, operator, no-any-return]
+                return _seen(self._modules[CHILD]._modules[name], parameter)  # type: ignore[union-attr, arg-type]
             except AttributeError as error:
                 # Module.__getattr__ would take an AttributeError for "no such property" and give out the raw weight.
                 raise RuntimeError(f"the view of {name!r} failed: {error}") from error
@@ -203,7 +220,15 @@ def detach(module: M) -> M:
 
     Slots that have not reached full strength are hardened first. The module is changed in place and returned; what it
     computes in eval stays bit for bit the same.
+
+    Raises:
+        ValueError: the model is sharded.
     """
+    if sharded_modules(module):
+        raise ValueError(
+            "detach: fully_shard has sharded this model, and that cannot be undone: psc_lightning.save(model, path) on all "
+            "ranks, then psc_lightning.load(path) into a plain model"
+        )
     found = list(_viewed(module))
     baked: dict[int, Tensor] = {}
     for _, layer, name, slots in found:

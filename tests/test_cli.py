@@ -5,10 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnxruntime
 import pytest
+import torch
+from models import compressed, net
+from safetensors.torch import load_file
 from torch import nn
 
-from psc_lightning.artifact import save
+from psc_lightning.artifact import load, save
 from psc_lightning.cli import main
 
 
@@ -75,3 +79,38 @@ def test_as_a_process(file: Path) -> None:
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 1
     assert "expected a .psc file" in found.stderr
+
+
+# ------------------------------------------------------------------------------------------------------- export
+
+
+def test_export_writes_onnx_and_safetensors(tmp_path: Path) -> None:
+    file, onnx, dense = (tmp_path / name for name in ("m.psc", "m.onnx", "m.safetensors"))
+    save(compressed(levels="ternary"), file)
+    arguments = ["export", str(file), "--onnx", str(onnx), "--safetensors", str(dense)]
+    assert main([*arguments, "--model", "models:net", "--example", "2,4,4,4"]) == 0
+    weights, found = load(file), load_file(dense)
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    model = net(seed=1)
+    model.load_state_dict(weights)
+    session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+    x = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(out), model.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "nothing to write"),
+        (["--onnx", "m.onnx"], "needs --example"),
+        (["--onnx", "m.onnx", "--example", "1,3,8,8"], "holds no graph"),
+        (["--onnx", "m.onnx", "--example", "1,3,8,8", "--model", "no.such:thing"], "no.such:thing"),
+    ],
+)
+def test_export_says_what_is_missing(
+    arguments: list[str], said: str, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(file), *arguments]) == 2
+    assert said in capsys.readouterr().err

@@ -67,6 +67,42 @@ def test_a_layer_computes_with_the_effective_weight(kind: str, same_bits):
         assert layer._parameters[name].grad.any()
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_it_computes_as_the_plain_layer_does(kind: str, mode: type, same_bits):
+    """Torch chooses how to multiply by whether the weight requires a gradient, even where none is recorded."""
+    torch.manual_seed(0)
+    layer = getattr(nn, kind)(12, 16, batch_first=True, bidirectional=True).eval()
+    for slots in view(
+        layer, "weight_ih_l0", "weight_hh_l0", "weight_ih_l0_reverse", "weight_hh_l0_reverse", hard=False
+    ):
+        slots.fill("mask", Spec("magnitude", {"threshold": 0.5}))  # gives out a view of a core
+    for _, slots, parameter in views(layer):
+        slots.harden(parameter)
+    plain, x = baked(layer), torch.randn(2, 7, 12)
+    for learns in (True, False):
+        layer.requires_grad_(learns)
+        plain.requires_grad_(learns)
+        with mode():
+            assert same_bits(output(layer, x), output(plain, x))
+            assert layer.weight_hh_l0.requires_grad == learns
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.autograd.function.Function.* should not be instantiated")  # dynamo does
+def test_it_can_be_compiled_exported_and_traced():
+    layer, x = nn.Linear(8, 5), torch.randn(3, 8)
+    view(layer)
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            for made in (
+                torch.compile(layer, backend="aot_eager", fullgraph=True),
+                torch.export.export(layer, (x,)).module(),
+                torch.jit.trace(layer, x),
+            ):
+                assert torch.allclose(made(x), layer(x))
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_attention_and_the_transformers_fast_path(fast: bool):
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()

@@ -17,6 +17,7 @@ from psc_lightning.artifact.directory import DTYPES, Entry, Kind
 from psc_lightning.artifact.errors import ArtifactError
 from psc_lightning.artifact.report import Report, TensorReport
 from psc_lightning.artifact.streams import Stream, SymbolReader, SymbolWriter
+from psc_lightning.sharding import by_rank_zero, sharded_modules, whole
 from psc_lightning.slots import Stored
 
 __all__ = ["inspect", "load", "load_into", "load_stored", "save", "to_bytes", "verify"]
@@ -34,6 +35,8 @@ _LEFTOVERS = ("float32", "float16")
 def save(model: nn.Module, path: str | os.PathLike[str], leftovers: str = "float32") -> Report:
     """Write a model's weights as they are used: compressed tensors through their slots, all others losslessly.
 
+    Of several processes rank zero writes. A sharded model (FSDP2) is gathered for it: then all ranks must call this.
+
     Args:
         model: any module; what was attached to it by psc_lightning's callbacks or `compress` is stored compactly.
         path: the file to write; one that exists is replaced only when the new one is complete.
@@ -48,11 +51,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], leftovers: str = "float
         OSError: the folder is missing or not writable, or the disk is full; nothing is left behind.
     """
     data, report = to_bytes(model, leftovers)
-    container.write(path, data)
+    by_rank_zero(lambda: container.write(path, data), together=bool(sharded_modules(model)))
     return report
 
 
-@torch.no_grad()
 def to_bytes(model: nn.Module, leftovers: str = "float32") -> tuple[bytes, Report]:
     """What `save` would write, and its report.
 
@@ -61,6 +63,11 @@ def to_bytes(model: nn.Module, leftovers: str = "float32") -> tuple[bytes, Repor
     """
     if leftovers not in _LEFTOVERS:
         raise ValueError(f"leftovers must be one of {', '.join(_LEFTOVERS)}, got {leftovers!r}")
+    with torch.no_grad(), whole(model):
+        return _to_bytes(model, leftovers)
+
+
+def _to_bytes(model: nn.Module, leftovers: str) -> tuple[bytes, Report]:
     viewed = {name: (its_slots, weight) for name, its_slots, weight in view.views(model)}
     for name, (_, weight) in viewed.items():
         _checked(name, weight)  # levels would make a number of an infinity
@@ -69,7 +76,7 @@ def to_bytes(model: nn.Module, leftovers: str = "float32") -> tuple[bytes, Repor
         warnings.warn(
             f"{', '.join(softened)}: not at full strength yet, hardened before writing; accuracy may drop until the "
             "schedule has ended",
-            stacklevel=2,
+            stacklevel=3,
         )
     compressed = {name: pair for name, pair in viewed.items() if pair[0].begun}
     tensors = {name: _checked(name, tensor) for name, tensor in view.plain_state(model).items()}
@@ -141,7 +148,10 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ArtifactError: as `load`, or names or shapes differ; the message lists them.
+        ValueError: the model is sharded.
     """
+    if sharded_modules(model):
+        raise ValueError("load_into: the model is sharded already: load into it before fully_shard")
     expected = {name: tuple(getattr(value, "shape", ())) for name, value in view.plain_state(model).items()}
     # The file's types may be wider than the model's, but no more than eight bytes an entry.
     limit = 8 * sum(map(_room, expected.values()))

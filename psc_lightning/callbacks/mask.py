@@ -51,7 +51,7 @@ class MaskLearning(SlotCallback):
         method: str = "magnitude",
         threshold: float = 0.5,
         granularity: str = "element",
-        group: str | int = "tensor",
+        group: int | str = "tensor",
         block: int | None = None,
         score_lr: float = 1e-2,
         calibration_steps: int = 50,

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from torch.distributed.tensor import DTensor
 
+from psc_lightning.sharding import sharded_modules
 from psc_lightning.view import derive, plain_class, plain_state
 
 __all__ = ["TRAINING_STATE", "make_plain"]
@@ -30,15 +30,16 @@ def make_plain(module: LightningModule) -> None:
 def _hooks(base: type[LightningModule]) -> dict[str, Any]:
     def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
         base.on_save_checkpoint(self, checkpoint)
-        training = checkpoint["state_dict"]
-        if any(isinstance(value, DTensor) for value in training.values()):
+        if sharded_modules(self):
             return  # sharded strategies keep their native keys
+        training = checkpoint["state_dict"]
         plain = plain_state(self, training)
         checkpoint[TRAINING_STATE] = {key: value for key, value in training.items() if plain.get(key) is not value}
         checkpoint["state_dict"] = plain
 
     def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = {**checkpoint["state_dict"], **checkpoint.get(TRAINING_STATE, {})}
+        if TRAINING_STATE in checkpoint:  # not where the model is sharded: its strategy has loaded it already
+            checkpoint["state_dict"] = {**checkpoint["state_dict"], **checkpoint[TRAINING_STATE]}
         base.on_load_checkpoint(self, checkpoint)
 
     def setup(self: LightningModule, stage: str) -> None:

@@ -60,7 +60,7 @@ class StraightThroughQuantization(SlotCallback):
         levels: str = "uniform",
         bits: int | None = None,
         k: int | None = None,
-        group: str | int | None = None,
+        group: int | str | None = None,
         learned_step: bool | None = None,
         form: str | None = None,
         root: int | None = None,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
@@ -13,6 +14,7 @@ from torch.optim import AdamW, Optimizer
 
 from psc_lightning.callbacks.plain import builds_late, make_plain
 from psc_lightning.schedule import Schedule
+from psc_lightning.sharding import gather, is_sharded, reshard, scatter, sharded_modules
 from psc_lightning.slots import HARD, SLOTS, Slots, Spec
 from psc_lightning.targets import Selection, Target, patterns, select
 from psc_lightning.tying import TYINGS
@@ -104,12 +106,17 @@ class SlotCallback(Callback):
         """View every chosen tensor and fill its slot; what this callback has filled before is left alone.
 
         Raises:
-            ValueError: as `targets.select`, or where another callback fills the same slot of the same tensor.
+            ValueError: as `targets.select`, where another callback fills the same slot of the same tensor, or where a
+                tensor was sharded before.
         """
         self.held = []
+        gathered = {id(parameter) for unit in sharded_modules(model) for parameter in unit.parameters()}
         for target in self.choose(model).targets:
             slots = slots_of(*target.holders[0]) or Slots(target.layout, tuple(target.parameter.shape))
             taken = slots.specs.get(self.slot)
+            slots.sharded = is_sharded(target.parameter)
+            if slots.sharded:
+                self._check_shard(target, gathered, attached=taken is not None and taken.owner == self.state_key)
             if taken is None or taken.owner != self.state_key:
                 try:
                     slots.to(target.parameter.device).fill(self.slot, self.spec())
@@ -123,6 +130,21 @@ class SlotCallback(Callback):
                 )
             self.held.append((target.name, slots, target.parameter))
 
+    def _check_shard(self, target: Target, gathered: set[int], attached: bool) -> None:
+        """Refuse what was sharded too early, or in another way than FSDP2 does."""
+        who = f"{type(self).__name__}({self.method!r})"
+        if not attached:
+            raise ValueError(
+                f"{target.name} was sharded before {who} was attached to it: build the layers in __init__ and call "
+                "fully_shard in configure_model, or call psc_lightning.attach(module, callbacks) before fully_shard"
+            )
+        *replicas, last = target.parameter.placements  # type: ignore[attr-defined]
+        if id(target.parameter) not in gathered or last.is_replicate() or not all(p.is_replicate() for p in replicas):
+            raise ValueError(
+                f"{target.name} is a shard even while its layer runs (tensor parallelism), but {who} needs it whole: shard "
+                "it by fully_shard alone, or leave it out by `ignore`"
+            )
+
     def attach_late(self, module: LightningModule) -> None:
         """Attach where layers may still be missing; `on_fit_start` has the last word."""
         try:
@@ -135,6 +157,11 @@ class SlotCallback(Callback):
         """Attach, before checkpoints are restored and optimizers are made."""
         if stage != "fit":
             return
+        if _bears(trainer.strategy, "FSDPStrategy", "DeepSpeedStrategy"):
+            raise ValueError(
+                f"{type(self).__name__}({self.method!r}) cannot see whole weights under {type(trainer.strategy).__name__}; "
+                "use DDP or ModelParallelStrategy (FSDP2)"
+            )
         for other in trainer.callbacks[: trainer.callbacks.index(self)]:  # type: ignore[attr-defined]
             if _bears(other, "WeightAveraging", "StochasticWeightAveraging"):
                 raise ValueError(
@@ -151,21 +178,26 @@ class SlotCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Verify that every target is attached; take over the sidecars."""
         self.attach(pl_module)
-        restored = self._restored or {}
-        self._total = restored.get("total_steps")
         sidecars = [p for _, slots, _ in self.held for p in slots.sidecars(self.slot)]
         self._release(trainer)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         first = groups[0] if groups else {}
-        self._base_lr = restored.get("base_lr") or first.get("max_lr") or first.get("initial_lr") or first.get("lr")
+        self._base_lr = first.get("max_lr") or first.get("initial_lr") or first.get("lr")
         if sidecars:
             # Not fused: which kernel a device offers must not change the numbers of a resumed run.
             self._optimizer = AdamW(sidecars, lr=self.lr, weight_decay=0.0)
-            if restored.get("optimizer"):
-                self._optimizer.load_state_dict(restored["optimizer"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the steps of the run. Not earlier: asking for the total loads the data, which a resume still positions."""
+        """Go on where a checkpoint was (sharded ones are read after `on_fit_start`); count the steps of the run.
+
+        Not earlier: asking for the total loads the data, which a resume still positions.
+        """
+        restored = self._restored or {}
+        self._base_lr = restored.get("base_lr") or self._base_lr
+        if self._optimizer is not None and restored.get("optimizer"):
+            self._optimizer.load_state_dict(restored["optimizer"])
+            _shard(self._optimizer)
+        self._total = restored.get("total_steps")
         if self._total is None:
             self._total = trainer.estimated_stepping_batches
         self.schedule.strength(0, self._total)  # an endless run with a schedule in shares is told before it starts
@@ -208,6 +240,7 @@ class SlotCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the scheduled strengths: the first of our callbacks does it for all, so that their order is the slots'."""
+        self._reshard(pl_module)
         self._release(trainer)  # fine-tuning callbacks add what they unfreeze
         company = self._company(trainer)
         if self is not company[0]:
@@ -245,6 +278,7 @@ class SlotCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Step the sidecars, if an optimizer stepped; then everything is hard until the next batch."""
+        self._reshard(pl_module)
         stepped = trainer.global_step != self._seen_step
         if stepped:
             self._seen_step = trainer.global_step
@@ -253,6 +287,15 @@ class SlotCallback(Callback):
             if slots.phase[SLOTS.index(self.slot)]:
                 slots.set_strength(self.slot, 1.0, weight)
                 slots.stale = slots.stale or (stepped and trainer.global_step % self.refresh == 0)
+        ours = [callback for callback in trainer.callbacks if isinstance(callback, SlotCallback)]  # type: ignore[attr-defined]
+        for callback in ours if self is ours[-1] else ():
+            for _, slots, weight in callback.held:
+                if slots.stale and is_sharded(weight):
+                    slots.refresh(weight)  # now: forward has the whole weight, but cannot write to the sidecars' shards
+
+    def _reshard(self, module: LightningModule) -> None:
+        if any(is_sharded(weight) for _, _, weight in self.held):
+            reshard(module)
 
     def _step(self, trainer: Trainer) -> None:
         if self._optimizer is None:
@@ -265,7 +308,7 @@ class SlotCallback(Callback):
             for p in slots.sidecars(self.slot)
         }
         grads = [p.grad for p in group["params"] if p.grad is not None and id(p) not in asleep]
-        if grads and all(bool(grad.isfinite().all()) for grad in grads):
+        if grads and all(bool(gather(grad.isfinite().all())) for grad in grads):
             for parameter in group["params"]:
                 if id(parameter) in asleep:
                     parameter.grad = None
@@ -326,19 +369,31 @@ class SlotCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Total steps, and the state of the plugin's own optimizer; tensors and primitives only."""
         if self._total is None:
-            return {}
+            return self._restored or {}
         optimizer = self._optimizer.state_dict() if self._optimizer is not None else None
+        if optimizer is not None:
+            states = optimizer["state"].items()
+            optimizer["state"] = {key: {name: gather(value) for name, value in state.items()} for key, state in states}
         total = self._total if math.isfinite(self._total) else None
         return {"total_steps": total, "base_lr": self._base_lr, "optimizer": optimizer}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until `on_fit_start`, when the optimizer exists."""
+        """Kept until `on_train_start`, when the optimizer exists."""
         self._restored = state_dict
 
 
-def _bears(callback: Callback, *names: str) -> bool:
+def _bears(thing: object, *names: str) -> bool:
     """Whether it is of a class so named: `lightning` and `pytorch_lightning` have one each."""
-    return any(base.__name__ in names for base in type(callback).__mro__)
+    return any(base.__name__ in names for base in type(thing).__mro__)
+
+
+def _shard(optimizer: Optimizer) -> None:
+    """Deal out a state that was gathered, where its Parameter is sharded."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if is_sharded(parameter) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter)
+                scatter(value, state[name])
 
 
 # --------------------------------------------------------------------------------------------- argument checks

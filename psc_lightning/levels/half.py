@@ -13,42 +13,25 @@ from psc_lightning.symbols import Reader, Writer
 __all__ = ["BFloat16Levels", "Float16Levels"]
 
 
-class _HalfLevels(Levels):
-    """Round to the numbers of a narrower floating-point type, ``stored``."""
-
-    stored: torch.dtype
-
-    def __init__(self, shape: Shape, group: Group = "channel") -> None:
-        super().__init__(shape, group)
-
-    def refresh(self, core: Tensor, keep: Tensor) -> None:
-        """Nothing to compute; an overflow is an error."""
-        largest = float(torch.where(keep, core, 0.0).abs().max()) if core.numel() else 0.0
-        limit = torch.finfo(self.stored).max
-        if not largest <= limit:
-            raise ValueError(f"{self.stored} holds numbers up to {limit:g}, a weight of size {largest:g} overflows")
-
-    def code(self, core: Tensor) -> Tensor:
-        """The rounded number."""
-        return (core.to(self.stored) + 0.0).to(core.dtype)  # + 0.0: a tiny negative number rounds to -0.0
-
-    def value(self, code: Tensor) -> Tensor:
-        """The same number."""
-        return code
-
-    def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
-        """Store the 16 bits of the kept entries."""
-        write_bits(writer, self.code(core)[keep].to(self.stored))
-
-    @classmethod
-    def decode(cls, reader: Reader, keep: Tensor, dtype: torch.dtype) -> Tensor:
-        """Read them."""
-        values = torch.zeros(keep.shape, dtype=dtype)
-        values[keep] = read_bits(reader, int(keep.sum()), cls.stored).to(dtype)
-        return values
+def _round(core: Tensor, dtype: torch.dtype) -> Tensor:
+    return core.to(dtype) + 0.0  # a tiny negative number rounds to -0.0
 
 
-class Float16Levels(_HalfLevels):
+def _check(core: Tensor, keep: Tensor, dtype: torch.dtype) -> None:
+    largest = float(torch.where(keep, core, 0.0).abs().max()) if core.numel() else 0.0
+    if not largest <= torch.finfo(dtype).max:
+        raise ValueError(
+            f"{dtype} holds numbers up to {torch.finfo(dtype).max:g}, a weight of size {largest:g} overflows"
+        )
+
+
+def _decode(reader: Reader, keep: Tensor, stored: torch.dtype, dtype: torch.dtype) -> Tensor:
+    values = torch.zeros(keep.shape, dtype=dtype)
+    values[keep] = read_bits(reader, int(keep.sum()), stored).to(dtype)
+    return values
+
+
+class Float16Levels(Levels):
     """``x̂ = float16(x)``: 11 significant bits.
 
     Pseudo-gradient: ∂/∂x = g. Stored: 16 bits an entry, its two bytes entropy-coded apart.
@@ -71,8 +54,32 @@ class Float16Levels(_HalfLevels):
     code_number = 1
     stored = torch.float16
 
+    def __init__(self, shape: Shape, group: Group = "channel") -> None:
+        super().__init__(shape, group)
 
-class BFloat16Levels(_HalfLevels):
+    def refresh(self, core: Tensor, keep: Tensor) -> None:
+        """Nothing to compute; an overflow is an error."""
+        _check(core, keep, self.stored)
+
+    def code(self, core: Tensor) -> Tensor:
+        """The rounded number."""
+        return _round(core, self.stored).to(core.dtype)
+
+    def value(self, code: Tensor) -> Tensor:
+        """The same number."""
+        return code
+
+    def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
+        """Store the 16 bits of the kept entries."""
+        write_bits(writer, _round(core, self.stored)[keep])
+
+    @classmethod
+    def decode(cls, reader: Reader, keep: Tensor, dtype: torch.dtype) -> Tensor:
+        """Read them."""
+        return _decode(reader, keep, cls.stored, dtype)
+
+
+class BFloat16Levels(Levels):
     """``x̂ = bfloat16(x)``: 8 significant bits, float32's range.
 
     Pseudo-gradient: ∂/∂x = g. Stored: 16 bits an entry, its two bytes entropy-coded apart.
@@ -91,3 +98,27 @@ class BFloat16Levels(_HalfLevels):
 
     code_number = 7
     stored = torch.bfloat16
+
+    def __init__(self, shape: Shape, group: Group = "channel") -> None:
+        super().__init__(shape, group)
+
+    def refresh(self, core: Tensor, keep: Tensor) -> None:
+        """Nothing to compute; an overflow is an error."""
+        _check(core, keep, self.stored)
+
+    def code(self, core: Tensor) -> Tensor:
+        """The rounded number."""
+        return _round(core, self.stored).to(core.dtype)
+
+    def value(self, code: Tensor) -> Tensor:
+        """The same number."""
+        return code
+
+    def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
+        """Store the 16 bits of the kept entries."""
+        write_bits(writer, _round(core, self.stored)[keep])
+
+    @classmethod
+    def decode(cls, reader: Reader, keep: Tensor, dtype: torch.dtype) -> Tensor:
+        """Read them."""
+        return _decode(reader, keep, cls.stored, dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,6 @@ class Mask(nn.Module):
         wanted = block or (shape[-1] if kernel_row else 4)
         self.block = min(wanted, shape[0] if granularity == "column" else max(1, prod(shape[1:])))
         self.register_buffer("keep", torch.ones(shape, dtype=torch.bool))
-        self.idle = True  # the mask keeps everything: nothing to do in forward
 
     def units(self) -> Shape:
         """Shape of the matrix of units."""
@@ -130,21 +129,13 @@ class Mask(nn.Module):
                     zero_count(share, width),
                 )
                 kept[part] = chosen.reshape(-1)
-        self._set(unit_expand(kept.reshape(scores.shape), self.shape, self.granularity, self.block))
-
-    def _set(self, keep: Tensor) -> None:
-        self.keep.copy_(keep)
-        self.idle = bool(self.keep.all())
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self.idle = bool(self.keep.all())
+        self.keep.copy_(unit_expand(kept.reshape(scores.shape), self.shape, self.granularity, self.block))
 
     def forward(self, value: Tensor, core: Tensor) -> Tensor:
         """`value` where the mask keeps, else +0.0; gradients as `functional.masked` says."""
         scores = self.learned_scores()
-        if self.idle and scores is None:
-            return value
+        if self.threshold == 0 and scores is None:
+            return value  # nothing of a run but its options decides which path it takes: a graph is compiled once
         if scores is not None:
             scores = unit_expand(scores, self.shape, self.granularity, self.block)
         return masked(value, self.keep, core, scores, self.dense_gradient)

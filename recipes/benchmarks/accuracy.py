@@ -55,7 +55,7 @@ def studies(args: argparse.Namespace) -> dict[str, Study]:
             f"data.folder={args.data}/cifar-10-batches-bin",
         ],
         {
-            "none": (["compression=none"], 3),
+            "none": (["compression=none", "optimizer.lr=0.001"], 3),
             "binary": (["compression=binary", "schedule=constant"], 3),
             "binary, float16 leftovers": (["compression=binary", "schedule=constant", "leftovers=float16"], 1),
             "ternary": (["compression=ternary", "schedule=constant"], 1),

@@ -14,7 +14,7 @@ import pytest
 
 Command = Callable[..., tuple[int, str]]
 
-BUDGET = ["baseline.max_epochs=2", "trainer.max_epochs=3", "checkpoint.every_n_steps=4", "logger=none"]
+BUDGET = ["baseline.max_epochs=2", "trainer.max_epochs=8", "checkpoint.every_n_steps=4", "logger=none"]
 MAIN = "from psc_lightning.app.train import main; main()"
 
 

@@ -368,6 +368,23 @@ def test_fit_validate_test_fit():
     assert all(slots.phase[1:] == [2, 2] for _, slots, _ in views(model))
 
 
+@pytest.mark.parametrize("name", ["row", "separable_lsq", "cross_channel", "deep"])
+def test_a_trained_model_goes_through_its_schedule_again(name):
+    """A second Trainer begins at step 0, where every slot is off, also those that wait for a tying."""
+    callbacks, off = COMBINATIONS[name](RAMP), []
+
+    class Begins(Callback):
+        def on_train_batch_end(self, made, model, *args):
+            if made.global_step == 1:
+                off.append([slots.begun for _, slots, _ in views(model)])
+
+    model, _ = fit(callbacks)
+    model, made = fit([*callbacks, Begins()], model)
+    assert off == [[False] * 3]
+    hard(made, model)
+    assert all(slots.begun for _, slots, _ in views(model))
+
+
 def test_one_callback_in_two_trainers():
     callbacks = COMBINATIONS["ternary_movement"](RAMP)
     first, made = fit(callbacks)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
-from training import COMBINATIONS, INPUTS, LABELS, Net, layers
+from training import COMBINATIONS, Loader, Net, layers
+
+import psc_lightning
+from psc_lightning.callbacks.slot import SlotCallback
 
 torch.set_num_threads(1)
 
@@ -21,52 +25,96 @@ NAMES = ("float", "ternary_movement", "separable_lsq", "cross_channel", "salienc
 class Nets(Net):
     """A network for each combination, all in one run; without BatchNorm, whose statistics are of each process's half."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str] = NAMES) -> None:
         super().__init__()
         del self.net
-        self.nets = nn.ModuleDict({f"of_{name}": layers() for name in NAMES})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.nets = nn.ModuleDict({f"of_{name}": layers() for name in names})
         for net in self.nets.values():
             net[1] = nn.Identity()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return sum(nn.functional.cross_entropy(net(batch[0]), batch[1]) for net in self.nets.values())
 
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.training_step(batch, batch_idx)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
 
 
-def main(devices: int, folder: Path) -> None:
-    warnings.simplefilter("ignore")
-    seed_everything(0, verbose=False)
-    callbacks = []
-    for name in NAMES:
+class Shares(Loader):
+    """Samples are dealt in turn: two batches of four are one of eight."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        super().__init__()
+        self.rank, self.world = rank, world
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for inputs, labels in super().__iter__():
+            yield inputs[self.rank :: self.world], labels[self.rank :: self.world]
+
+
+class Keep(Callback):
+    """Saves a checkpoint after some step, in the midst of the ramps and of the epoch; notes the norms of all gradients."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path, self.step = path, step
+        self.norms: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.norms.append(trainer.callback_metrics.get("grad_norm/before", torch.tensor(0.0)))
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def slot_callbacks(names: Sequence[str]) -> list[SlotCallback]:
+    found = []
+    for name in names:
         for callback in COMBINATIONS[name]({"kind": "linear", "begin": 3, "end": 8}):
             callback.targets = [f"nets.of_{name}.*.weight"]
-            callbacks.append(callback)
-    made = Trainer(
+            found.append(callback)
+    return found
+
+
+def trainer(callbacks: Sequence[Callback], **options: Any) -> Trainer:
+    return Trainer(
         accelerator="cpu",
-        devices=devices,
-        strategy=DDPStrategy(process_group_backend="gloo", find_unused_parameters=False) if devices > 1 else "auto",
-        use_distributed_sampler=False,
-        callbacks=callbacks,
+        callbacks=list(callbacks),
         max_epochs=1,
+        val_check_interval=4,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
-    # Samples are dealt in turn: two batches of four are one of eight.
-    mine = slice(made.global_rank, None, devices)
-    model = Nets()
-    made.fit(model, DataLoader(TensorDataset(INPUTS[mine], LABELS[mine]), batch_size=8 // devices))
-    state = {key: value.detach().clone() for key, value in model.state_dict().items()}
-    state["steps"] = torch.tensor(made.global_step)
-    for callback in callbacks:
-        if callback._optimizer is not None:
-            for index, slot in enumerate(callback._optimizer.state.values()):
-                state |= {f"{callback.state_key}.{index}.{key}": value for key, value in slot.items()}
-    made.save_checkpoint(folder / f"{devices}.ckpt")
-    torch.save(state, folder / f"{devices}-{made.global_rank}.pt")
+
+
+def main(devices: int, folder: Path) -> None:
+    warnings.simplefilter("ignore")
+    for run in ("", "-resumed"):
+        seed_everything(0, verbose=False)
+        callbacks = slot_callbacks(NAMES)
+        made = trainer(
+            [*callbacks, Keep(folder / f"{devices}{run}.ckpt", step=12 if run else 6)],
+            devices=devices,
+            strategy=DDPStrategy(process_group_backend="gloo", find_unused_parameters=False) if devices > 1 else "auto",
+        )
+        model = Nets()
+        data = [Shares(made.global_rank, devices) for _ in range(2)]
+        made.fit(model, *data, ckpt_path=folder / f"{devices}.ckpt" if run else None)
+        state = {key: value.detach().clone() for key, value in model.state_dict().items()}
+        state["steps"] = torch.tensor(made.global_step)
+        for callback in callbacks:
+            if callback._optimizer is not None:
+                for index, slot in enumerate(callback._optimizer.state.values()):
+                    state |= {f"{callback.state_key}.{index}.{key}": value for key, value in slot.items()}
+        torch.save(state, folder / f"{devices}{run}-{made.global_rank}.pt")
+        psc_lightning.save(model, folder / f"{devices}{run}-{made.global_rank}.psc")
 
 
 if __name__ == "__main__":

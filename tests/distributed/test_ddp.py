@@ -1,4 +1,4 @@
-"""DDP with two gloo processes: ranks agree bit for bit, a late start needs no `find_unused_parameters`."""
+"""DDP with two gloo processes: ranks agree bit for bit, a late start needs no `find_unused_parameters`, a resume is exact."""
 
 from __future__ import annotations
 
@@ -48,6 +48,26 @@ def test_two_processes_are_one_with_the_double_batch(runs):
         key for key, value in one.items() if not torch.allclose(two[key].double(), value.double(), rtol=1e-4, atol=1e-5)
     ]
     assert set(far) <= unused
+
+
+def test_labels_and_clusters_are_those_of_all_processes(runs):
+    """Gradients are reduced before they are looked at, and centroids begin from weights that are the same."""
+    first = read(runs / "2-0.pt")
+    totals = [value for key, value in first.items() if key.endswith(".total")]
+    centroids = [value for key, value in first.items() if key.endswith(".centroids")]
+    assert len(totals) == 2 * 3  # saliency, and the labels of cross_channel
+    assert len(centroids) == 3
+    assert all(value.any() for value in totals + centroids)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_resumed_run_ends_where_the_straight_one_did(runs, rank):
+    assert differences(read(runs / f"2-{rank}.pt"), read(runs / f"2-resumed-{rank}.pt")) == []
+
+
+def test_rank_zero_saves_the_file(runs):
+    assert (runs / "2-0.psc").read_bytes() == (runs / "2-resumed-0.psc").read_bytes()
+    assert not list(runs.glob("2*-1.psc"))
 
 
 def test_the_checkpoint_is_plain(runs):

@@ -13,7 +13,7 @@ from torch import nn
 from training import QUIET, Loader, differences, fit, random_state, run_state, trainer
 
 import psc_lightning
-from psc_lightning import MaskLearning, StraightThroughQuantization, export_onnx, view
+from psc_lightning import MaskLearning, StraightThroughQuantization, WeightSharing, export_onnx, view
 
 # Bits a weight, before entropy coding (README): a masked one has a bit a unit, and its levels' bits a survivor.
 BITS = {"float": 1 + 8 * 0.5, "binary": 1, "ternary": 1.6, "log": 8, "codebook": 4}
@@ -139,7 +139,7 @@ def test_several_inputs(tmp_path: Path) -> None:
 def test_training_goes_on_as_if_nothing_had_been_exported(quiet: None, tmp_path: Path) -> None:
     states = []
     for exporting in (False, True):
-        chosen = [MaskLearning("movement", 0.5), StraightThroughQuantization("codebook", k=4)]
+        chosen = [WeightSharing("row"), MaskLearning("movement", 0.5), StraightThroughQuantization("codebook", k=4)]
         model, _ = fit(chosen, max_epochs=1)
         if exporting:
             model.train()

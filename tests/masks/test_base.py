@@ -96,7 +96,6 @@ def test_strength_scales_the_share():
     for strength, zeros in ((0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)):
         mask.refresh(core, strength)
         assert int((~mask.keep).sum()) == zeros
-        assert mask.idle == (zeros == 0)
 
 
 def test_a_mask_that_keeps_all_is_the_value_itself():
@@ -105,10 +104,9 @@ def test_a_mask_that_keeps_all_is_the_value_itself():
     assert mask(w, w) is w
 
 
-def test_idle_follows_a_checkpoint():
+def test_a_mask_follows_a_checkpoint():
     mask = MagnitudeMask((1, 4), threshold=0.5)
     mask.refresh(torch.arange(4.0)[None])
     other = MagnitudeMask((1, 4), threshold=0.5)
     other.load_state_dict(mask.state_dict())
-    assert not other.idle
     assert other(torch.ones(1, 4), torch.ones(1, 4)).tolist() == [[0.0, 0.0, 1.0, 1.0]]

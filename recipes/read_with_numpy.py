@@ -1,0 +1,370 @@
+"""Read a .psc file with NumPy and the standard library alone, from the README's description of the format.
+
+    python recipes/read_with_numpy.py model.psc            # names, shapes, types
+    python recipes/read_with_numpy.py model.psc model.npz  # all tensors, for any other program
+
+Neither psc_lightning nor torch nor constriction is imported: this is the proof that a stranger can write a reader, in any
+language. It goes symbol by symbol and is slow; `psc_lightning.load` is the fast one. NumPy has no bfloat16: such
+tensors come as float32, which holds them exactly.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from bisect import bisect_right
+from itertools import accumulate
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TOTAL = 1 << 24
+TYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
+WIDTHS = dict(zip(TYPES, (4, 2, 2, 8, 8, 4, 2, 1, 1, 1)))
+MANTISSA = {"float32": 23, "float16": 10, "bfloat16": 7, "float64": 52}
+
+# The names of section 2's preset dictionary: `_DICTIONARY` of psc_lightning/artifact/directory.py.
+NORM = "weight bias running_mean running_var num_batches_tracked"
+KNOWN = (
+    ("encoder.layers.0.self_attn", "in_proj_weight in_proj_bias out_proj.weight out_proj.bias"),
+    ("encoder.layers.0.linear1", "weight bias"),
+    ("encoder.layers.0.norm1", "weight bias"),
+    ("lstm", "weight_ih_l0 weight_hh_l0 bias_ih_l0 bias_hh_l0"),
+    ("embeddings.word_embeddings", "weight"),
+    ("embeddings.position_embeddings", "weight"),
+    ("embeddings.token_type_embeddings", "weight"),
+    ("embeddings.LayerNorm", "weight bias"),
+    ("encoder.layer.0.attention.self.query", "weight bias"),
+    ("encoder.layer.0.attention.self.key", "weight bias"),
+    ("encoder.layer.0.attention.self.value", "weight bias"),
+    ("encoder.layer.0.attention.output.dense", "weight bias"),
+    ("encoder.layer.0.attention.output.LayerNorm", "weight bias"),
+    ("encoder.layer.0.intermediate.dense", "weight bias"),
+    ("encoder.layer.0.output.dense", "weight bias"),
+    ("encoder.layer.0.output.LayerNorm", "weight bias"),
+    ("pooler.dense", "weight bias"),
+    ("model.features.0", "weight bias"),
+    ("classifier", "weight bias"),
+    ("head", "weight bias"),
+    ("linear", "weight bias"),
+    ("bn1", NORM),
+    ("layer1.0.downsample.0", "weight"),
+    ("layer1.0.conv1", "weight bias"),
+    ("layer1.0.bn1", NORM),
+    ("layer1.0.conv2", "weight"),
+    ("layer1.0.bn2", NORM),
+    ("0", "weight bias"),
+    ("2", "weight bias"),
+    ("conv1", "weight bias"),
+    ("conv2", "weight bias"),
+    ("fc1", "weight bias"),
+    ("fc2", "weight bias"),
+    ("fc3", "weight bias"),
+)
+
+
+# ------------------------------------------------------------------------------------------------------ the coder
+
+
+def table(weights: list[int]) -> list[int]:
+    """Whole numbers ≥ 1 that sum to 2^24, from weights; given out as the sums before each, and the total."""
+    k = [1 + w * (TOTAL - len(weights)) // sum(weights) for w in weights]
+    k[weights.index(max(weights))] += TOTAL - sum(k)
+    return [0, *accumulate(k)]
+
+
+class Ans:
+    """Section 3: a stack of words, and what is read from it."""
+
+    def __init__(self, data: bytes) -> None:
+        data += bytes(-len(data) % 4)
+        self.words = [int.from_bytes(data[i : i + 4], "little") for i in range(0, len(data), 4)]
+        self.state = self.words.pop()
+        if self.words:
+            self.state = self.state << 32 | self.words.pop()
+        self.lengths: dict[str, list[int]] = {}
+
+    def symbol(self, sums: list[int]) -> int:
+        q = self.state % TOTAL
+        s = bisect_right(sums, q) - 1
+        self.state = (self.state >> 24) * (sums[s + 1] - sums[s]) + q - sums[s]
+        if self.state < 1 << 32 and self.words:
+            self.state = self.state << 32 | self.words.pop()
+        return s
+
+    def unsigned(self, context: str) -> int:
+        weights = self.lengths.setdefault(context, [1 + 32 // (b + 1) for b in range(65)])
+        length = self.symbol(table(weights))
+        weights[length] += 32
+        value, left = min(length, 1), max(length - 1, 0)
+        while left:
+            piece = min(16, left)
+            value, left = value << piece | self.symbol(list(range(0, TOTAL + 1, TOTAL >> piece))), left - piece
+        return value
+
+    def integer(self) -> int:
+        """What a method stores: 0, -1, 1, -2, … are 0, 1, 2, 3, …"""
+        code = self.unsigned("integer")
+        return -(code + 1) // 2 if code % 2 else code // 2
+
+    def array(self, number: int, size: int) -> list[int]:
+        if not number:
+            return []
+        if size > 256:
+            high = self.array(number, ((size - 1) >> 8) + 1)
+            return [256 * a + b for a, b in zip(high, self.array(number, 256))]
+        low = self.unsigned("low")
+        top = size - 1 - self.unsigned("high")
+        if low == top:
+            return [low] * number
+        size = top - low + 1
+        if self.unsigned("coding") == 0:
+            equal = table([1] * size)
+            return [low + self.symbol(equal) for _ in range(number)]
+        prior, radius = (1, 4, 16, 64)[self.unsigned("adaptive")], (0, 1, 2, 4, 8, 16)[self.unsigned("adaptive")]
+        out: list[int] = []
+        while len(out) < number:
+            block = min(number - len(out), max(8, len(out) // 4 if len(out) < 1 << 14 else len(out)))
+            counts = [0, *accumulate(np.bincount(out, minlength=size).tolist() if out else [0] * size)]
+            weights = []
+            for s in range(size):
+                first, last = max(s - radius, 0), min(s + radius, size - 1) + 1
+                weights.append(prior + 32 * (counts[last] - counts[first]) // (last - first))
+            sums = table(weights)
+            out += [self.symbol(sums) for _ in range(block)]
+        return [low + s for s in out]
+
+    def entries(self, number: int, kind: str) -> np.ndarray[Any, Any]:
+        """Entries of a type, bit for bit: a byte of their words an array, the highest first."""
+        words = np.zeros(number, np.uint64)
+        for _ in range(WIDTHS[kind]):
+            words = words << np.uint64(8) | np.array(self.array(number, 2 if kind == "bool" else 256), np.uint64)
+        return values(words, kind)
+
+    def scales(self, number: int) -> np.ndarray[Any, Any]:
+        """One a group: a float16 times 2^e."""
+        unit = np.float32(2.0 ** self.integer())
+        return np.array(self.array(number, 65536), np.uint16).view(np.float16).astype(np.float32) * unit
+
+
+def values(words: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
+    """Words as a file has them to numbers."""
+    width = 8 * WIDTHS[kind]
+    unsigned = np.dtype(f"u{WIDTHS[kind]}")
+    one = np.uint64(1)
+    if kind in MANTISSA:
+        m = np.uint64(MANTISSA[kind])
+        fraction = words & ((one << m) - one)
+        bits = (words >> m & one) << np.uint64(width - 1) | (words >> (m + one)) << m | fraction
+        if kind == "bfloat16":
+            return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return bits.astype(unsigned).view(kind)
+    if kind in ("uint8", "bool"):
+        return words.astype(kind)
+    return (words >> one ^ (np.uint64(0) - (words & one))).astype(unsigned).view(kind)
+
+
+# -------------------------------------------------------------------------------------------- a tensor with slots
+
+
+def per_entry(number: int, group: int, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """The group of each entry of a core; `number` tells how the core is cut: 0 tensor, 1 channel, else entries + 1."""
+    at = np.arange(prod(shape))
+    return at * 0 if number == 0 else at // group
+
+
+def levels(ans: Ans, keep: np.ndarray[Any, Any], kind: str, work: Any) -> np.ndarray[Any, Any]:
+    """One core: its kept entries' values, +0.0 elsewhere."""
+    shape, number = keep.shape, int(keep.sum())
+    core = np.zeros(shape, work)
+    method = ans.integer()
+    if method in (0, 1, 7):
+        core[keep] = ans.entries(number, {0: kind, 1: "float16", 7: "bfloat16"}[method]).astype(work)
+        return core
+    first = ans.integer()  # bits, form or k; of ternary the group
+    root = 1 << ans.integer() if method == 5 else 1
+    cut = first if method == 4 else ans.integer()
+    group = {0: prod(shape), 1: prod(shape[1:])}.get(cut, cut - 1)
+    groups = {0: 1, 1: shape[0]}.get(cut, -(-prod(shape) // max(group, 1)))
+    mine = per_entry(cut, group, shape)[keep.reshape(-1)]
+    if method == 6:
+        centroids = ans.scales(groups * first).reshape(groups, first)
+        core[keep] = centroids[mine, ans.array(number, first)]
+        return core
+    if method == 5:
+        lowest = ans.integer()
+        highest = lowest + np.array(ans.array(groups, 4096))
+        top = 2 ** (first - 1) - 1
+        code = np.array(ans.array(number, 2 * top + 1), np.int64) - top
+        p = np.abs(code) - top + highest[mine]
+        power = np.ldexp(np.float32(1), p // root) * (2.0 ** (p % root / root)).astype(np.float32)
+        core[keep] = np.where(code, np.sign(code) * power, 0)
+        return core
+    scale = ans.scales(groups)[mine].astype(work)
+    if method == 3:
+        offset = ans.scales(groups)[mine].astype(work) if first == 1 else None
+        code = np.array(ans.array(number, 2), work)
+        core[keep] = (2 * code - 1) * scale if offset is None else offset + scale * code
+        return core
+    top = 1 if method == 4 else 2 ** (first - 1) - 1
+    symbols = np.array(ans.array(number, 2 * top + 1 if top else 2), work)
+    code = symbols - top if top else 2 * symbols - 1  # uniform of one bit has no zero
+    core[keep] = code * scale + work(0)
+    return core
+
+
+def mask(ans: Ans, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """Which entries of a core are kept."""
+    if not ans.integer():
+        return np.ones(shape, bool)
+    granularity, block = ans.integer(), ans.integer()
+    rows, columns = shape[0], prod(shape[1:])
+    units = {0: (rows, columns), 1: (rows, -(-columns // block)), 2: (-(-rows // block), columns), 3: (rows, 1)}
+    kept = np.array(ans.array(prod(units[granularity]), 2), bool).reshape(units[granularity])
+    if granularity == 1:
+        kept = kept.repeat(block, 1)[:, :columns]
+    elif granularity == 2:
+        kept = kept.repeat(block, 0)[:rows]
+    return np.broadcast_to(kept, (rows, columns)).reshape(shape)
+
+
+def weight(ans: Ans, stored: tuple[int, ...], kind: str) -> np.ndarray[Any, Any]:
+    """The effective weight of a tensor that went through slots."""
+    groups = ans.integer()
+    shape = stored if len(stored) > 1 else (1, prod(stored))
+    if groups:
+        shape = (stored[1] * groups, stored[0] // groups, *stored[2:])
+    outs, ins, kernel = shape[0], shape[1], shape[2:]
+    tying = ans.integer()
+    n = ans.integer() if tying else 0
+    shapes: dict[int, list[tuple[int, ...]]] = {
+        0: [shape],
+        1: [(outs, ins // max(n, 1), *kernel)],
+        2: [(outs, -(-prod(shape[1:]) // max(n, 1)))],
+        3: [(-(-outs // max(n, 1)), *shape[1:])],
+        4: [(outs, ins, n), (ins, n, *kernel)],
+        5: [(outs, n), (n, prod(shape[1:]))],
+    }
+    work = np.float64 if kind == "float64" and tying < 4 else np.float32
+    cores = [levels(ans, mask(ans, size), kind, work) for size in shapes[tying]]
+    matrix = cores[0]
+    if tying == 1:
+        matrix = np.concatenate([cores[0]] * n, 1)
+    elif tying == 2:
+        matrix = cores[0].repeat(n, 1)[:, : prod(shape[1:])]
+    elif tying == 3:
+        matrix = cores[0].repeat(n, 0)[:outs]
+    elif tying:
+        a, b = (core.astype(np.float64) for core in cores)
+        product = a @ b if tying == 5 else np.einsum("oir,irk->oik", a, b.reshape(ins, n, -1))
+        matrix = product.astype(np.float32) + np.float32(0)
+    if groups:
+        matrix = matrix.reshape(groups, stored[1], stored[0] // groups, *kernel).swapaxes(1, 2)
+    matrix = matrix.reshape(stored)
+    if kind == "bfloat16":  # the upper half of a float32, rounded to the nearest, ties to even
+        bits = np.ascontiguousarray(matrix).view(np.uint32)
+        return (bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    return matrix.astype(kind)
+
+
+# ----------------------------------------------------------------------------------------------------------- file
+
+
+def varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number of seven bits a byte, and where it ends."""
+    value = shift = 0
+    while True:
+        value |= (data[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+        if data[at - 1] < 128:
+            return value, at
+
+
+def contents(toc: bytes) -> list[tuple[str, int, str, tuple[int, ...]]]:
+    """Name, kind, type and shape of each tensor; an alias has the number of the tensor that it repeats."""
+    number, at = varint(toc, 0)
+    names: list[str] = []
+    for _ in range(number):
+        shared, at = varint(toc, at)
+        end = toc.index(b"\n", at)
+        names.append(".".join([*(names[-1].split(".") if names else [])[:shared], toc[at:end].decode()]))
+        at = end + 1
+    codes, at = toc[at : at + number], at + number
+    found = []
+    for name, code in zip(names, codes):
+        axes, at = varint(toc, at)
+        shape = [axes]
+        if code >> 4 != 3:
+            shape = []
+            for _ in range(axes):
+                axis, at = varint(toc, at)
+                shape.append(axis)
+        found.append((name, code >> 4, TYPES[code % 16], tuple(shape)))
+    return found
+
+
+def read(data: bytes) -> dict[str, np.ndarray[Any, Any]]:
+    """All tensors of a file, under their names, in their order.
+
+    Raises:
+        ValueError: it is not a file of this version, or it is damaged.
+    """
+    if data[:4] != b"PSC\1" or int.from_bytes(data[4:8], "little") != zlib.crc32(data[8:]):
+        raise ValueError("not a .psc file of version 1, or damaged: its first bytes or its checksum are wrong")
+    sections, at = {}, 8
+    while at < len(data):
+        tag = data[at]
+        length, at = varint(data, at + 1)
+        sections[tag], at = data[at : at + length], at + length
+    toc = sections[1] if 1 in sections else zlib.decompressobj(-15, dictionary()).decompress(sections[2])
+    tensors, ans = contents(toc), Ans(sections[3])
+    together: dict[Any, list[int]] = {}
+    for i, (name, kind, dtype, shape) in enumerate(tensors):
+        if kind in (1, 2):
+            stored = "float16" if kind == 2 else dtype
+            key = (stored, name.split(".")[-1]) if prod(shape) <= 4096 else i
+        else:
+            key = i
+        if kind != 3:
+            together.setdefault(key, []).append(i)
+    out: dict[int, np.ndarray[Any, Any]] = {}
+    for members in together.values():
+        _, kind, dtype, shape = tensors[members[0]]
+        if kind == 0:
+            out[members[0]] = weight(ans, shape, dtype)
+            continue
+        flat = ans.entries(sum(prod(tensors[i][3]) for i in members), "float16" if kind == 2 else dtype)
+        for i in members:
+            size = prod(tensors[i][3])
+            held = "float32" if tensors[i][2] == "bfloat16" else tensors[i][2]
+            out[i], flat = flat[:size].reshape(tensors[i][3]).astype(held), flat[size:]
+    if ans.state != 1 or ans.words:
+        raise ValueError("damaged: symbols are left over")
+    return {name: out[shape[0] if kind == 3 else i] for i, (name, kind, _, shape) in enumerate(tensors)}
+
+
+def dictionary() -> bytes:
+    """The preset dictionary: the known names, in the notation of a table of contents."""
+    text, before = "", [""]
+    for name in (f"{module}.{leaf}" for module, leaves in KNOWN for leaf in leaves.split()):
+        parts = name.split(".")
+        shared = next((i for i, (a, b) in enumerate(zip(before, parts)) if a != b), min(len(before), len(parts)))
+        text += chr(shared) + ".".join(parts[shared:]) + "\n"
+        before = parts
+    return text.encode()
+
+
+def main(arguments: list[str]) -> None:
+    tensors = read(Path(arguments[0]).read_bytes())
+    if len(arguments) > 1:
+        np.savez(arguments[1], **tensors)  # type: ignore[arg-type]
+    for name, tensor in tensors.items():
+        print(f"{name}  {tuple(tensor.shape)}  {tensor.dtype}")
+
+
+if __name__ == "__main__":
+    if not 2 <= len(sys.argv) <= 3:
+        raise SystemExit(__doc__)
+    main(sys.argv[1:])

@@ -1,0 +1,80 @@
+"""`torch.compile` around a viewed model: the same numbers, and no compilation per step while a strength is ramped."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from training import COMBINATIONS, INPUTS, LABELS, Net
+
+from psc_lightning.slots import SLOTS
+from psc_lightning.view import views
+
+# Dynamo itself makes an instance of each autograd.Function that it traces.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+def viewed(name: str) -> Net:
+    model = Net()
+    for callback in COMBINATIONS[name]("constant"):
+        callback.attach(model)
+    return model
+
+
+def strengthen(model: nn.Module, value: float) -> None:
+    for _, slots, weight in views(model):
+        for slot in SLOTS:
+            slots.set_strength(slot, value, weight)
+        slots.refresh(weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("float", "eager"), *((name, "aot_eager") for name in ("float", "binary01", "ternary_movement", "deep", "row"))],
+)
+def test_a_compiled_model_gives_the_same_outputs_and_gradients(name, backend):
+    """In one graph: nothing of ours breaks it."""
+    torch.compiler.reset()
+    model = viewed(name)
+    strengthen(model, 1.0)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, backend=backend, fullgraph=True)
+    for net, call in ((model, model), (twin, compiled)):
+        nn.functional.cross_entropy(call(INPUTS[:8]), LABELS[:8]).backward()
+        net.eval()
+    with torch.no_grad():
+        assert torch.equal(model(INPUTS), compiled(INPUTS))
+    gradients = [{key: p.grad for key, p in net.named_parameters()} for net in (model, twin)]
+    for key, gradient in gradients[0].items():
+        other = gradients[1][key]
+        assert (gradient is None) == (other is None), key
+        if gradient is not None:
+            torch.testing.assert_close(gradient, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["float", "separable_lsq"])
+def test_an_annealed_strength_is_compiled_once(name):
+    """Fifty strengths, one graph for the ramp: the strength is a buffer, not a number that a graph is made for."""
+    torch.compiler.reset()
+    model = viewed(name)
+    strengthen(model, 0.01)
+    graphs = []
+
+    def count(module, example):
+        graphs.append(module)
+        return module.forward
+
+    compiled = torch.compile(model, backend=count, fullgraph=True)
+    outputs = []
+    for step in range(1, 51):
+        strengthen(model, step / 51)
+        outputs.append(compiled(INPUTS[:8]).detach())
+        model.zero_grad()
+    assert len(graphs) == 1
+    assert not torch.equal(outputs[0], outputs[-1])
+    with torch.no_grad():
+        model.eval()
+        expected = model(INPUTS[:8])
+        assert torch.equal(compiled(INPUTS[:8]), expected)

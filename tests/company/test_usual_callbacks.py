@@ -1,0 +1,144 @@
+"""Callbacks that people have anyway: checkpoints of the best and the last, early stopping, finders, bars, monitors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from training import COMBINATIONS, INPUTS, LABELS, QUIET, Net, differences, fit, run_state, trainer
+
+from psc_lightning import load, save
+from psc_lightning.artifact import to_bytes
+from psc_lightning.view import views
+
+pytestmark = QUIET
+
+RAMP = {"kind": "linear", "begin": 4, "end": 12}
+
+
+def is_its_file(model: nn.Module, tmp_path) -> None:
+    """It is hard, and a plain network loaded from its file computes the same."""
+    assert all(slots.phase[i] in (0, 2) for _, slots, _ in views(model) for i in range(3))
+    assert any(slots.begun for _, slots, _ in views(model))
+    save(model, tmp_path / "model.psc")
+    plain = Net()
+    plain.load_state_dict(load(tmp_path / "model.psc"))
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(INPUTS), model.eval()(INPUTS))
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_resume_from_the_best_and_from_the_last(which, tmp_path):
+    def run(folder, ckpt=None, epochs=4):
+        saver = ModelCheckpoint(folder, monitor="val", save_last=True, save_top_k=1)
+        callbacks = COMBINATIONS["ternary_movement"]({"kind": "linear", "begin": 4, "end": 20})
+        model, made = fit([*callbacks, saver], Net("sgd"), ckpt=ckpt, max_epochs=epochs)
+        return model, made, saver
+
+    model, made, _ = run(tmp_path / "whole")
+    expected, file = run_state(model, made), to_bytes(model)[0]
+    _, _, saver = run(tmp_path / "half", epochs=4)
+    ckpt = saver.best_model_path if which == "best" else saver.last_model_path
+    model, made, _ = run(tmp_path / which, ckpt=ckpt)
+    assert differences(expected["optimizers"], run_state(model, made)["optimizers"]) == []
+    assert to_bytes(model)[0] == file
+
+
+def test_early_stopping_leaves_a_hard_model(tmp_path):
+    stop = EarlyStopping("val", patience=0, min_delta=1e9, check_on_train_epoch_end=False)
+    model, made = fit([*COMBINATIONS["float"](RAMP), stop], Net("sgd"), max_epochs=4)
+    assert made.global_step == 24  # of 48
+    is_its_file(model, tmp_path)
+
+
+def test_monitors_bars_and_accumulation_on_a_schedule(tmp_path):
+    """The accumulation changes in mid-run; the sidecars follow the optimizer's steps."""
+    callbacks = COMBINATIONS["separable_lsq"]("constant")
+    others = [LearningRateMonitor(), RichProgressBar(), GradientAccumulationScheduler({0: 1, 1: 3})]
+    model, made = fit(
+        [*callbacks, *others], Net("sgd"), logger=CSVLogger(tmp_path), enable_progress_bar=True, log_every_n_steps=1
+    )
+    assert made.global_step == 12 + 4
+    stepped = [callback._optimizer for callback in callbacks if callback._optimizer is not None]
+    assert {int(s["step"]) for optimizer in stepped for s in optimizer.state.values()} == {16}
+    is_its_file(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["float", "separable_lsq"])
+@pytest.mark.filterwarnings("ignore:.*swa_utils.*")
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.*")
+@pytest.mark.filterwarnings("ignore:Swapping scheduler.*")
+def test_stochastic_weight_averaging(name, tmp_path):
+    """Its last epoch renews the BatchNorm statistics of the averaged, compressed weights; the result is hard."""
+    averaging = StochasticWeightAveraging(1e-2, swa_epoch_start=2)
+    model, _ = fit([*COMBINATIONS[name](RAMP), averaging], Net("sgd"), max_epochs=4)
+    is_its_file(model, tmp_path)
+    single, _ = fit(COMBINATIONS[name](RAMP), Net("sgd"), max_epochs=4)
+    assert not torch.equal(single.net[3].bias, model.net[3].bias)
+
+
+class Tuned(Net):
+    """What the finders turn: a learning rate and a batch size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lr, self.batch_size = 1e-3, 4
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(INPUTS, LABELS), batch_size=self.batch_size)
+
+    val_dataloader = train_dataloader
+
+
+@pytest.mark.parametrize("name", ["ternary_movement", "separable_lsq"])
+@pytest.mark.filterwarnings("ignore:.*find.*")
+def test_finders_try_and_put_everything_back(name, tmp_path, monkeypatch):
+    """They run steps of their own and restore the model: the fit begins from the slots that it would have begun from."""
+    monkeypatch.chdir(tmp_path)
+    finders = [
+        LearningRateFinder(num_training_steps=8, early_stop_threshold=None),
+        BatchSizeFinder(init_val=8, max_trials=1),
+    ]
+    model = Tuned()
+    callbacks = COMBINATIONS[name](RAMP)
+    made = trainer([*callbacks, *finders], limit_val_batches=1)
+    made.fit(model)
+    assert (model.batch_size, made.global_step) == (8, 24)
+    for callback in callbacks:
+        if callback._optimizer is not None:
+            assert {int(s["step"]) for s in callback._optimizer.state.values()} == {
+                24 - 5
+            }  # a ramp is at 0 when it begins
+    is_its_file(model, tmp_path)
+
+
+def test_channels_last_and_activation_checkpointing(tmp_path):
+    """Neither the layout nor a second forward within the backward changes a slot's arithmetic."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(Net):
+        def forward(self, inputs):
+            return checkpoint(self.net, inputs, use_reentrant=False)
+
+    plain, _ = fit(COMBINATIONS["ternary_movement"](RAMP), Net("sgd"))
+    model, _ = fit(COMBINATIONS["ternary_movement"](RAMP), Checkpointed("sgd"))
+    parameters = [dict(net.named_parameters()) for net in (plain, model)]
+    assert differences(*parameters) == []  # BatchNorm's statistics see each batch twice
+    striped = Net("sgd").to(memory_format=torch.channels_last)
+    fit(COMBINATIONS["ternary_movement"](RAMP), striped)
+    is_its_file(striped, tmp_path)

@@ -1,0 +1,114 @@
+"""The reader of a stranger: NumPy, the standard library and the README's format, on every method."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from read_with_numpy import dictionary, read
+from torch import nn
+from training import COMBINATIONS, Net
+
+import psc_lightning
+from psc_lightning import StraightThroughQuantization
+from psc_lightning.artifact import directory
+from psc_lightning.levels import LEVELS
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "read_with_numpy.py"
+
+
+def same(path) -> None:
+    """Every tensor has the bits that `load` gives."""
+    expected = psc_lightning.load(path)
+    found = read(Path(path).read_bytes())
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        array = tensor.float().numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+        assert found[name].dtype == array.dtype, name
+        assert found[name].shape == array.shape, name
+        assert found[name].tobytes() == array.tobytes(), name
+
+
+def compressed(callbacks, model):
+    psc_lightning.compress(model, callbacks, **labels(callbacks))
+    return model
+
+
+def labels(callbacks):
+    driven = any(getattr(callback, "method", "") in ("movement", "saliency") for callback in callbacks)
+    if not driven:
+        return {}
+    x = torch.randn(8, 2, 6, 6, generator=torch.Generator().manual_seed(1))
+    return {"batches": [x], "loss": lambda net, batch: net(batch).square().sum()}
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_every_combination(name, tmp_path):
+    psc_lightning.save(compressed(COMBINATIONS[name]("constant"), Net()), tmp_path / "model.psc")
+    same(tmp_path / "model.psc")
+
+
+OPTIONS = [
+    *({"levels": name} for name in LEVELS),
+    {"levels": "uniform", "bits": 1, "group": 7},
+    {"levels": "binary", "form": "01", "group": "tensor"},
+    {"levels": "log", "bits": 4, "root": 8, "group": 5},
+    {"levels": "codebook", "k": 256, "group": "channel"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_every_level_in_every_type(options, dtype, tmp_path):
+    torch.manual_seed(0)
+    layers = [nn.Linear(9, 16), nn.ConvTranspose2d(4, 6, 3, groups=2), nn.Conv1d(4, 8, 3), nn.Embedding(11, 7)]
+    model = nn.Sequential(*layers).to(dtype)
+    psc_lightning.save(compressed([StraightThroughQuantization(**options)], model), tmp_path / "model.psc")
+    same(tmp_path / "model.psc")
+
+
+def test_leftovers_of_every_type_and_an_alias(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model[1].weight = model[0].weight
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        model.register_buffer(f"of_{str(dtype)[6:]}", torch.randn(5).to(dtype))
+    for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool):
+        model.register_buffer(
+            str(dtype)[6:], torch.tensor([0, 1, 5, 120, 1]).to(dtype) * (-1 if dtype.is_signed else 1)
+        )
+    for leftovers in ("float32", "float16"):
+        psc_lightning.save(model, tmp_path / "model.psc", leftovers=leftovers)
+        same(tmp_path / "model.psc")
+
+
+def test_its_dictionary_is_the_writers():
+    assert dictionary() == directory._DICTIONARY
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    psc_lightning.save(Net(), tmp_path / "model.psc")
+    data = bytearray((tmp_path / "model.psc").read_bytes())
+    data[-1] ^= 1
+    with pytest.raises(ValueError, match="damaged"):
+        read(bytes(data))
+
+
+def test_as_a_program_without_torch(tmp_path):
+    psc_lightning.save(compressed(COMBINATIONS["float"]("constant"), Net()), tmp_path / "model.psc")
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__');"
+        "assert not {'torch', 'constriction', 'psc_lightning'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(RECIPE), str(tmp_path / "model.psc"), str(tmp_path / "model.npz")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "net.0.weight  (8, 2, 3, 3)  float32" in done.stdout
+    arrays = np.load(tmp_path / "model.npz")
+    assert (
+        arrays["net.0.weight"].tobytes() == psc_lightning.load(tmp_path / "model.psc")["net.0.weight"].numpy().tobytes()
+    )

@@ -1,0 +1,255 @@
+"""Other people's networks under mask, levels, tying and clipping in one fit; what is found is the README's table.
+
+pytest tests/zoo               # needs pip install -e ".[test,zoo]"
+pytest tests/zoo --write-zoo   # and writes the table, recipes/results/zoo.md
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader
+from training import QUIET, differences, run_state, trainer
+from zoo_models import MODELS, Entry
+
+from psc_lightning import (
+    GradientClipping,
+    MaskLearning,
+    StraightThroughQuantization,
+    WeightSharing,
+    detach,
+    load,
+    plan,
+    save,
+    verify,
+)
+from psc_lightning.artifact import to_bytes
+from psc_lightning.view import plain_state, views
+
+pytestmark = [
+    *QUIET,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),  # peft of transformers
+]
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKS = ("keys", "step", "file", "load", "copy", "resume")
+
+
+class Task(LightningModule):
+    """Trains what is trainable of a network of the zoo."""
+
+    def __init__(self, entry: Entry) -> None:
+        super().__init__()
+        self.entry = entry
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.net = entry.build()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        seed_everything(self.global_step, verbose=False)  # a resumed run drops out the same entries
+        return self.entry.loss(self.net, batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+    def logits(self) -> Tensor:
+        with torch.no_grad():
+            return self.entry.output(self.net.eval(), self.entry.batch)
+
+
+def callbacks() -> list[Callback]:
+    """One of each slot, and clipping; cross-channel sharing takes what has an even number of inputs."""
+    return [
+        GradientClipping(adaptive=0.1, log=False),
+        StraightThroughQuantization("uniform", bits=4, schedule="constant"),
+        WeightSharing("cross_channel", labels="magnitude", schedule="constant"),
+        MaskLearning("movement", threshold=0.5, schedule="constant"),
+    ]
+
+
+def run(entry: Entry, folder: Path, resume: Path | None = None) -> tuple[Task, Trainer]:
+    """Two epochs of two steps, a checkpoint after each."""
+    seed_everything(0, verbose=False)
+    saver = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)
+    model, made = Task(entry), trainer([*callbacks(), saver], max_epochs=2)
+    made.fit(
+        model,
+        DataLoader([entry.batch] * 2, batch_size=None),
+        ckpt_path=resume,
+        **({"weights_only": True} if resume else {}),
+    )
+    return model, made
+
+
+@dataclass
+class Whole:
+    """A network after its run, and its row of the table."""
+
+    name: str
+    entry: Entry
+    model: Task
+    made: Trainer
+    folder: Path
+    row: dict[str, str] = field(default_factory=dict)
+
+
+ROWS: dict[str, dict[str, str]] = {}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    entry, folder = MODELS[request.param], tmp_path_factory.mktemp("zoo")
+    model, made = run(entry, folder)
+    return Whole(request.param, entry, model, made, folder, ROWS.setdefault(request.param, {"from": entry.home}))
+
+
+def test_keys(whole: Whole) -> None:
+    """Names and order are those of the plain class, of states, of parameters, of checkpoints."""
+    plain = Task(whole.entry)
+    ours = [key for key in whole.model.state_dict() if ".psc." not in key]
+    assert ours == list(plain.state_dict()) == list(plain_state(whole.model))
+    parameters = [name for name, _ in whole.model.named_parameters() if ".psc." not in name]
+    assert parameters == [name for name, _ in plain.named_parameters()]
+    checkpoint = torch.load(whole.folder / "epoch=1.ckpt", weights_only=True)
+    assert list(checkpoint["state_dict"]) == ours
+    whole.row["keys"] = "yes"
+
+
+def test_step(whole: Whole) -> None:
+    """Every slot is in force; trained weights and scores were stepped, frozen weights were not."""
+    start = dict(Task(whole.entry).named_parameters())
+    state = whole.made.optimizers[0].state
+    rows = {row.name: row for row in to_bytes(whole.model)[1].tensors}
+    seen = list(views(whole.model))
+    for name, slots, weight in seen:
+        assert all(slots.phase[i] == 2 for i, slot in enumerate(("tying", "mask", "levels")) if slot in slots.specs)
+        assert {"mask", "levels"} <= set(slots.specs), name
+        assert all(bool(scores.any()) for scores in slots.sidecars("mask")), name
+        assert rows[name].levels <= 15
+        assert rows[name].sparsity >= 0.5
+        if weight.requires_grad:
+            assert int(state[weight]["step"]) == 4, name
+            assert bool(weight.grad.any()), name
+        else:
+            assert weight.grad is None
+            assert slots.tying is not None or torch.equal(weight, start[name])
+    frozen = [p for p in whole.model.parameters() if not p.requires_grad]
+    whole.row["compressed"] = f"{len(seen)} of {sum(p.dim() > 1 for p in start.values())}"
+    whole.row["tied"] = str(sum(slots.tying is not None for _, slots, _ in seen))
+    whole.row["frozen"] = str(len(frozen))
+    whole.row["step"] = "yes"
+
+
+def test_file(whole: Whole, tmp_path: Path, same_bits: Any) -> None:
+    """What is read has the bits of the effective weights; tensors that are one in the model are stored once."""
+    report = save(whole.model, tmp_path / "model.psc")
+    verify(tmp_path / "model.psc")
+    read, expected = load(tmp_path / "model.psc"), plain_state(whole.model)
+    assert list(read) == list(expected)
+    assert all(same_bits(read[key], expected[key]) for key in expected)
+    parameters = dict(Task(whole.entry).named_parameters(remove_duplicate=False))
+    again = len(parameters) - len(set(map(id, parameters.values())))
+    shared = [row for row in report.tensors if row.method == "shared"]
+    assert len(shared) == again
+    assert sum(row.dense_bytes for row in shared) == 0
+    whole.row["shared"] = str(again)
+    whole.row["file"] = "yes"
+
+
+def test_load(whole: Whole, tmp_path: Path) -> None:
+    """A file, and a checkpoint, load strictly in the plain class, which then computes the same."""
+    save(whole.model, tmp_path / "model.psc")
+    states = load(tmp_path / "model.psc"), torch.load(whole.folder / "epoch=1.ckpt", weights_only=True)["state_dict"]
+    for state in states:
+        plain = Task(whole.entry)
+        plain.load_state_dict(state)
+        assert torch.equal(plain.logits(), whole.model.logits())
+    whole.row["load"] = "yes"
+
+
+def test_copy(whole: Whole) -> None:
+    """A copy computes the same, and baking it leaves the original as it was."""
+    before, state = whole.model.logits(), deepcopy(whole.model.state_dict())
+    copy = deepcopy(whole.model)
+    assert torch.equal(copy.logits(), before)
+    detach(copy)
+    assert str(copy) == str(Task(whole.entry))  # every layer has its own class back
+    assert torch.equal(copy.logits(), before)
+    assert torch.equal(whole.model.logits(), before)
+    assert differences(dict(whole.model.state_dict()), dict(state)) == []
+    whole.row["copy"] = "yes"
+
+
+def test_resume(whole: Whole, tmp_path: Path) -> None:
+    """A run that goes on from its first epoch ends with the bits of the whole run."""
+    resumed = run(whole.entry, tmp_path, resume=whole.folder / "epoch=0.ckpt")
+    assert differences(run_state(whole.model, whole.made), run_state(*resumed)) == []
+    assert to_bytes(resumed[0])[0] == to_bytes(whole.model)[0]
+    whole.row["resume"] = "yes"
+
+
+def test_weight_normed_layers_are_left_out_and_named(tmp_path: Path) -> None:
+    """The plan says why; whoever asks for one by name is told before training."""
+    net = MODELS["wav2vec2"].build()
+    found = plan(net, callbacks())
+    left = {name: reason for name, reason in found.left.items() if "parametrizations" in name}
+    assert len(left) == 2
+    assert all("weight_norm" in reason and "remove the parametrization" in reason for reason in left.values())
+    (name, *_) = left
+    with pytest.raises(ValueError, match=rf"{name} cannot be compressed: .*weight_norm"):
+        plan(net, StraightThroughQuantization(targets=name))
+    ROWS.setdefault("wav2vec2", {})["left out"] = "weight-normed layer"
+
+
+@pytest.mark.parametrize("name", ["BERT", "GPT-2", "T5"])
+def test_tied_weights_stay_tied_and_save_pretrained_works(name: str, tmp_path: Path) -> None:
+    entry = MODELS[name]
+    model, _ = run(entry, tmp_path)
+    net: Any = model.net
+    head, embedding = net.get_output_embeddings(), net.get_input_embeddings()
+    with torch.no_grad():
+        assert torch.equal(head.weight, embedding.weight)
+    assert head._parameters["weight"] is embedding._parameters["weight"]
+    expected = model.logits()
+    detach(model)
+    assert net.get_output_embeddings().weight is net.get_input_embeddings().weight
+    net.save_pretrained(tmp_path / "saved")
+    again = type(net).from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(entry.output(again.eval(), entry.batch), expected)
+
+
+def table() -> str:
+    """What the tests above have found."""
+    columns = ("from", "compressed", "tied", "frozen", "shared", *CHECKS, "left out")
+    lines = [
+        "# Networks of others",
+        "",
+        "Each small, from random numbers, two epochs of AdamW under a mask (movement, 0.5), cross-channel sharing where it",
+        "applies (`tied`), 4-bit levels and adaptive clipping. keys: names and order stay plain. step: every slot in force,",
+        "all trained weights stepped, none that is frozen. file: bit-equal, tied weights stored once (`shared`). load: file",
+        "and checkpoint load strictly in the plain class, which gives the same logits. copy: a copy bakes alone. resume: bit",
+        "for bit.",
+        "",
+        "| network | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    lines += [f"| {name} | " + " | ".join(row.get(c, "") for c in columns) + " |" for name, row in ROWS.items()]
+    return "\n".join([*lines, "", "Made by `pytest tests/zoo --write-zoo`.", ""])
+
+
+def test_the_table_is_what_was_found(request: pytest.FixtureRequest) -> None:
+    if any(check not in row for row in ROWS.values() for check in CHECKS) or list(ROWS) != list(MODELS):
+        pytest.skip("a part of the zoo was run, or some test failed: no table")
+    path = ROOT / "recipes" / "results" / "zoo.md"
+    if request.config.getoption("--write-zoo"):
+        path.write_text(table())
+    assert path.read_text() == table(), "what works has changed: pytest tests/zoo --write-zoo"
