@@ -14,6 +14,8 @@ from psc_lightning.artifact import ArtifactError, inspect, load, load_into, load
 
 __all__ = ["main"]
 
+_DTYPES = ("float32", "float64", "int64", "int32", "bool")
+
 _EXAMPLES = """\
 examples:
   psc inspect model.psc              a table: each tensor's shape, zeros, levels, bytes
@@ -75,16 +77,22 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--model", metavar="PACKAGE.MODULE:FACTORY", help="what makes the plain model, called without arguments"
     )
-    one.add_argument("--example", metavar="1,3,32,32", type=_shape, help="the shape of an input")
+    one.add_argument(
+        "--example", metavar="SHAPE", type=_example, help="an input: 1,3,32,32; 1,128:int64 where it is whole numbers"
+    )
     one.set_defaults(run=_export)
     return parser
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(axis) for axis in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected whole numbers as in 1,3,32,32, found {text!r}") from None
+def _example(text: str) -> tuple[tuple[int, ...], str]:
+    """Shape and type of an input: ``1,3,32,32`` of float32, ``1,128:int64``."""
+    shape, _, dtype = text.partition(":")
+    dtype = dtype or "float32"
+    if not all(axis.isdecimal() for axis in shape.split(",")) or dtype not in _DTYPES:
+        raise argparse.ArgumentTypeError(
+            f"expected whole numbers as in 1,3,32,32 or 1,128:int64 (one of {', '.join(_DTYPES)}), found {text!r}"
+        )
+    return tuple(map(int, shape.split(","))), dtype
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -118,7 +126,9 @@ def _export(options: argparse.Namespace) -> None:
 
         model = _of_run(folder) if folder else _made(options.model)
         load_into(model, file)
-        export_stored(model, load_stored(file), options.onnx, torch.zeros(options.example))
+        shape, dtype = options.example
+        example = torch.zeros(shape, dtype=getattr(torch, dtype))
+        export_stored(model, load_stored(file), options.onnx, example)
 
 
 def _made(name: str) -> Any:

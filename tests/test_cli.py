@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -114,3 +115,23 @@ def test_export_says_what_is_missing(
 ) -> None:
     assert main(["export", str(file), *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def words() -> nn.Module:
+    return nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 4))
+
+
+def test_export_takes_whole_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(words(), tmp_path / "m.psc")
+    (tmp_path / "own_words.py").write_text("from torch import nn\n\n\n" + inspect.getsource(words))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        arguments = ["export", "m.psc", "--onnx", "m.onnx", "--model", "own_words:words", "--example"]
+        assert main([*arguments, "1,3:int64"]) == 0
+    made = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    assert made.get_inputs()[0].type == "tensor(int64)"
+    for wrong in ("1,x", "1,3:word", "", "1,-3"):
+        with pytest.raises(SystemExit) as caught:
+            main([*arguments, wrong])
+        assert caught.value.code == 2
+        assert "expected whole numbers as in 1,3,32,32" in capsys.readouterr().err

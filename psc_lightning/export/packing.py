@@ -193,8 +193,9 @@ def _numbers(values: Array) -> _Coding:
 def _codings(core: Array) -> Iterator[_Coding]:
     values = core.reshape(-1)
     found = [_multiples(values, len(values)), _multiples(values, core.shape[1])]
-    found += [_grouped(values) if not any(found) else None, _table(values[None])]
-    found += [_table(core) if not any(found) else None]
+    if not any(found):
+        found += [_grouped(values), _table(core)]
+    found.append(_table(values[None]))
     yield from filter(None, found)
     yield _numbers(values)
 
