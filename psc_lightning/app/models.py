@@ -31,7 +31,8 @@ class DigitsCNN(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.max_pool2d(F.relu(self.bn2(self.conv2(x))), 2)
         x = F.relu(self.bn3(self.conv3(x)))
-        return self.linear(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+        logits: Tensor = self.linear(x.mean(dim=(2, 3)))
+        return logits
 
 
 class LeNet300(nn.Module):
@@ -52,7 +53,8 @@ class LeNet300(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits."""
         x = F.relu(self.fc1(x.flatten(1)))
-        return self.fc3(F.relu(self.fc2(x)))  # type: ignore[no-any-return]
+        logits: Tensor = self.fc3(F.relu(self.fc2(x)))
+        return logits
 
 
 class LeNet5(nn.Module):
@@ -73,7 +75,8 @@ class LeNet5(nn.Module):
         """Return the logits."""
         x = F.max_pool2d(self.conv1(x), 2)
         x = F.max_pool2d(self.conv2(x), 2)
-        return self.fc2(F.relu(self.fc1(x.flatten(1))))  # type: ignore[no-any-return]
+        logits: Tensor = self.fc2(F.relu(self.fc1(x.flatten(1))))
+        return logits
 
 
 class Block(nn.Module):
@@ -121,4 +124,5 @@ class ResNet20(nn.Module):
         """Return the logits."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(torch.mean(x, dim=(2, 3)))  # type: ignore[no-any-return]
+        logits: Tensor = self.linear(torch.mean(x, dim=(2, 3)))
+        return logits

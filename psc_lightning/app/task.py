@@ -52,7 +52,8 @@ class Classifier(LightningModule):
         """Return the logits."""
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        return self.net(x)  # type: ignore[no-any-return]
+        logits: Tensor = self.net(x)
+        return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""

@@ -129,7 +129,9 @@ def resumed(cfg: DictConfig, this: Run) -> DictConfig:
         log.info("resume=%s: nothing to go on with, starting in %s", cfg.resume, this.folder)
         return cfg
     if HydraConfig.initialized() and list(HydraConfig.get().overrides.task) == [f"resume={cfg.resume}"]:
-        cfg = OmegaConf.merge(OmegaConf.load(this.config), {"resume": cfg.resume})  # type: ignore[assignment]
+        written = OmegaConf.merge(OmegaConf.load(this.config), {"resume": cfg.resume})
+        assert isinstance(written, DictConfig)
+        cfg = written
     if different := this.differences(cfg):
         raise UsageError(f"resume={cfg.resume}: the run in {this.folder} has other values of {', '.join(different)}")
     log.info("resuming %s", this.folder)
@@ -278,8 +280,12 @@ def one_shot(cfg: DictConfig, dense: LightningModule, data: LightningDataModule)
 
 def step_loss(module: nn.Module, batch: Any) -> Tensor:
     """Return the loss of a module's own training step."""
-    result: Any = module.training_step(batch, 0)  # type: ignore[operator]
-    return result["loss"] if isinstance(result, Mapping) else result  # type: ignore[no-any-return]
+    assert isinstance(module, LightningModule)
+    result = module.training_step(batch, 0)
+    loss = result["loss"] if isinstance(result, Mapping) else result
+    if not isinstance(loss, Tensor):
+        raise UsageError(f"model: training_step gives {loss!r} instead of a loss when called by itself, for labels")
+    return loss
 
 
 def evaluate(cfg: DictConfig, module: LightningModule, data: LightningDataModule) -> dict[str, float]:
@@ -361,7 +367,8 @@ def application(full: bool) -> Callable[[], None]:
     def train(cfg: DictConfig) -> float:
         return job(cfg, full)
 
-    return train  # type: ignore[no-any-return]
+    command: Callable[[], None] = train  # Hydra's decorator is untyped
+    return command
 
 
 def main() -> None:

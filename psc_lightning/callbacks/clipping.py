@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from psc_lightning.callbacks.company import callbacks_of, reorder
 from psc_lightning.callbacks.slot import SlotCallback
 from psc_lightning.layout import Layout
 
@@ -113,12 +114,11 @@ class GradientClipping(Callback):
         if stage != "fit":
             return
         self.steps = self.clipped_steps = 0
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         others = [callback for callback in callbacks if callback is not self]
         slots = [index for index, callback in enumerate(others) if isinstance(callback, SlotCallback)]
         place = min([callbacks.index(self), *slots])
-        # A new list, for the old one is being iterated over.
-        trainer.callbacks = [*others[:place], self, *others[place:]]  # type: ignore[attr-defined]
+        reorder(trainer, [*others[:place], self, *others[place:]])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what would clip twice, or clip something other than the gradient."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
+from psc_lightning.callbacks.company import callbacks_of
 from psc_lightning.sharding import sharded_modules
 from psc_lightning.view import derive, plain_class, plain_state
 
@@ -64,7 +65,7 @@ def builds_late(cls: type, hook: str) -> bool:
 
 
 def _attach_late(module: LightningModule) -> None:
-    for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(module.trainer):
         attach = getattr(callback, "attach_late", None)
         if attach is not None:
             attach(module)

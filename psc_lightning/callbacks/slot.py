@@ -10,8 +10,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
+from psc_lightning.callbacks.company import bears, callbacks_of
 from psc_lightning.callbacks.plain import builds_late, make_plain
 from psc_lightning.schedule import Schedule
 from psc_lightning.sharding import gather, is_sharded, reshard, scatter, sharded_modules
@@ -138,7 +140,9 @@ class SlotCallback(Callback):
                 f"{target.name} was sharded before {who} was attached to it: build the layers in __init__ and call "
                 "fully_shard in configure_model, or call psc_lightning.attach(module, callbacks) before fully_shard"
             )
-        *replicas, last = target.parameter.placements  # type: ignore[attr-defined]
+        shard = target.parameter.data
+        assert isinstance(shard, DTensor)
+        *replicas, last = shard.placements
         if id(target.parameter) not in gathered or last.is_replicate() or not all(p.is_replicate() for p in replicas):
             raise ValueError(
                 f"{target.name} is a shard even while its layer runs (tensor parallelism), but {who} needs it whole: shard "
@@ -157,13 +161,14 @@ class SlotCallback(Callback):
         """Attach, before checkpoints are restored and optimizers are made."""
         if stage != "fit":
             return
-        if _bears(trainer.strategy, "FSDPStrategy", "DeepSpeedStrategy"):
+        if bears(trainer.strategy, "FSDPStrategy", "DeepSpeedStrategy"):
             raise ValueError(
                 f"{type(self).__name__}({self.method!r}) cannot see whole weights under {type(trainer.strategy).__name__}; "
                 "use DDP or ModelParallelStrategy (FSDP2)"
             )
-        for other in trainer.callbacks[: trainer.callbacks.index(self)]:  # type: ignore[attr-defined]
-            if _bears(other, "WeightAveraging", "StochasticWeightAveraging"):
+        callbacks = callbacks_of(trainer)
+        for other in callbacks[: callbacks.index(self)]:
+            if bears(other, "WeightAveraging", "StochasticWeightAveraging"):
                 raise ValueError(
                     f"{type(other).__name__} comes before {type(self).__name__} in Trainer(callbacks=…): it copies the "
                     "model before the slots are attached; put it after psc_lightning's callbacks"
@@ -235,7 +240,7 @@ class SlotCallback(Callback):
 
     def _company(self, trainer: Trainer) -> list[SlotCallback]:
         """All slot callbacks of the run, in the order of the slots, whatever the user's order."""
-        ours = [callback for callback in trainer.callbacks if isinstance(callback, SlotCallback)]  # type: ignore[attr-defined]
+        ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, SlotCallback)]
         return sorted(ours, key=lambda callback: SLOTS.index(callback.slot))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -287,7 +292,7 @@ class SlotCallback(Callback):
             if slots.phase[SLOTS.index(self.slot)]:
                 slots.set_strength(self.slot, 1.0, weight)
                 slots.stale = slots.stale or (stepped and trainer.global_step % self.refresh == 0)
-        ours = [callback for callback in trainer.callbacks if isinstance(callback, SlotCallback)]  # type: ignore[attr-defined]
+        ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, SlotCallback)]
         for callback in ours if self is ours[-1] else ():
             for _, slots, weight in callback.held:
                 if slots.stale and is_sharded(weight):
@@ -321,7 +326,7 @@ class SlotCallback(Callback):
         Averaging callbacks treat buffers as they do parameters. A mean of strengths, masks or scales means nothing: they
         are those of the model, recomputed from the averaged weights.
         """
-        averages = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+        averages = [getattr(callback, "_average_model", None) for callback in callbacks_of(trainer)]
         for average in averages if self is self._company(trainer)[0] else ():
             if average is None:
                 continue
@@ -336,7 +341,7 @@ class SlotCallback(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's SWA takes the model's place for its last epoch, which renews the BatchNorm statistics."""
-        swaps = any(_bears(callback, "StochasticWeightAveraging") for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        swaps = any(bears(callback, "StochasticWeightAveraging") for callback in callbacks_of(trainer))
         self._give_way(trainer, pl_module, swap=swaps)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -357,7 +362,8 @@ class SlotCallback(Callback):
         """Say so where training was too short for the slot to begin; an average may take the model's place now."""
         self._give_way(trainer, pl_module)
         index = SLOTS.index(self.slot)
-        if not trainer.fast_dev_run and self.held and all(slots.phase[index] != HARD for _, slots, _ in self.held):  # type: ignore[attr-defined]
+        dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # as `callbacks`: assigned, declared nowhere
+        if not dry and self.held and all(slots.phase[index] != HARD for _, slots, _ in self.held):
             rank_zero_warn(
                 f"{type(self).__name__}({self.method!r}) never began: training ended at step {trainer.global_step}, the "
                 f"slot begins at step {self.begins(trainer)}. The model is uncompressed in this slot; train longer, or give "
@@ -380,11 +386,6 @@ class SlotCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until `on_train_start`, when the optimizer exists."""
         self._restored = state_dict
-
-
-def _bears(thing: object, *names: str) -> bool:
-    """Whether it is of a class so named: `lightning` and `pytorch_lightning` have one each."""
-    return any(base.__name__ in names for base in type(thing).__mro__)
 
 
 def _shard(optimizer: Optimizer) -> None:
