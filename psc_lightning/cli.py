@@ -109,17 +109,15 @@ def _export(options: argparse.Namespace) -> None:
     file = folder / "model.psc" if folder else Path(options.file)
     if not options.onnx and not options.safetensors:
         raise _UsageError("nothing to write: give --onnx OUT, --safetensors OUT, or both")
+    if options.onnx and options.example is None:
+        raise _UsageError("--onnx needs --example, the shape of an input, as in --example 1,3,32,32")
+    if options.onnx and (options.model is None) == (folder is None):
+        raise _UsageError("a .psc file holds no graph: give --model PACKAGE.MODULE:FACTORY, or a run's folder instead")
     if options.safetensors:
         from psc_lightning.export.safetensors import write_safetensors
 
         write_safetensors(load(file), options.safetensors)
     if options.onnx:
-        if options.example is None:
-            raise _UsageError("--onnx needs --example, the shape of an input, as in --example 1,3,32,32")
-        if (options.model is None) == (folder is None):
-            raise _UsageError(
-                "a .psc file holds no graph: give --model PACKAGE.MODULE:FACTORY, or a run's folder instead"
-            )
         import torch
 
         from psc_lightning.export.onnx import export_stored
@@ -128,6 +126,11 @@ def _export(options: argparse.Namespace) -> None:
         load_into(model, file)
         shape, dtype = options.example
         example = torch.zeros(shape, dtype=getattr(torch, dtype))
+        try:
+            with torch.no_grad():
+                model.eval()(example)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise _UsageError(f"--example: the model does not take such an input: {error}") from error
         export_stored(model, load_stored(file), options.onnx, example)
 
 

@@ -17,9 +17,13 @@ from psc_lightning.artifact import load, save
 from psc_lightning.cli import main
 
 
+def small() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    save(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)), tmp_path / "model.psc")
+    save(small(), tmp_path / "model.psc")
     return tmp_path / "model.psc"
 
 
@@ -107,14 +111,19 @@ def test_export_writes_onnx_and_safetensors(tmp_path: Path) -> None:
         ([], "nothing to write"),
         (["--onnx", "m.onnx"], "needs --example"),
         (["--onnx", "m.onnx", "--example", "1,3,8,8"], "holds no graph"),
+        (["--safetensors", "m.safetensors", "--onnx", "m.onnx"], "needs --example"),
         (["--onnx", "m.onnx", "--example", "1,3,8,8", "--model", "no.such:thing"], "no.such:thing"),
+        (["--onnx", "m.onnx", "--example", "1,5", "--model", "test_cli:small"], "does not take such an input"),
     ],
 )
 def test_export_says_what_is_missing(
     arguments: list[str], said: str, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["export", str(file), *arguments]) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(file.parent)
+        assert main(["export", str(file), *arguments]) == 2
     assert said in capsys.readouterr().err
+    assert list(file.parent.iterdir()) == [file]  # nothing is written before all is known
 
 
 def words() -> nn.Module:

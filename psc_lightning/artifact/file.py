@@ -23,6 +23,7 @@ from psc_lightning.slots import Stored
 __all__ = ["inspect", "load", "load_into", "load_stored", "save", "to_bytes", "verify"]
 
 MAX_BYTES = 2**31
+_SHOWN = 6  # differences that a message names
 
 _SYMBOLS = 3
 _KNOWN = frozenset({directory.PLAIN, directory.DEFLATED, _SYMBOLS})
@@ -297,8 +298,11 @@ def _compare(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[
         if name in found and found[name] != shape
     ]
     if differences:
+        shown = "; ".join(differences[:_SHOWN]) + f"; and {len(differences) - _SHOWN} more" * (
+            len(differences) > _SHOWN
+        )
         raise ArtifactError(
-            f"expected the tensors of the model, found {len(differences)} differences: {'; '.join(differences)}: "
+            f"expected the tensors of the model, found {len(differences)} differences: {shown}: "
             "build the model that was saved"
         )
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 try:
     from onnx import ModelProto, checker
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("ONNX export needs onnx and onnxscript: pip install 'psc-lightning[onnx]'") from error
+    raise ModuleNotFoundError("ONNX export needs onnx and onnxscript: pip install onnx onnxscript") from error
 
 from psc_lightning import view
 from psc_lightning.artifact import container

@@ -12,9 +12,7 @@ from psc_lightning.artifact import container
 try:
     from safetensors.torch import save
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "safetensors export needs safetensors: pip install 'psc-lightning[safetensors]'"
-    ) from error
+    raise ModuleNotFoundError("safetensors export needs safetensors: pip install safetensors") from error
 
 __all__ = ["write_safetensors"]
 

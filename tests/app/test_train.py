@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from lightning import LightningModule
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import psc_lightning
 from psc_lightning.app.models import DigitsCNN
+from psc_lightning.cli import main as psc
 
 Command = Callable[..., tuple[int, str]]
 
@@ -80,6 +82,16 @@ def test_binary_is_good_and_small(cli: Command, tmp_path: Path) -> None:
     assert report["metrics"]["compressed"]["accuracy"] >= 0.95
     assert report["compression_ratio"] > 15
     assert "net.conv3.weight" in said
+    # A run's folder knows its own model.
+    assert psc(["export", str(tmp_path / "run"), "--onnx", str(tmp_path / "m.onnx"), "--example", "3,1,8,8"]) == 0
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    plain = DigitsCNN(10)
+    state = psc_lightning.load(tmp_path / "run/model.psc")
+    plain.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
+    x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(out), plain.eval()(x), rtol=1e-5, atol=1e-5)
 
 
 def test_the_same_command_gives_the_same_bytes_and_shares_the_baseline(cli: Command, tmp_path: Path) -> None:
