@@ -169,8 +169,8 @@ def select(
         min_size: fewest entries of a tensor.
 
     Raises:
-        ValueError: a pattern matches nothing, all matches are excluded, a tensor named exactly cannot have a view, or
-            one holds an infinity or a NaN.
+        ValueError: a pattern matches nothing, all matches are excluded, or a chosen tensor cannot have a view or holds an
+            infinity or a NaN.
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 2))
     >>> [t.name for t in select(model).targets], select(model).skipped
@@ -188,12 +188,14 @@ def select(
         exact = any(_names(pattern, target) for pattern in targets or ())
         reason = _why_not(target, targets, ignore, min_size, exact)
         if reason is None:
+            if refusal := _refusal(target):
+                raise ValueError(
+                    f"{target.name} cannot be compressed: {refusal}, or leave it out: ignore={target.name!r}"
+                )
             # A shard was whole, and looked at, when its slots were attached.
             if not is_sharded(target.parameter) and not bool(target.parameter.detach().isfinite().all()):
                 raise ValueError(f"{target.name} holds a value that is not a finite number")
             chosen.targets.append(replace(target, exact=exact))
-        elif exact and _refusal(target) is not None:
-            raise ValueError(f"{target.name} cannot be compressed: {reason}")
         else:
             chosen.skipped[target.name] = reason
     if not chosen.targets:
@@ -215,9 +217,8 @@ def _why_not(
         return _NOT_AMONG
     if ignore and any(_matches(pattern, target) for pattern in ignore):
         return "ignored"
-    refusal = _refusal(target)
-    if refusal is not None:
-        return refusal
+    if isinstance(target.parameter, UninitializedParameter):
+        return None  # it has neither axes nor entries to go by
     if not exact and target.parameter.dim() < 2:
         return "one axis"
     if not exact and target.parameter.numel() < min_size:

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from training import differences
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """One run in two processes and one alone; results are read from files, not from exit codes."""
-    folder = tmp_path_factory.mktemp("ddp")
-    tests = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tests), str(tests.parent)))}
-    script = str(Path(__file__).with_name("ddp_script.py"))
-    for devices in ("2", "1"):
-        command = [sys.executable, script, devices, str(folder)]
-        subprocess.run(command, cwd=folder, env=environment, timeout=600, check=False, capture_output=True)
-    return folder
+def runs(trained):
+    """One run in two processes and one alone."""
+    return trained("ddp_script")
 
 
 def read(path):

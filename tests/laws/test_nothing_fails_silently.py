@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -242,6 +243,25 @@ def test_random_constructions_work_or_name_the_argument(tmp_path):
             state = load(tmp_path / "model.psc")
             Net().load_state_dict(state)
             assert all(state[name].equal(slots(weight)) for name, slots, weight in views(model)), options
+
+
+def test_a_weight_without_values_is_refused_by_name():
+    with torch.device("meta"):
+        layer = nn.Linear(16, 16)
+    model = Untouched()
+    model.net = nn.Sequential(layer)
+    with pytest.raises(ValueError, match=r"net\.0\.weight cannot be compressed: it is on the meta device"):
+        M().attach(model)
+
+
+@pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy"])
+def test_strategies_that_hide_whole_weights_are_refused(strategy):
+    """Before anything is attached; the strategy is told by its name, which needs no device and no package."""
+    model, callback = Untouched(), M()
+    made = SimpleNamespace(strategy=type(strategy, (), {})(), callbacks=[callback])
+    with pytest.raises(ValueError, match=rf"MaskLearning.*{strategy}.*ModelParallelStrategy"):
+        callback.setup(made, model, "fit")
+    assert not list(views(model))
 
 
 def test_a_model_without_layers():

@@ -69,13 +69,14 @@ class Task(LightningModule):
             return self.entry.output(self.net.eval(), self.entry.batch)
 
 
-def callbacks() -> list[Callback]:
+def callbacks(ignore: tuple[str, str] | None) -> list[Callback]:
     """One of each slot, and clipping; cross-channel sharing takes what has an even number of inputs."""
+    which = {"ignore": ignore[0] if ignore else None, "schedule": "constant"}
     return [
         GradientClipping(adaptive=0.1, log=False),
-        StraightThroughQuantization("uniform", bits=4, schedule="constant"),
-        WeightSharing("cross_channel", labels="magnitude", schedule="constant"),
-        MaskLearning("movement", threshold=0.5, schedule="constant"),
+        StraightThroughQuantization("uniform", bits=4, **which),
+        WeightSharing("cross_channel", labels="magnitude", **which),
+        MaskLearning("movement", threshold=0.5, **which),
     ]
 
 
@@ -83,7 +84,7 @@ def run(entry: Entry, folder: Path, resume: Path | None = None) -> tuple[Task, T
     """Two epochs of two steps, a checkpoint after each."""
     seed_everything(0, verbose=False)
     saver = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)
-    model, made = Task(entry), trainer([*callbacks(), saver], max_epochs=2)
+    model, made = Task(entry), trainer([*callbacks(entry.ignore), saver], max_epochs=2)
     made.fit(
         model,
         DataLoader([entry.batch] * 2, batch_size=None),
@@ -230,17 +231,17 @@ def test_pretrained(whole: Whole, tmp_path: Path) -> None:
     assert torch.equal(read.logits(), whole.model.logits())
 
 
-def test_weight_normed_layers_are_left_out_and_named() -> None:
-    """The plan says why; whoever asks for one by name is told before training."""
-    net = MODELS["wav2vec2"].build()
-    found = plan(net, callbacks())
-    left = {name: reason for name, reason in found.left.items() if "parametrizations" in name}
-    assert len(left) == 2
-    assert all("weight_norm" in reason and "remove the parametrization" in reason for reason in left.values())
-    (name, *_) = left
-    with pytest.raises(ValueError, match=rf"{name} cannot be compressed: .*weight_norm"):
-        plan(net, StraightThroughQuantization(targets=name))
-    ROWS.setdefault("wav2vec2", {})["left out"] = "weight-normed layer"
+@pytest.mark.parametrize("name", [name for name, entry in MODELS.items() if entry.ignore])
+def test_what_cannot_be_compressed_is_refused_by_name(name: str) -> None:
+    """Before training; `ignore` leaves it out, and the plan says so."""
+    entry = MODELS[name]
+    assert entry.ignore is not None
+    pattern, reason = entry.ignore
+    with pytest.raises(ValueError, match=r"cannot be compressed: .*weight_norm.*or leave it out: ignore="):
+        plan(entry.build(), callbacks(None))
+    found = plan(entry.build(), callbacks(entry.ignore))
+    assert [why for tensor, why in found.left.items() if "parametrizations" in tensor] == ["ignored"] * 2
+    ROWS.setdefault(name, {})["refused"] = f"{reason}: `{pattern}`"
 
 
 def test_conv1d_is_seen_with_its_outputs_first() -> None:
@@ -264,8 +265,8 @@ def test_the_tables_are_what_was_found(request: pytest.FixtureRequest) -> None:
     if any(check not in row for row in ROWS.values() for check in CHECKS) or list(ROWS) != list(MODELS):
         pytest.skip("a part of the zoo was run, or some test failed: no table")
     tables = {
-        ROOT / "recipes/results/zoo.md": rows("from", "compressed", "tied", "frozen", "shared", *CHECKS, "left out"),
-        ROOT / "README.md": rows("from", "compressed", "tied", "shared", "left out"),
+        ROOT / "recipes/results/zoo.md": rows("from", "compressed", "tied", "frozen", "shared", *CHECKS, "refused"),
+        ROOT / "README.md": rows("from", "compressed", "tied", "shared", "refused"),
     }
     for path, table in tables.items():
         if request.config.getoption("--write-zoo", False):
