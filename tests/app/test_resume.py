@@ -14,8 +14,12 @@ import pytest
 
 Command = Callable[..., tuple[int, str]]
 
-BUDGET = ["baseline.max_epochs=2", "trainer.max_epochs=8", "checkpoint.every_n_steps=4", "logger=none"]
-MAIN = "from psc_lightning.app.train import main; main()"
+BUDGET = ["baseline.max_epochs=2", "trainer.max_epochs=3", "checkpoint.every_n_steps=4", "logger=none"]
+# A shell lets what it runs in the background, this test perhaps, ignore Ctrl-C; a user's terminal does not.
+MAIN = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "from psc_lightning.app.train import main; main()"
+)
 
 
 def start(cache: Path, folder: Path, arguments: list[str]) -> subprocess.Popen[bytes]:

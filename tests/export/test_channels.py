@@ -136,3 +136,5 @@ def test_one_channel_is_left_where_none_would_be(tmp_path: Path) -> None:
         model[0].weight.zero_()
         export_onnx(model, tmp_path / "model.onnx", x)
         assert difference(run(tmp_path / "model.onnx", x), model(x)) <= 1e-5
+    shapes = {tuple(tensor.dims) for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    assert {(1, 8), (4, 1)} <= shapes
