@@ -12,8 +12,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune import Digits, loaders
+import torch
 from lightning import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
+from torch.utils.data import DataLoader
 
 import psc_lightning
 
@@ -21,10 +23,10 @@ import psc_lightning
 class DigitsData(LightningDataModule):
     """Scikit-learn's digits."""
 
-    def train_dataloader(self):  # type: ignore[no-untyped-def]
+    def train_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
         return loaders()[0]
 
-    def test_dataloader(self):  # type: ignore[no-untyped-def]
+    def test_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
         return loaders()[1]
 
 
