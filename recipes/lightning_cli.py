@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune import Digits, loaders
 import torch
+from finetune import Digits, loaders
 from lightning import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader
