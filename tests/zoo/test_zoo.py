@@ -118,6 +118,11 @@ class Whole:
 ROWS: dict[str, dict[str, str]] = {}
 
 
+@pytest.fixture
+def whole_lora(tmp_path: Path) -> Task:
+    return run(MODELS["LoRA on GPT-2"], tmp_path)[0]
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     entry, folder = MODELS[request.param], tmp_path_factory.mktemp("zoo")
@@ -242,6 +247,13 @@ def test_what_cannot_be_compressed_is_refused_by_name(name: str) -> None:
     found = plan(entry.build(), callbacks(entry.ignore))
     assert [why for tensor, why in found.left.items() if "parametrizations" in tensor] == ["ignored"] * 2
     ROWS.setdefault(name, {})["refused"] = f"{reason}: `{pattern}`"
+
+
+def test_adapters_are_merged_after_detaching(whole_lora: Task) -> None:
+    """Merging writes into `weight.data`, which of a viewed layer is a result, not the Parameter."""
+    expected = whole_lora.logits()
+    whole_lora.net = detach(whole_lora).net.merge_and_unload()
+    torch.testing.assert_close(whole_lora.logits(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_conv1d_is_seen_with_its_outputs_first() -> None:
