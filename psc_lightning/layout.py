@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from psc_lightning.symbols import Reader, Writer
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "memory_format"]
 
 
 @dataclass(frozen=True)
@@ -82,3 +83,15 @@ class Layout:
         if groups and (len(stored) < 2 or stored[0] % groups):
             raise ValueError(f"a transposed layout of {groups} groups does not fit the shape {tuple(stored)}")
         return cls(transposed=groups > 0, groups=max(groups, 1))
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """The order in which a tensor's entries lie in memory, as `Module.to(memory_format=…)` sets it.
+
+    >>> memory_format(torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    torch.channels_last
+    """
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if last is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from psc_lightning.bits import read_bits, write_bits
-from psc_lightning.layout import Layout
+from psc_lightning.layout import Layout, memory_format
 from psc_lightning.levels import LEVELS, Levels
 from psc_lightning.masks import MASKS, Mask, read_keep
 from psc_lightning.sharding import whole
@@ -280,7 +280,7 @@ class Slots(nn.Module):
     forward = effective
 
     def _through(self, weight: Tensor) -> Tensor:
-        return self._expand(self._cores(weight), weight.dtype)
+        return self._expand(self._cores(weight), weight)
 
     def _cores(self, weight: Tensor) -> dict[str, Tensor]:
         _, masking, levelling = self.phase
@@ -299,11 +299,12 @@ class Slots(nn.Module):
             cores[name] = value
         return cores
 
-    def _expand(self, cores: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        # A repeated weight may be a strided view: equal numbers in another memory layout give other logits after loading.
+    def _expand(self, cores: dict[str, Tensor], weight: Tensor) -> Tensor:
         tied = self.tying is not None and self.phase[0]
-        matrix = self.tying.expand(cores).contiguous() if self.tying is not None and tied else cores["core"]
-        return self.layout.weight(matrix, self.stored_shape).to(dtype)
+        matrix = self.tying.expand(cores) if self.tying is not None and tied else cores["core"]
+        expanded = self.layout.weight(matrix, self.stored_shape).to(weight.dtype)
+        # Equal numbers in another memory layout give other logits after loading, and slower convolutions.
+        return expanded.contiguous(memory_format=memory_format(weight))
 
     def _chain(self, name: str) -> Chain:
         chain = self.cores[name]
@@ -319,7 +320,7 @@ class Slots(nn.Module):
             self.refresh(weight)
         cores = self._cores(weight)
         tying = self.tying if self.phase[0] else None
-        return Stored(self.method, dict(cores), self._expand(cores, weight.dtype), self.layout, tying)
+        return Stored(self.method, dict(cores), self._expand(cores, weight), self.layout, tying)
 
     @torch.no_grad()
     def encode(self, writer: Writer, weight: Tensor) -> None:

@@ -28,12 +28,12 @@ pytestmark = QUIET
 RAMP = {"kind": "linear", "begin": 4, "end": 12}
 
 
-def is_its_file(model: nn.Module, tmp_path) -> None:
-    """It is hard, and a plain network loaded from its file computes the same."""
+def is_its_file(model: nn.Module, tmp_path, layout: torch.memory_format = torch.contiguous_format) -> None:
+    """It is hard, and a plain network of the same memory layout, loaded from its file, computes the same."""
     assert all(slots.phase[i] in (0, 2) for _, slots, _ in views(model) for i in range(3))
     assert any(slots.begun for _, slots, _ in views(model))
     save(model, tmp_path / "model.psc")
-    plain = Net()
+    plain = Net().to(memory_format=layout)
     plain.load_state_dict(load(tmp_path / "model.psc"))
     with torch.no_grad():
         assert torch.equal(plain.eval()(INPUTS), model.eval()(INPUTS))
@@ -141,4 +141,4 @@ def test_channels_last_and_activation_checkpointing(tmp_path):
     assert differences(*parameters) == []  # BatchNorm's statistics see each batch twice
     striped = Net("sgd").to(memory_format=torch.channels_last)
     fit(COMBINATIONS["ternary_movement"](RAMP), striped)
-    is_its_file(striped, tmp_path)
+    is_its_file(striped, tmp_path, torch.channels_last)
