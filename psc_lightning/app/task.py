@@ -68,7 +68,7 @@ class Classifier(LightningModule):
         logits = self(x)
         self.val_accuracy(logits, y)
         self.log("val_accuracy", self.val_accuracy, batch_size=len(y), on_epoch=True)
-        self.log("val_loss", F.cross_entropy(logits, y), batch_size=len(y))
+        self.log("val_loss", F.cross_entropy(logits, y), batch_size=len(y), sync_dist=True)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Log loss and accuracy on test data."""

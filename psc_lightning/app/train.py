@@ -15,7 +15,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -94,12 +94,13 @@ def run(cfg: DictConfig, folder: Path) -> float:
         default_root_dir=folder,
     )
     seed(cfg)
-    trainer.fit(module, datamodule=data, ckpt_path=this.checkpoint, weights_only=True)
+    with processes():
+        trainer.fit(module, datamodule=data, ckpt_path=this.checkpoint, weights_only=True)
+        check_finite(module.state_dict(), "training diverged", "optimizer.lr")
+        report = psc_lightning.save(module, this.model, leftovers=cfg.leftovers)
     if not is_main():
         return math.nan
-    check_finite(module.state_dict(), "training diverged", "optimizer.lr")
 
-    report = psc_lightning.save(module, this.model, leftovers=cfg.leftovers)
     reloaded = build_module(cfg)  # the reported numbers are the file's
     psc_lightning.load_into(reloaded, this.model)
     metrics["compressed"] = evaluate(cfg, reloaded, data)
@@ -109,6 +110,15 @@ def run(cfg: DictConfig, folder: Path) -> float:
     report.save(this.report)
     print(report)
     return objective(cfg, report.to_dict())
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Let a distributed run be over at the end: one process alone tests the file; the next job of a sweep meets anew."""
+    yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # none leaves while another still needs it
+        torch.distributed.destroy_process_group()
 
 
 def is_main() -> bool:
@@ -385,5 +395,5 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        if SweepFolder.current is not None:
+        if SweepFolder.current is not None and is_main():
             summarise(SweepFolder.current)

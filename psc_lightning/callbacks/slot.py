@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from psc_lightning.callbacks.company import bears, callbacks_of
+from psc_lightning.callbacks.company import bears, callbacks_of, reorder
 from psc_lightning.callbacks.plain import builds_late, make_plain
 from psc_lightning.schedule import Schedule
 from psc_lightning.sharding import gather, is_sharded, reshard, scatter, sharded_modules
@@ -173,6 +173,10 @@ class SlotCallback(Callback):
                     f"{type(other).__name__} comes before {type(self).__name__} in Trainer(callbacks=…): it copies the "
                     "model before the slots are attached; put it after psc_lightning's callbacks"
                 )
+        # These note which parameters their groups hold, and put them back on a resume: `_release` has the last word.
+        later = [other for other in callbacks[callbacks.index(self) :] if bears(other, "BaseFinetuning")]
+        rest = [other for other in callbacks if other not in later]
+        reorder(trainer, [*rest[: rest.index(self)], *later, *rest[rest.index(self) :]])
         self._optimizer = self._total = self._base_lr = self._restored = None
         self._seen_step = 0
         make_plain(pl_module)
@@ -204,7 +208,7 @@ class SlotCallback(Callback):
             _shard(self._optimizer)
         self._total = restored.get("total_steps")
         if self._total is None:
-            self._total = trainer.estimated_stepping_batches
+            self._total = _steps(trainer, pl_module)
         self.schedule.strength(0, self._total)  # an endless run with a schedule in shares is told before it starts
         self._seen_step = trainer.global_step
         blind = [
@@ -386,6 +390,15 @@ class SlotCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until `on_train_start`, when the optimizer exists."""
         self._restored = state_dict
+
+
+def _steps(trainer: Trainer, pl_module: LightningModule) -> float:
+    """How far `global_step` will go: under manual optimisation it counts each optimizer, taken to step once a batch."""
+    steps = trainer.estimated_stepping_batches
+    if not pl_module.automatic_optimization:
+        steps *= max(1, len(trainer.optimizers))
+        steps = min(steps, trainer.max_steps) if trainer.max_steps >= 0 else steps
+    return steps
 
 
 def _shard(optimizer: Optimizer) -> None:

@@ -271,6 +271,23 @@ def test_manual_optimization_with_two_optimizers():
     assert not any(".psc." in name for group in groups for name in group)
 
 
+@pytest.mark.parametrize(("limits", "total"), [({}, 24 + 24), ({"max_steps": 30}, 30)])
+def test_manual_optimization_counts_the_steps_of_all_optimizers(limits, total):
+    """`global_step` does; a ramp to half of training ends there, not at a quarter."""
+
+    class Both(Two):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, 1)
+
+    strengths = {}
+    callback = M(schedule={"kind": "linear", "begin": 0.0, "end": 0.5})
+    model, made = fit([callback], Both(), **limits)
+    assert made.global_step == callback.state_dict()["total_steps"] == total
+    for step in (total // 2 - 2, total // 2):
+        strengths[step] = callback.schedule.strength(step, total)
+    assert list(strengths.values()) == [pytest.approx(1 - 2 / (total // 2)), 1.0]
+
+
 class CpuScaler(MixedPrecision):
     """fp16 with a GradScaler on a CPU."""
 
@@ -555,6 +572,27 @@ def test_what_a_finetuning_callback_unfreezes_stays_ours(first, tmp_path):
     assert found == []
     assert len(made.optimizers[0].param_groups) == 2
     assert all(parameter.detach().ne(0).any() for parameter in sidecars(model).values())
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("stop", [7, 12, 17])
+def test_backbone_fine_tuning_resumes(first, stop, tmp_path):
+    """From after the unfreezing, too, where Lightning puts noted groups back; but it leaves frozen what was unfrozen."""
+
+    def run(ckpt=None, keep=False):
+        ours = COMBINATIONS["ternary_movement"](RAMP)
+        others = [BackboneFinetuning(1, train_bn=False)]
+        save = Watch(lambda made, model: keep and made.global_step == stop and made.save_checkpoint(tmp_path / "ckpt"))
+        made = fit([*ours, *others, save] if first else [*others, *ours, save], Backbone(), ckpt=ckpt)
+        return made[0], run_state(*made)
+
+    model, expected = run(keep=True)
+    resumed, found = run(ckpt=tmp_path / "ckpt")
+    sizes = [[len(group["params"]) for group in state["optimizers"][0]["param_groups"]] for state in (expected, found)]
+    assert sizes == [[4, 4], [4, 4]]
+    if stop != 17:  # there a plain run does not resume bit-equal either
+        assert differences(expected, found) == []
+        assert to_bytes(model)[0] == to_bytes(resumed)[0]
 
 
 def test_the_data_are_the_tests():

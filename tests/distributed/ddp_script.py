@@ -19,7 +19,9 @@ from psc_lightning.callbacks.slot import SlotCallback
 
 torch.set_num_threads(1)
 
-NAMES = ("float", "ternary_movement", "separable_lsq", "cross_channel", "saliency", "column", "low_rank")
+# Every method of every slot.
+NAMES = ("float", "binary", "ternary_movement", "saliency", "fisher_rows", "cross_channel", "row", "column")
+NAMES += ("separable_lsq", "low_rank", "deep")
 
 
 class Nets(Net):

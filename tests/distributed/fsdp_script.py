@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ddp_script import Keep, Nets, Shares, slot_callbacks, trainer
+from ddp_script import NAMES, Keep, Nets, Shares, slot_callbacks, trainer
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
@@ -24,9 +24,6 @@ from psc_lightning.sharding import gather
 
 torch.set_num_threads(1)
 
-# Every method of every slot.
-ALL = ("float", "binary", "ternary_movement", "saliency", "fisher_rows", "cross_channel", "row", "column")
-ALL += ("separable_lsq", "low_rank", "deep")
 RESUMED = ("ternary_movement", "saliency", "separable_lsq", "deep")
 LIMITS = {
     "global": {"max_norm": 0.1},
@@ -69,7 +66,7 @@ def end(model: LightningModule, made: Trainer, folder: Path, run: str, **more: A
 def alike(model: Nets, folder: Path, **options: Any) -> None:
     """Each process sees the same batches, so that a mean over processes changes no bit."""
     seed_everything(0, verbose=False)
-    made = trainer(slot_callbacks(ALL), **options)
+    made = trainer(slot_callbacks(NAMES), **options)
     made.fit(model, Loader(), Loader(count=1))
     end(model, made, folder, "alike")
 
@@ -159,10 +156,10 @@ def main(devices: int, folder: Path) -> None:
     folder /= str(devices)
     folder.mkdir(exist_ok=True)
     if devices == 1:
-        alike(Nets(ALL), folder, devices=1)
+        alike(Nets(NAMES), folder, devices=1)
         halves(Nets(RESUMED), folder, "one", saves=6, devices=1)
         return
-    alike(Sharded(ALL), folder, **fsdp())
+    alike(Sharded(NAMES), folder, **fsdp())
     halves(Sharded(RESUMED), folder, "straight", saves=6, **fsdp())
     halves(Sharded(RESUMED), folder, "from_whole", saves=9, resumes="straight", **fsdp(whole=False))
     halves(Sharded(RESUMED), folder, "from_shards", saves=12, resumes="from_whole", **fsdp(whole=False))

@@ -22,7 +22,7 @@ def test_ranks_agree_bit_for_bit(runs):
     assert first["steps"] == 12
     assert differences(first, second) == []
     strengths = [value for key, value in first.items() if key.endswith(".strength")]
-    assert len(strengths) == 3 * 7
+    assert len(strengths) == 3 * 11
     assert all(strength.max() == 1 for strength in strengths)
 
 
@@ -43,8 +43,8 @@ def test_labels_and_clusters_are_those_of_all_processes(runs):
     first = read(runs / "2-0.pt")
     totals = [value for key, value in first.items() if key.endswith(".total")]
     centroids = [value for key, value in first.items() if key.endswith(".centroids")]
-    assert len(totals) == 2 * 3  # saliency, and the labels of cross_channel
-    assert len(centroids) == 3
+    assert len(totals) == 3 * 3  # saliency twice, and the labels of cross_channel
+    assert len(centroids) == 2 * 3
     assert all(value.any() for value in totals + centroids)
 
 
