@@ -15,7 +15,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 import psc_lightning
 from psc_lightning.app.baseline import cached, fingerprint
@@ -69,6 +70,8 @@ def run(cfg: DictConfig, folder: Path) -> float:
         return objective(cfg, json.loads(this.report.read_text()))
     if cfg.leftovers not in LEFTOVERS:
         raise UsageError(f"leftovers={cfg.leftovers}: not one of {', '.join(LEFTOVERS)}")
+    if not isinstance(cfg.batchnorm, int) or cfg.batchnorm < 0:
+        raise UsageError(f"batchnorm={cfg.batchnorm}: not a number of batches (0: none)")
     callbacks = build_callbacks(cfg)
     data = build_data(cfg)
     fresh = build_module(cfg)
@@ -97,6 +100,8 @@ def run(cfg: DictConfig, folder: Path) -> float:
     with processes():
         trainer.fit(module, datamodule=data, ckpt_path=this.checkpoint, weights_only=True)
         check_finite(module.state_dict(), "training diverged", "optimizer.lr")
+        if cfg.batchnorm:
+            settle(module, islice(data.train_dataloader(), cfg.batchnorm))
         report = psc_lightning.save(module, this.model, leftovers=cfg.leftovers)
     if not is_main():
         return math.nan
@@ -110,6 +115,15 @@ def run(cfg: DictConfig, folder: Path) -> float:
     report.save(this.report)
     print(report)
     return objective(cfg, report.to_dict())
+
+
+def settle(module: LightningModule, batches: Iterable[Any]) -> None:
+    """Take BatchNorm's statistics anew, now that the weights are final: their means over some training batches.
+
+    Training leaves a running average of the last few batches, of weights that still moved; networks of few levels feel it.
+    """
+    with explain("batchnorm"):
+        update_bn(batches, module)
 
 
 @contextlib.contextmanager

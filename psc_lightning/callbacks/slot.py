@@ -166,6 +166,13 @@ class SlotCallback(Callback):
                 f"{type(self).__name__}({self.method!r}) cannot see whole weights under {type(trainer.strategy).__name__}; "
                 "use DDP or ModelParallelStrategy (FSDP2)"
             )
+        attached = [slots.specs[self.slot].owner for _, slots, _ in views(pl_module) if self.slot in slots.specs]
+        if bears(trainer.strategy.launcher, "_MultiProcessingLauncher") and self.state_key not in attached:
+            raise ValueError(
+                f"{type(self).__name__}({self.method!r}): the processes of strategy='ddp_spawn' (ddp_fork, ddp_notebook) "
+                "hand back a state dict, which a model without slots would take as if nothing had been compressed: call "
+                "psc_lightning.attach(model, callbacks) before fit, or use strategy='ddp'"
+            )
         callbacks = callbacks_of(trainer)
         for other in callbacks[: callbacks.index(self)]:
             if bears(other, "WeightAveraging", "StochasticWeightAveraging"):

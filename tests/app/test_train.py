@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import onnxruntime
 import pytest
 import torch
+from hydra.utils import instantiate
 from lightning import LightningModule
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -92,6 +94,25 @@ def test_binary_is_good_and_small(cli: Command, tmp_path: Path) -> None:
     (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(out), plain.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_batchnorm_statistics_are_those_of_the_final_weights(cli: Command, tmp_path: Path) -> None:
+    """Means over the batches, taken on the weights of the file; the weights are those of a run without it."""
+    for name, batches in (("without", 0), ("with", 3)):
+        assert cli("compression=binary", f"batchnorm={batches}", f"hydra.run.dir={name}", *TINY)[0] == 0
+    without, state = (psc_lightning.load(tmp_path / name / "model.psc") for name in ("without", "with"))
+    changed = {name for name, value in state.items() if not torch.equal(value, without[name])}
+    assert changed == {f"net.bn{i}.{name}" for i in (1, 2, 3) for name in ("running_mean", "running_var")} | {
+        f"net.bn{i}.num_batches_tracked" for i in (1, 2, 3)
+    }
+    data = instantiate(OmegaConf.load(tmp_path / "with/config.yaml").data, _convert_="all")
+    data.setup("fit")
+    seen = [
+        nn.functional.conv2d(x, state["net.conv1.weight"], padding=1) for x, _ in islice(data.train_dataloader(), 3)
+    ]
+    mean = torch.stack([x.mean(dim=(0, 2, 3)) for x in seen]).mean(0)
+    torch.testing.assert_close(state["net.bn1.running_mean"], mean, rtol=1e-4, atol=1e-6)
+    assert cli("batchnorm=-1", *TINY)[0] == 1
 
 
 def test_the_same_command_gives_the_same_bytes_and_shares_the_baseline(cli: Command, tmp_path: Path) -> None:

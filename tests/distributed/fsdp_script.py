@@ -163,6 +163,10 @@ def main(devices: int, folder: Path) -> None:
     halves(Sharded(RESUMED), folder, "straight", saves=6, **fsdp())
     halves(Sharded(RESUMED), folder, "from_whole", saves=9, resumes="straight", **fsdp(whole=False))
     halves(Sharded(RESUMED), folder, "from_shards", saves=12, resumes="from_whole", **fsdp(whole=False))
+    halves(Sharded(RESUMED), folder, "accumulated", saves=3, accumulate_grad_batches=2, precision="bf16-true", **fsdp())
+    options = {"accumulate_grad_batches": 2, "precision": "bf16-true"}
+    ddp = DDPStrategy(process_group_backend="gloo")
+    halves(Nets(RESUMED), folder, "accumulated_ddp", saves=3, devices=2, strategy=ddp, **options)
     ddp = DDPStrategy(process_group_backend="gloo")
     halves(Nets(RESUMED), folder, "ddp", saves=6, devices=2, strategy=ddp)
     rank = torch.distributed.get_rank()

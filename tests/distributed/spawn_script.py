@@ -1,0 +1,36 @@
+"""Trains in processes that this one starts and that hand back a state dict; alone; and without having attached."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from ddp_script import trainer
+from lightning.pytorch import seed_everything
+from training import COMBINATIONS, Loader, Net
+
+import psc_lightning
+
+
+def main(devices: int, folder: Path) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    for name in ("ternary_movement", "separable_lsq"):
+        seed_everything(0, verbose=False)
+        model = Net("sgd")
+        callbacks = COMBINATIONS[name]({"kind": "linear", "begin": 3, "end": 8})
+        psc_lightning.attach(model, callbacks)
+        made = trainer(callbacks, devices=devices, strategy="ddp_spawn" if devices > 1 else "auto")
+        made.fit(model, Loader(), Loader(count=1))
+        psc_lightning.save(model, folder / f"{devices}-{name}.psc")
+    if devices > 1:
+        try:
+            trainer(callbacks, devices=2, strategy="ddp_spawn").fit(Net("sgd"), Loader(), Loader(count=1))
+        except Exception as error:  # torch wraps what happens in another process
+            (folder / "refused").write_text(str(error))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,24 @@
+"""Processes that start from this one: what they learned is in this one's model afterwards, or they refuse to begin."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def runs(trained):
+    """Runs in two processes, and alone."""
+    return trained("spawn_script")
+
+
+@pytest.mark.parametrize("name", ["ternary_movement", "separable_lsq"])
+def test_the_model_comes_back_with_its_slots(runs, name):
+    """Both processes see the same batches, so that the file is that of one process, byte for byte."""
+    assert (runs / f"2-{name}.psc").read_bytes() == (runs / f"1-{name}.psc").read_bytes()
+
+
+def test_a_model_without_slots_is_refused(runs):
+    assert (
+        "call psc_lightning.attach(model, callbacks) before fit, or use strategy='ddp'"
+        in (runs / "refused").read_text()
+    )
