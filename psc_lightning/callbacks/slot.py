@@ -118,7 +118,7 @@ class SlotCallback(Callback):
             taken = slots.specs.get(self.slot)
             slots.sharded = is_sharded(target.parameter)
             if slots.sharded:
-                self._check_shard(target, gathered, attached=taken is not None and taken.owner == self.state_key)
+                self._check_shard(target, slots, gathered, attached=taken is not None and taken.owner == self.state_key)
             if taken is None or taken.owner != self.state_key:
                 try:
                     slots.to(target.parameter.device).fill(self.slot, self.spec())
@@ -132,8 +132,8 @@ class SlotCallback(Callback):
                 )
             self.held.append((target.name, slots, target.parameter))
 
-    def _check_shard(self, target: Target, gathered: set[int], attached: bool) -> None:
-        """Refuse what was sharded too early, or in another way than FSDP2 does."""
+    def _check_shard(self, target: Target, slots: Slots, gathered: set[int], attached: bool) -> None:
+        """Refuse what was sharded too early, or in another way than FSDP2 does, or what FSDP2 itself would refuse."""
         who = f"{type(self).__name__}({self.method!r})"
         if not attached:
             raise ValueError(
@@ -147,6 +147,11 @@ class SlotCallback(Callback):
             raise ValueError(
                 f"{target.name} is a shard even while its layer runs (tensor parallelism), but {who} needs it whole: shard "
                 "it by fully_shard alone, or leave it out by `ignore`"
+            )
+        if mixed := {sidecar.dtype for sidecar in slots.sidecars(self.slot)} - {shard.dtype}:
+            raise ValueError(
+                f"{target.name} is {shard.dtype}, what {who} trains beside it {mixed.pop()}, but FSDP2 wants one type in a "
+                "unit: use precision='bf16-mixed' instead of 'bf16-true'"
             )
 
     def attach_late(self, module: LightningModule) -> None:

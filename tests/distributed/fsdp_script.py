@@ -124,10 +124,10 @@ class Built(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.02)
 
 
-def asked(model: nn.Module, *callbacks: Any) -> str:
+def asked(model: nn.Module, *callbacks: Any, **options: Any) -> str:
     """What training says before it starts."""
     try:
-        trainer(callbacks, limit_val_batches=0, **fsdp()).fit(model, Loader())
+        trainer(callbacks, limit_val_batches=0, **fsdp(), **options).fit(model, Loader())
     except ValueError as error:
         return str(error)
     return "trained"
@@ -138,6 +138,8 @@ def answers(folder: Path) -> dict[str, str]:
     attached = Built("attached")
     found = {"unseen": asked(Built("unseen"), mask), "attached": asked(attached, mask)}
     found["rows"] = asked(Built("rows"), MaskLearning("magnitude"))
+    found["types"] = asked(Built("attached"), MaskLearning("movement"), precision="bf16-true")
+    found["none_beside"] = asked(Built("attached"), MaskLearning("magnitude"), precision="bf16-true")
     found["second"] = asked(attached, mask, levels)
     for name, action in {
         "detach": lambda: psc_lightning.detach(attached),
@@ -163,10 +165,10 @@ def main(devices: int, folder: Path) -> None:
     halves(Sharded(RESUMED), folder, "straight", saves=6, **fsdp())
     halves(Sharded(RESUMED), folder, "from_whole", saves=9, resumes="straight", **fsdp(whole=False))
     halves(Sharded(RESUMED), folder, "from_shards", saves=12, resumes="from_whole", **fsdp(whole=False))
-    halves(Sharded(RESUMED), folder, "accumulated", saves=3, accumulate_grad_batches=2, precision="bf16-true", **fsdp())
-    options = {"accumulate_grad_batches": 2, "precision": "bf16-true"}
-    ddp = DDPStrategy(process_group_backend="gloo")
-    halves(Nets(RESUMED), folder, "accumulated_ddp", saves=3, devices=2, strategy=ddp, **options)
+    for name, options in {"accumulated": {"accumulate_grad_batches": 2}, "mixed": {"precision": "bf16-mixed"}}.items():
+        halves(Sharded(RESUMED), folder, name, saves=3, **options, **fsdp())
+        ddp = DDPStrategy(process_group_backend="gloo")
+        halves(Nets(RESUMED), folder, f"{name}_ddp", saves=3, devices=2, strategy=ddp, **options)
     ddp = DDPStrategy(process_group_backend="gloo")
     halves(Nets(RESUMED), folder, "ddp", saves=6, devices=2, strategy=ddp)
     rank = torch.distributed.get_rank()

@@ -19,7 +19,7 @@ def read(path):
     return torch.load(path, weights_only=False)  # the tests' own
 
 
-RUNS = ("alike", "straight", "from_whole", "from_shards", "clipped", "answers")
+RUNS = ("alike", "accumulated", "mixed", "straight", "from_whole", "from_shards", "clipped", "answers")
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -59,6 +59,21 @@ def test_halves_of_a_batch_train_as_under_ddp(runs):
         torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=1e-5)
 
 
+def test_mixed_precision_is_that_of_ddp(runs):
+    fsdp, ddp = (read(runs / f"2/{name}-0.pt") for name in ("mixed", "mixed_ddp"))
+    assert differences(fsdp["state"], ddp["state"]) == []
+    assert (runs / "2/mixed-0.psc").read_bytes() == (runs / "2/mixed_ddp-0.psc").read_bytes()
+
+
+def test_accumulated_steps_are_those_of_ddp(runs):
+    """FSDP2 adds over processes first, DDP over batches: to rounding."""
+    fsdp, ddp = (read(runs / f"2/{name}-0.pt")["state"] for name in ("accumulated", "accumulated_ddp"))
+    assert fsdp["step"] == ddp["step"] == 6
+    weights = psc_lightning.load(runs / "2/accumulated_ddp-0.psc")
+    for name, value in psc_lightning.load(runs / "2/accumulated-0.psc").items():
+        torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("run", ["from_whole", "from_shards"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_resumed_run_ends_where_the_straight_one_did(runs, run, rank):
@@ -85,7 +100,8 @@ def test_clipping_cuts_shards_as_it_cuts_whole_gradients(runs, limit):
 
 def test_what_cannot_work_says_so(runs):
     answers = read(runs / "2/answers-0.pt")
-    assert answers["attached"] == "trained"
+    assert answers["attached"] == answers["none_beside"] == "trained"
+    assert "use precision='bf16-mixed'" in answers["types"]
     early = "net.0.weight was sharded before {} was attached to it: build the layers in __init__"
     assert early.format("MaskLearning('movement')") in answers["unseen"]
     assert early.format("StraightThroughQuantization('codebook')") in answers["second"]
