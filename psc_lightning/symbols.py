@@ -20,8 +20,11 @@ class Writer(Protocol):
     def integer(self, value: int) -> None:
         """Store one small signed integer (a rank, an exponent, a method's code)."""
 
-    def symbols(self, values: Tensor, size: int) -> None:
-        """Store a 1-D int32 tensor with entries in 0 … size-1 (1 ≤ size ≤ 65536); near numbers mean near values."""
+    def symbols(self, values: Tensor, size: int, columns: int = 1) -> None:
+        """Store a 1-D int32 tensor with entries in 0 … size-1 (1 ≤ size ≤ 65536); near numbers mean near values.
+
+        Where they are a matrix, row after row, `columns` is the length of a row: places may mean something, too.
+        """
 
 
 class Reader(Protocol):
@@ -30,5 +33,5 @@ class Reader(Protocol):
     def integer(self, low: int, high: int) -> int:
         """Read one integer in low … high (inclusive)."""
 
-    def symbols(self, count: int, size: int) -> Tensor:
-        """Read `count` symbols below `size`, as a 1-D int32 tensor."""
+    def symbols(self, count: int, size: int, columns: int = 1) -> Tensor:
+        """Read `count` symbols below `size`, as a 1-D int32 tensor; `columns` as the writer had it."""

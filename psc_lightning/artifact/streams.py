@@ -68,12 +68,13 @@ class SymbolWriter:
             raise ValueError(f"an integer to store must fit 64 bits, got {value}")
         self._encoder.integer(2 * value if value >= 0 else -2 * value - 1, "integer")
 
-    def symbols(self, values: Tensor, size: int) -> None:
+    def symbols(self, values: Tensor, size: int, columns: int = 1) -> None:
         """Store a 1-D tensor of integers in 0 … size-1.
 
         Args:
             values: the symbols, of any integer type.
             size: 1 … 65536.
+            columns: where they are the rows of a matrix, one after the other: how long a row is.
 
         Raises:
             ValueError: a symbol out of range (a method's mistake: it would not come back).
@@ -87,12 +88,12 @@ class SymbolWriter:
         if low < 0 or high >= size:
             raise ValueError(f"symbols must lie in 0 … {size - 1}, got {low} … {high}")
         if size > _PLANE:
-            self._plane((values >> 8).to(torch.uint8), (size - 1 >> 8) + 1)
-            self._plane((values & 255).to(torch.uint8), _PLANE)
+            self._plane((values >> 8).to(torch.uint8), (size - 1 >> 8) + 1, columns)
+            self._plane((values & 255).to(torch.uint8), _PLANE, columns)
         else:
-            self._plane(values.to(torch.uint8), size)
+            self._plane(values.to(torch.uint8), size, columns)
 
-    def _plane(self, symbols: Tensor, size: int) -> None:
+    def _plane(self, symbols: Tensor, size: int, columns: int) -> None:
         histogram = count(symbols, size)
         present = histogram.nonzero()[0]
         low, high = int(present[0]), int(present[-1])
@@ -101,7 +102,7 @@ class SymbolWriter:
         if low == high:
             self.streams.append(_stream(histogram, "constant"))
             return
-        code, best = self._cheapest(symbols - low if low else symbols, histogram[low : high + 1])
+        code, best = self._cheapest(symbols - low if low else symbols, histogram[low : high + 1], columns)
         coding = CODINGS[code]
         self._encoder.integer(code, "coding")
         for parameter in best.parameters:
@@ -109,7 +110,7 @@ class SymbolWriter:
         best.write(self._encoder)
         self.streams.append(_stream(histogram, coding.name))
 
-    def _cheapest(self, symbols: Tensor, histogram: Ints) -> tuple[int, Proposal]:
+    def _cheapest(self, symbols: Tensor, histogram: Ints, columns: int) -> tuple[int, Proposal]:
         """The proposal with the fewest bits, its parameters included; the first of equals."""
 
         def price(coding: Coding, proposal: Proposal) -> float:
@@ -117,7 +118,7 @@ class SymbolWriter:
 
         best: tuple[float, int, Proposal] | None = None
         for code, coding in enumerate(CODINGS):
-            for proposal in coding.propose(symbols, histogram):
+            for proposal in coding.propose(symbols, histogram, columns):
                 cost = price(coding, proposal) + self._encoder.price((code,), "coding")
                 if best is None or cost < best[0]:
                     best = cost, code, proposal
@@ -162,7 +163,7 @@ class SymbolReader:
             raise ArtifactError(f"expected an integer in {low} … {high}, found {value}: {_ADVICE}")
         return value
 
-    def symbols(self, count: int, size: int) -> Tensor:
+    def symbols(self, count: int, size: int, columns: int = 1) -> Tensor:
         """Read `count` symbols in 0 … size-1 as a 1-D int32 tensor.
 
         Raises:
@@ -173,9 +174,9 @@ class SymbolReader:
         if not count:
             return torch.zeros(0, dtype=torch.int32)
         if size <= _PLANE:
-            return self._plane(count, size)
-        values = self._plane(count, (size - 1 >> 8) + 1) << 8
-        values |= self._plane(count, _PLANE)
+            return self._plane(count, size, columns)
+        values = self._plane(count, (size - 1 >> 8) + 1, columns) << 8
+        values |= self._plane(count, _PLANE, columns)
         if int(values.max()) >= size:
             raise ArtifactError(f"expected symbols below {size}, found {int(values.max())}: {_ADVICE}")
         return values
@@ -194,7 +195,7 @@ class SymbolReader:
             raise ArtifactError(f"expected a number below {limit} ({context}), found {value}: {_ADVICE}")
         return value
 
-    def _plane(self, number: int, size: int) -> Tensor:
+    def _plane(self, number: int, size: int, columns: int) -> Tensor:
         low = self._below(size, "low")
         high = size - 1 - self._below(size - low, "high")
         if low == high:
@@ -202,7 +203,7 @@ class SymbolReader:
             return torch.full((number,), low, dtype=torch.int32)
         coding = CODINGS[self._below(len(CODINGS), "coding")]
         parameters = tuple(self._below(limit, coding.name) for limit in coding.limits)
-        symbols = coding.read(self._decoder, number, high - low + 1, parameters)
+        symbols = coding.read(self._decoder, number, high - low + 1, parameters, columns)
         histogram = count(symbols, high - low + 1)
         self.streams.append(_stream(histogram, coding.name))
         return symbols.add_(low) if low else symbols

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from psc_lightning.artifact.codings.adaptive import Adaptive
 from psc_lightning.artifact.codings.coding import Coding, Proposal
+from psc_lightning.artifact.codings.lines import Lines
 from psc_lightning.artifact.codings.uniform import Uniform
 
 __all__ = ["CODINGS", "Coding", "Proposal"]
 
-CODINGS: tuple[Coding, ...] = (Uniform(), Adaptive())
+CODINGS: tuple[Coding, ...] = (Uniform(), Adaptive(), Lines())

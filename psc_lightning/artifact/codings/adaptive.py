@@ -65,7 +65,7 @@ class Adaptive:
     name = "adaptive"
     limits: tuple[int, ...] = (len(PRIORS), len(RADII))
 
-    def propose(self, symbols: Tensor, histogram: Ints) -> Iterator[Proposal]:
+    def propose(self, symbols: Tensor, histogram: Ints, columns: int) -> Iterator[Proposal]:
         """Offer every prior, and every radius where the alphabet is large enough."""
         size = len(histogram)
         cuts = list(spans(len(symbols)))
@@ -85,7 +85,7 @@ class Adaptive:
 
                 yield Proposal(bits(inside, tables), (i, j), write)
 
-    def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...]) -> Tensor:
+    def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], columns: int) -> Tensor:
         """Read `number` symbols."""
         prior, radius = PRIORS[parameters[0]], RADII[parameters[1]]
         out = torch.empty(number, dtype=torch.int32)

@@ -34,8 +34,8 @@ class Coding(Protocol):
     name: str
     limits: tuple[int, ...]  # each parameter is below its limit
 
-    def propose(self, symbols: Tensor, histogram: Ints) -> Iterator[Proposal]:
-        """Offer ways to code a non-empty uint8 tensor; the histogram has `size` entries."""
+    def propose(self, symbols: Tensor, histogram: Ints, columns: int) -> Iterator[Proposal]:
+        """Offer ways to code a non-empty uint8 tensor; the histogram has `size` entries, a row of a matrix `columns`."""
 
-    def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...]) -> Tensor:
+    def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], columns: int) -> Tensor:
         """Read `number` symbols as a 1-D int32 tensor."""

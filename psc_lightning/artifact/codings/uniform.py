@@ -22,7 +22,7 @@ class Uniform:
     name = "uniform"
     limits: tuple[int, ...] = ()
 
-    def propose(self, symbols: Tensor, histogram: Ints) -> Iterator[Proposal]:
+    def propose(self, symbols: Tensor, histogram: Ints, columns: int) -> Iterator[Proposal]:
         """Offer the one way."""
         k = table(np.ones(len(histogram), dtype=np.int64))
 
@@ -31,6 +31,6 @@ class Uniform:
 
         yield Proposal(bits(histogram, k), (), write)
 
-    def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...]) -> Tensor:
+    def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], columns: int) -> Tensor:
         """Read `number` symbols."""
         return decoder.take(number, table(np.ones(size, dtype=np.int64)))[0]
