@@ -20,10 +20,10 @@ class Writer(Protocol):
     def integer(self, value: int) -> None:
         """Store one small signed integer (a rank, an exponent, a method's code)."""
 
-    def symbols(self, values: Tensor, size: int, columns: int = 1) -> None:
+    def symbols(self, values: Tensor, size: int, grid: Tensor | None = None) -> None:
         """Store a 1-D int32 tensor with entries in 0 … size-1 (1 ≤ size ≤ 65536); near numbers mean near values.
 
-        Where they are a matrix, row after row, `columns` is the length of a row: places may mean something, too.
+        Where they are entries of a matrix, row by row, `grid` marks which: their places may mean something, too.
         """
 
 
@@ -33,5 +33,5 @@ class Reader(Protocol):
     def integer(self, low: int, high: int) -> int:
         """Read one integer in low … high (inclusive)."""
 
-    def symbols(self, count: int, size: int, columns: int = 1) -> Tensor:
-        """Read `count` symbols below `size`, as a 1-D int32 tensor; `columns` as the writer had it."""
+    def symbols(self, count: int, size: int, grid: Tensor | None = None) -> Tensor:
+        """Read `count` symbols below `size`, as a 1-D int32 tensor; `grid` as the writer had it."""

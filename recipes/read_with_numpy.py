@@ -109,23 +109,30 @@ class Ans:
         code = self.unsigned("integer")
         return -(code + 1) // 2 if code % 2 else code // 2
 
-    def array(self, number: int, size: int, columns: int = 1) -> list[int]:
+    def array(self, number: int, size: int, grid: Any = None) -> list[int]:
         if not number:
             return []
         if size > 256:
-            high = self.array(number, ((size - 1) >> 8) + 1, columns)
-            return [256 * a + b for a, b in zip(high, self.array(number, 256, columns))]
+            high = self.array(number, ((size - 1) >> 8) + 1)
+            return [256 * a + b for a, b in zip(high, self.array(number, 256))]
+        return self.plane(number, size, grid).tolist()
+
+    def plane(self, number: int, size: int, grid: Any) -> np.ndarray[Any, Any]:
+        if not number or size == 1:
+            return np.zeros(number, np.int64)
         low = self.unsigned("low")
         top = size - 1 - self.unsigned("high")
         if low == top:
-            return [low] * number
+            return np.full(number, low)
         size = top - low + 1
-        coding = self.unsigned("coding")
-        if coding == 0:
-            equal = table([1] * size)
-            return [low + self.symbol(equal) for _ in range(number)]
-        if coding == 2:
-            return [low + s for s in self.lines(number // columns, columns, size)]
+        coding = (self.uniform, self.adaptive, self.lines, self.split)[self.unsigned("coding")]
+        return low + np.array(coding(number, size, grid), np.int64)
+
+    def uniform(self, number: int, size: int, grid: Any) -> list[int]:
+        equal = table([1] * size)
+        return [self.symbol(equal) for _ in range(number)]
+
+    def adaptive(self, number: int, size: int, grid: Any) -> list[int]:
         prior, radius = (1, 4, 16, 64)[self.unsigned("adaptive")], (0, 1, 2, 4, 8, 16)[self.unsigned("adaptive")]
         out: list[int] = []
         while len(out) < number:
@@ -137,34 +144,54 @@ class Ans:
                 weights.append(prior + 32 * (counts[last] - counts[first]) // (last - first))
             sums = table(weights)
             out += [self.symbol(sums) for _ in range(block)]
-        return [low + s for s in out]
+        return out
 
-    def lines(self, rows: int, columns: int, size: int) -> list[int]:
-        """A matrix line by line, each entry in the context of its place."""
-        by, common = self.unsigned("lines"), self.unsigned("lines")
-        count, length = (columns, rows) if by else (rows, columns)
-        marks, once, twice = np.zeros((3, length), np.int64)
-        seen, due = np.zeros((28, size), np.int64), [8] * 28
-        tables = [table([16] * size) for _ in due]
-        matrix = np.zeros((count, length), np.int64)
-        for j, line in enumerate(matrix):
-            f, e = 1 + int(marks.sum()), 2 + j * length
-            classes = np.zeros(length, np.int64)
-            for a, b in ((1, 4), (1, 2), (3, 4), (4, 3), (2, 1), (4, 1)):
-                classes += [b * (int(n) * e + 2 * f) >= a * (j + 2) * f for n in marks]
-            contexts = 4 * classes + 2 * once + twice
-            for c, total in enumerate(seen.sum(1)):
-                if total >= due[c]:
-                    due[c] = total + max(8, total // 4)
-                    tables[c] = table([16 + 32 * int(n) for n in seen[c]])
-            for c in range(28):
-                for place in np.flatnonzero(contexts == c):
-                    line[place] = self.symbol(tables[c])
-                    seen[c, line[place]] += 1
-            twice, once = once, (line != common).astype(np.int64)
-            marks += once
-        found: list[int] = (matrix.T if by else matrix).reshape(-1).tolist()
-        return found
+    def lines(self, number: int, size: int, grid: Any) -> np.ndarray[Any, Any]:
+        """Bits of a matrix line by line, each in the context of its line and its place."""
+        by = self.unsigned("lines")
+        bits = np.zeros(grid.shape, np.int64)
+        length = grid.shape[1 - by]
+        seen, ones, last, before = ([0] * length for _ in range(4))
+        counts, due, tables = [[0, 0] for _ in range(196)], [8] * 196, [table([16, 16])] * 196
+        f, e, lines = 1, 2, [(0, 0), (0, 0)]
+
+        def rank(n: int, k: int) -> int:
+            borders = ((1, 4), (1, 2), (3, 4), (4, 3), (2, 1), (4, 1))
+            return sum(b * (n * e + 2 * f) >= a * (k + 2) * f for a, b in borders)
+
+        for marked, line in zip(*((grid.T, bits.T) if by else (grid, bits))):
+            here = np.flatnonzero(marked).tolist()
+            if not here:
+                continue
+            start = 28 * rank(sum(n for n, _ in lines), sum(k for _, k in lines))
+            contexts = [(start + 4 * rank(ones[x], seen[x]) + 2 * last[x] + before[x], x) for x in here]
+            for c in range(start, start + 28):
+                if sum(counts[c]) >= due[c]:
+                    due[c] = sum(counts[c]) + max(8, sum(counts[c]) // 4)
+                    tables[c] = table([16 + 32 * count for count in counts[c]])
+            for c, x in sorted(contexts):
+                line[x] = self.symbol(tables[c])
+                counts[c][line[x]] += 1
+            for x in here:
+                seen[x], ones[x], before[x], last[x] = seen[x] + 1, ones[x] + int(line[x]), last[x], int(line[x])
+            sum_here = int(line[here].sum())
+            f, e, lines = f + sum_here, e + len(here), [lines[1], (sum_here, len(here))]
+        return bits[grid]
+
+    def split(self, number: int, size: int, grid: Any) -> np.ndarray[Any, Any]:
+        """Questions that are planes of their own."""
+        how, t = self.unsigned("split"), self.unsigned("split")
+        first = self.plane(number, 2, grid).astype(bool)
+        yes, no = grid.copy(), grid.copy()
+        yes[grid], no[grid] = first, ~first
+        out = np.full(number, t)
+        if how == 0:
+            sign = 2 * self.plane(int(first.sum()), 2, yes) - 1
+            out[first] += sign * (1 + self.plane(int(first.sum()), max(t, size - 1 - t), yes))
+        else:
+            out[~first] = self.plane(int((~first).sum()), t, no)
+            out[first] += self.plane(int(first.sum()), size - t, yes)
+        return out
 
     def entries(self, number: int, kind: str) -> np.ndarray[Any, Any]:
         """Entries of a type, bit for bit: a byte of their words an array, the highest first."""
@@ -208,7 +235,7 @@ def per_entry(number: int, group: int, shape: tuple[int, ...]) -> np.ndarray[Any
 def levels(ans: Ans, keep: np.ndarray[Any, Any], kind: str, work: Any) -> np.ndarray[Any, Any]:
     """One core: its kept entries' values, +0.0 elsewhere."""
     shape, number = keep.shape, int(keep.sum())
-    columns = prod(shape[1:]) if keep.all() else 1
+    grid = keep.reshape(shape[0], -1)
     core = np.zeros(shape, work)
     method = ans.integer()
     if method in (0, 1, 7):
@@ -222,13 +249,13 @@ def levels(ans: Ans, keep: np.ndarray[Any, Any], kind: str, work: Any) -> np.nda
     mine = per_entry(cut, group, shape)[keep.reshape(-1)]
     if method == 6:
         centroids = ans.scales(groups * first).reshape(groups, first)
-        core[keep] = centroids[mine, ans.array(number, first, columns)]
+        core[keep] = centroids[mine, ans.array(number, first, grid)]
         return core
     if method == 5:
         lowest = ans.integer()
         highest = lowest + np.array(ans.array(groups, 4096))
         top = 2 ** (first - 1) - 1
-        code = np.array(ans.array(number, 2 * top + 1, columns), np.int64) - top
+        code = np.array(ans.array(number, 2 * top + 1, grid), np.int64) - top
         p = np.abs(code) - top + highest[mine]
         power = np.ldexp(np.float32(1), p // root) * (2.0 ** (p % root / root)).astype(np.float32)
         core[keep] = np.where(code, np.sign(code) * power, 0)
@@ -236,11 +263,11 @@ def levels(ans: Ans, keep: np.ndarray[Any, Any], kind: str, work: Any) -> np.nda
     scale = ans.scales(groups)[mine].astype(work)
     if method == 3:
         offset = ans.scales(groups)[mine].astype(work) if first == 1 else None
-        code = np.array(ans.array(number, 2, columns), work)
+        code = np.array(ans.array(number, 2, grid), work)
         core[keep] = (2 * code - 1) * scale if offset is None else offset + scale * code
         return core
     top = 1 if method == 4 else 2 ** (first - 1) - 1
-    symbols = np.array(ans.array(number, 2 * top + 1 if top else 2, columns), work)
+    symbols = np.array(ans.array(number, 2 * top + 1 if top else 2, grid), work)
     code = symbols - top if top else 2 * symbols - 1  # uniform of one bit has no zero
     core[keep] = code * scale + work(0)
     return core
@@ -254,7 +281,7 @@ def mask(ans: Ans, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     rows, columns = shape[0], prod(shape[1:])
     units = {0: (rows, columns), 1: (rows, -(-columns // block)), 2: (-(-rows // block), columns), 3: (rows, 1)}
     size = units[granularity]
-    kept = np.array(ans.array(prod(size), 2, size[1]), bool).reshape(size)
+    kept = np.array(ans.array(prod(size), 2, np.ones(size, bool)), bool).reshape(size)
     if granularity == 1:
         kept = kept.repeat(block, 1)[:, :columns]
     elif granularity == 2:

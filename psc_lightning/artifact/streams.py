@@ -1,8 +1,7 @@
 """Symbols and integers of methods to bits and back: the two ends of `psc_lightning.symbols`.
 
 How one array is stored: nothing for an empty one. A size above 256 is cut into a plane of high bytes and one of low
-bytes, stored one after the other. Of a plane: the smallest symbol, then how far the largest is below size-1; if the
-two meet, all symbols are known. Else the number of the coding, its parameters, and the symbols, less the smallest.
+bytes, stored one after the other; see `planes`.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor
 
 from psc_lightning.artifact.ans import Decoder, Encoder, Ints, count
-from psc_lightning.artifact.codings import CODINGS, Coding, Proposal
+from psc_lightning.artifact.codings import Grid, Plane
 from psc_lightning.artifact.errors import ArtifactError
+from psc_lightning.artifact.planes import choose, read
 
 __all__ = ["Stream", "SymbolReader", "SymbolWriter"]
 
@@ -46,6 +46,14 @@ def _stream(histogram: Ints, coding: str) -> Stream:
     return Stream(number, len(present), entropy, coding)
 
 
+def _grid(grid: Tensor | None, number: int) -> Grid | None:
+    if grid is None:
+        return None
+    found: Grid = grid.detach().cpu().reshape(grid.shape[0], -1).numpy()
+    assert found.sum() == number
+    return found
+
+
 class SymbolWriter:
     """A `psc_lightning.symbols.Writer` into one entropy-coded string.
 
@@ -68,13 +76,14 @@ class SymbolWriter:
             raise ValueError(f"an integer to store must fit 64 bits, got {value}")
         self._encoder.integer(2 * value if value >= 0 else -2 * value - 1, "integer")
 
-    def symbols(self, values: Tensor, size: int, columns: int = 1) -> None:
+    def symbols(self, values: Tensor, size: int, grid: Tensor | None = None) -> None:
         """Store a 1-D tensor of integers in 0 … size-1.
 
         Args:
             values: the symbols, of any integer type.
             size: 1 … 65536.
-            columns: where they are the rows of a matrix, one after the other: how long a row is.
+            grid: where they are entries of a matrix, row by row: a boolean matrix that marks them. Then symbols are taken
+                for numbers around the middle of the alphabet.
 
         Raises:
             ValueError: a symbol out of range (a method's mistake: it would not come back).
@@ -88,42 +97,15 @@ class SymbolWriter:
         if low < 0 or high >= size:
             raise ValueError(f"symbols must lie in 0 … {size - 1}, got {low} … {high}")
         if size > _PLANE:
-            self._plane((values >> 8).to(torch.uint8), (size - 1 >> 8) + 1, columns)
-            self._plane((values & 255).to(torch.uint8), _PLANE, columns)
+            self._plane(Plane((values >> 8).to(torch.uint8), (size - 1 >> 8) + 1))
+            self._plane(Plane((values & 255).to(torch.uint8), _PLANE))
         else:
-            self._plane(values.to(torch.uint8), size, columns)
+            self._plane(Plane(values.to(torch.uint8), size, _grid(grid, len(values)), size // 2, around=size % 2 == 1))
 
-    def _plane(self, symbols: Tensor, size: int, columns: int) -> None:
-        histogram = count(symbols, size)
-        present = histogram.nonzero()[0]
-        low, high = int(present[0]), int(present[-1])
-        self._encoder.integer(low, "low")
-        self._encoder.integer(size - 1 - high, "high")
-        if low == high:
-            self.streams.append(_stream(histogram, "constant"))
-            return
-        code, best = self._cheapest(symbols - low if low else symbols, histogram[low : high + 1], columns)
-        coding = CODINGS[code]
-        self._encoder.integer(code, "coding")
-        for parameter in best.parameters:
-            self._encoder.integer(parameter, coding.name)
-        best.write(self._encoder)
-        self.streams.append(_stream(histogram, coding.name))
-
-    def _cheapest(self, symbols: Tensor, histogram: Ints, columns: int) -> tuple[int, Proposal]:
-        """The proposal with the fewest bits, its parameters included; the first of equals."""
-
-        def price(coding: Coding, proposal: Proposal) -> float:
-            return proposal.bits + self._encoder.price(proposal.parameters, coding.name)
-
-        best: tuple[float, int, Proposal] | None = None
-        for code, coding in enumerate(CODINGS):
-            for proposal in coding.propose(symbols, histogram, columns):
-                cost = price(coding, proposal) + self._encoder.price((code,), "coding")
-                if best is None or cost < best[0]:
-                    best = cost, code, proposal
-        assert best is not None  # uniform always offers
-        return best[1], best[2]
+    def _plane(self, plane: Plane) -> None:
+        choice = choose(plane, self._encoder)
+        choice.write(self._encoder)
+        self.streams.append(_stream(plane.histogram, choice.coding))
 
     def finish(self) -> bytes:
         """The string."""
@@ -163,7 +145,7 @@ class SymbolReader:
             raise ArtifactError(f"expected an integer in {low} … {high}, found {value}: {_ADVICE}")
         return value
 
-    def symbols(self, count: int, size: int, columns: int = 1) -> Tensor:
+    def symbols(self, count: int, size: int, grid: Tensor | None = None) -> Tensor:
         """Read `count` symbols in 0 … size-1 as a 1-D int32 tensor.
 
         Raises:
@@ -174,9 +156,9 @@ class SymbolReader:
         if not count:
             return torch.zeros(0, dtype=torch.int32)
         if size <= _PLANE:
-            return self._plane(count, size, columns)
-        values = self._plane(count, (size - 1 >> 8) + 1, columns) << 8
-        values |= self._plane(count, _PLANE, columns)
+            return self._plane(count, size, _grid(grid, count))
+        values = self._plane(count, (size - 1 >> 8) + 1, None) << 8
+        values |= self._plane(count, _PLANE, None)
         if int(values.max()) >= size:
             raise ArtifactError(f"expected symbols below {size}, found {int(values.max())}: {_ADVICE}")
         return values
@@ -189,24 +171,10 @@ class SymbolReader:
         """
         self._decoder.finish()
 
-    def _below(self, limit: int, context: str) -> int:
-        value = self._decoder.integer(context)
-        if value >= limit:
-            raise ArtifactError(f"expected a number below {limit} ({context}), found {value}: {_ADVICE}")
-        return value
-
-    def _plane(self, number: int, size: int, columns: int) -> Tensor:
-        low = self._below(size, "low")
-        high = size - 1 - self._below(size - low, "high")
-        if low == high:
-            self.streams.append(Stream(number, 1, 0.0, "constant"))
-            return torch.full((number,), low, dtype=torch.int32)
-        coding = CODINGS[self._below(len(CODINGS), "coding")]
-        parameters = tuple(self._below(limit, coding.name) for limit in coding.limits)
-        symbols = coding.read(self._decoder, number, high - low + 1, parameters, columns)
-        histogram = count(symbols, high - low + 1)
-        self.streams.append(_stream(histogram, coding.name))
-        return symbols.add_(low) if low else symbols
+    def _plane(self, number: int, size: int, grid: Grid | None) -> Tensor:
+        symbols, coding = read(self._decoder, number, size, grid)
+        self.streams.append(_stream(count(symbols, size), coding))
+        return symbols
 
 
 _ADVICE = "the file is damaged or was not written by psc_lightning; get a fresh copy, or save the model again"

@@ -68,19 +68,14 @@ class Levels(nn.Module):
 
 def write_codes(writer: Writer, codes: Tensor, keep: Tensor, lowest: int, size: int) -> None:
     """Store the codes of the kept entries, counted from `lowest`."""
-    writer.symbols((codes[keep] - lowest).to(torch.int32).cpu(), size, _columns(keep))
+    writer.symbols((codes[keep] - lowest).to(torch.int32).cpu(), size, keep)
 
 
 def read_codes(reader: Reader, keep: Tensor, lowest: int, size: int, dtype: torch.dtype) -> Tensor:
     """Read them into the core's shape, `lowest` elsewhere."""
     codes = torch.full(keep.shape, lowest, dtype=dtype)
-    codes[keep] = (reader.symbols(int(keep.sum()), size, _columns(keep)) + lowest).to(dtype)
+    codes[keep] = (reader.symbols(int(keep.sum()), size, keep) + lowest).to(dtype)
     return codes
-
-
-def _columns(keep: Tensor) -> int:
-    """How long a row of the kept entries is: only all of them are a matrix."""
-    return prod(keep.shape[1:]) if bool(keep.all()) else 1
 
 
 def write_group(writer: Writer, group: Group) -> None:

@@ -20,7 +20,7 @@ class Planes:
     def integer(self, value: int) -> None:
         raise AssertionError
 
-    def symbols(self, values: Tensor, size: int) -> None:
+    def symbols(self, values: Tensor, size: int, grid: Tensor | None = None) -> None:
         self.planes.append(values.tolist())
 
 

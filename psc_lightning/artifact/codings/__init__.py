@@ -6,10 +6,11 @@ The number of a coding is written to files: it never changes its meaning, and a 
 from __future__ import annotations
 
 from psc_lightning.artifact.codings.adaptive import Adaptive
-from psc_lightning.artifact.codings.coding import Coding, Proposal
+from psc_lightning.artifact.codings.coding import Coding, Grid, Plane, Proposal, full
 from psc_lightning.artifact.codings.lines import Lines
+from psc_lightning.artifact.codings.split import Split
 from psc_lightning.artifact.codings.uniform import Uniform
 
-__all__ = ["CODINGS", "Coding", "Proposal"]
+__all__ = ["CODINGS", "Coding", "Grid", "Plane", "Proposal", "full"]
 
-CODINGS: tuple[Coding, ...] = (Uniform(), Adaptive(), Lines())
+CODINGS: tuple[Coding, ...] = (Uniform(), Adaptive(), Lines(), Split())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from psc_lightning.artifact.ans import Decoder, Encoder, Ints, bits, count, table
-from psc_lightning.artifact.codings.coding import Proposal
+from psc_lightning.artifact.codings.coding import Grid, Plane, Proposal
 
 __all__ = ["Adaptive", "spans", "weights"]
 
@@ -65,9 +65,9 @@ class Adaptive:
     name = "adaptive"
     limits: tuple[int, ...] = (len(PRIORS), len(RADII))
 
-    def propose(self, symbols: Tensor, histogram: Ints, columns: int) -> Iterator[Proposal]:
+    def propose(self, plane: Plane, encoder: Encoder) -> Iterator[Proposal]:
         """Offer every prior, and every radius where the alphabet is large enough."""
-        size = len(histogram)
+        symbols, size = plane.symbols, plane.size
         cuts = list(spans(len(symbols)))
         inside = np.stack([count(symbols[start:stop], size) for start, stop in cuts])
         before = inside.cumsum(0) - inside
@@ -85,7 +85,7 @@ class Adaptive:
 
                 yield Proposal(bits(inside, tables), (i, j), write)
 
-    def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], columns: int) -> Tensor:
+    def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], grid: Grid | None) -> Tensor:
         """Read `number` symbols."""
         prior, radius = PRIORS[parameters[0]], RADII[parameters[1]]
         out = torch.empty(number, dtype=torch.int32)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 from torch import Tensor
 
-from psc_lightning.artifact.ans import Decoder, Encoder, Ints, bits, table
-from psc_lightning.artifact.codings.coding import Proposal
+from psc_lightning.artifact.ans import Decoder, Encoder, bits, table
+from psc_lightning.artifact.codings.coding import Grid, Plane, Proposal
 
 __all__ = ["Uniform"]
 
@@ -22,15 +22,15 @@ class Uniform:
     name = "uniform"
     limits: tuple[int, ...] = ()
 
-    def propose(self, symbols: Tensor, histogram: Ints, columns: int) -> Iterator[Proposal]:
+    def propose(self, plane: Plane, encoder: Encoder) -> Iterator[Proposal]:
         """Offer the one way."""
-        k = table(np.ones(len(histogram), dtype=np.int64))
+        k = table(np.ones(plane.size, dtype=np.int64))
 
         def write(encoder: Encoder) -> None:
-            encoder.put(symbols, k, histogram)
+            encoder.put(plane.symbols, k, plane.histogram)
 
-        yield Proposal(bits(histogram, k), (), write)
+        yield Proposal(bits(plane.histogram, k), (), write)
 
-    def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], columns: int) -> Tensor:
+    def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], grid: Grid | None) -> Tensor:
         """Read `number` symbols."""
         return decoder.take(number, table(np.ones(size, dtype=np.int64)))[0]

@@ -1,0 +1,95 @@
+"""Symbols as answers to yes-or-no questions, so that the answers may be coded by their places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from psc_lightning.artifact.ans import Decoder, Encoder
+from psc_lightning.artifact.codings.coding import Grid, Plane, Proposal, inside
+from psc_lightning.artifact.codings.lines import direction
+from psc_lightning.artifact.errors import ArtifactError
+
+__all__ = ["Split"]
+
+
+class Split:
+    """For codes of weights: their signs keep together, and so do their zeros.
+
+    Stored: two integers, how and a symbol t. How 0, around t: planes of the bits [s ≠ t] of all symbols, of the bits
+    [s > t] of those that are not t, and of their |s - t| - 1. How 1, at t: planes of the bits [s ≥ t], of the symbols
+    below t, and of the others less t. Each is coded as any plane is, those of its entries being its grid; one without
+    symbols is left out, and so is one of an alphabet of one.
+    """
+
+    name = "split"
+    limits: tuple[int, ...] = (2, 256)
+
+    def propose(self, plane: Plane, encoder: Encoder) -> Iterator[Proposal]:
+        """Offer to split at the middle, or so that as many symbols are below as above."""
+        from psc_lightning.artifact.planes import choose  # which knows all codings, this one too
+
+        if plane.grid is None or plane.size < 3:
+            return
+        s, size = plane.symbols.to(torch.int16), plane.size
+        t = min(max(1, plane.middle if plane.middle is not None else _median(plane)), size - 1)
+        if plane.around:
+            other = s != t
+            within = inside(plane.grid, other)
+            distances = Plane(((s[other] - t).abs() - 1).to(torch.uint8), max(t, size - 1 - t), within)
+            planes = [_bits(other, plane.grid), _bits(s[other] > t, within), distances]
+        else:
+            upper = s >= t
+            below = Plane(s[~upper].to(torch.uint8), t, inside(plane.grid, ~upper))
+            above = Plane((s[upper] - t).to(torch.uint8), size - t, inside(plane.grid, upper))
+            planes = [_bits(upper, plane.grid), below, above]
+        if all(direction(part) is None for part in planes if part.size == 2 and len(part.symbols)):
+            return  # nothing hangs on places: then the symbols are better off together, and sooner read
+        parts = [choose(part, encoder) for part in planes if len(part.symbols) and part.size > 1]
+
+        def write(encoder: Encoder) -> None:
+            for part in parts:
+                part.write(encoder)
+
+        yield Proposal(sum(part.bits for part in parts), (1 - plane.around, t), write)
+
+    def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], grid: Grid | None) -> Tensor:
+        """Read `number` symbols."""
+        from psc_lightning.artifact.planes import read
+
+        how, t = parameters
+        if grid is None or size < 3 or not 0 < t < size:
+            raise ArtifactError(f"expected symbols of a matrix to split, found {t} of {size}: {_ADVICE}")
+
+        def plane(number: int, size: int, grid: Grid | None = None) -> Tensor:
+            if not number or size == 1:
+                return torch.zeros(number, dtype=torch.int32)
+            return read(decoder, number, size, grid)[0]
+
+        first = plane(number, 2, grid) > 0
+        chosen = int(first.sum())
+        out = torch.full((number,), t, dtype=torch.int32)
+        if how == 0:
+            above = plane(chosen, 2, inside(grid, first)) > 0
+            distance = plane(chosen, max(t, size - 1 - t), inside(grid, first)) + 1
+            out[first] += torch.where(above, distance, -distance)
+            if chosen and not 0 <= int(out.min()) <= int(out.max()) < size:
+                raise ArtifactError(f"expected symbols below {size}, found {int(out.max())}: {_ADVICE}")
+        else:
+            out[~first] = plane(number - chosen, t, inside(grid, ~first))
+            out[first] += plane(chosen, size - t, inside(grid, first))
+        return out
+
+
+def _bits(answers: Tensor, grid: Grid) -> Plane:
+    return Plane(answers.to(torch.uint8), 2, grid)
+
+
+def _median(plane: Plane) -> int:
+    return int(np.searchsorted(plane.histogram.cumsum(), len(plane.symbols) / 2)) + 1
+
+
+_ADVICE = "the file is damaged or was not written by psc_lightning; get a fresh copy, or save the model again"

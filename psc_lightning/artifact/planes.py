@@ -1,0 +1,106 @@
+"""One array of symbols below 257 to bits and back, in the cheapest of its admissible ways.
+
+The smallest symbol, then how far the largest is below size-1; if the two meet, all symbols are known. Else the number of
+the coding, its parameters, and the symbols, less the smallest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, full, int32
+
+from psc_lightning.artifact.ans import Decoder, Encoder
+from psc_lightning.artifact.codings import CODINGS, Grid, Plane, Proposal
+from psc_lightning.artifact.errors import ArtifactError
+
+__all__ = ["CONSTANT", "Choice", "choose", "read"]
+
+#: what stands for a coding where none is needed
+CONSTANT = "constant"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a plane will be written.
+
+    Attributes:
+        bits: what it will cost, about: integers get cheaper as they come again.
+        low: the smallest symbol.
+        gap: how far the largest is below size-1.
+        code: the number of the coding; None where all symbols are known.
+        proposal: what it does.
+    """
+
+    bits: float
+    low: int
+    gap: int
+    code: int | None = None
+    proposal: Proposal | None = None
+
+    @property
+    def coding(self) -> str:
+        """The coding's name."""
+        return CONSTANT if self.code is None else CODINGS[self.code].name
+
+    def write(self, encoder: Encoder) -> None:
+        """Write it."""
+        encoder.integer(self.low, "low")
+        encoder.integer(self.gap, "high")
+        if self.code is not None and self.proposal is not None:
+            encoder.integer(self.code, "coding")
+            for parameter in self.proposal.parameters:
+                encoder.integer(parameter, self.coding)
+            self.proposal.write(encoder)
+
+
+def choose(plane: Plane, encoder: Encoder) -> Choice:
+    """The proposal with the fewest bits, its integers included; the first of equals."""
+    present = plane.histogram.nonzero()[0]
+    low, high = int(present[0]), int(present[-1])
+    gap = plane.size - 1 - high
+    head = encoder.price((low,), "low") + encoder.price((gap,), "high")
+    if low == high:
+        return Choice(head, low, gap)
+    symbols = plane.symbols - low if low else plane.symbols
+    middle = None if plane.middle is None else plane.middle - low
+    around = plane.around and middle is not None and 0 < middle < high - low  # zero is among them, and not the last
+    trimmed = Plane(symbols, high - low + 1, plane.grid, middle, around)
+    choices = (
+        Choice(
+            head + encoder.price((code,), "coding") + encoder.price(proposal.parameters, coding.name) + proposal.bits,
+            low,
+            gap,
+            code,
+            proposal,
+        )
+        for code, coding in enumerate(CODINGS)
+        for proposal in coding.propose(trimmed, encoder)
+    )
+    return min(choices, key=lambda choice: choice.bits)  # uniform always offers
+
+
+def read(decoder: Decoder, number: int, size: int, grid: Grid | None) -> tuple[Tensor, str]:
+    """Read `number` symbols, at least one, as a 1-D int32 tensor; and by which coding they came.
+
+    Raises:
+        ArtifactError: the file says what cannot be.
+    """
+
+    def below(limit: int, context: str) -> int:
+        value = decoder.integer(context)
+        if value >= limit:
+            raise ArtifactError(f"expected a number below {limit} ({context}), found {value}: {_ADVICE}")
+        return value
+
+    low = below(size, "low")
+    high = size - 1 - below(size - low, "high")
+    if low == high:
+        return full((number,), low, dtype=int32), CONSTANT
+    coding = CODINGS[below(len(CODINGS), "coding")]
+    parameters = tuple(below(limit, coding.name) for limit in coding.limits)
+    symbols = coding.read(decoder, number, high - low + 1, parameters, grid)
+    return symbols.add_(low) if low else symbols, coding.name
+
+
+_ADVICE = "the file is damaged or was not written by psc_lightning; get a fresh copy, or save the model again"
