@@ -33,7 +33,7 @@ class Tape:
             raise ValueError(f"{value} is not in {low} … {high}")
         return value
 
-    def symbols(self, values: Tensor | int, size: int) -> Tensor:
+    def symbols(self, values: Tensor | int, size: int, grid: Tensor | None = None) -> Tensor:
         assert 1 <= size <= 65536
         if isinstance(values, Tensor):
             assert values.dtype == torch.int32
