@@ -41,6 +41,9 @@ DTYPES: tuple[torch.dtype, ...] = (
 )
 _AXES = 32
 _INFLATED = 1 << 24
+_LONGEST = 1 << 12  # characters of one name
+_ALL_NAMES = 1 << 24  # characters of all names
+_SHOWN = 60  # characters of a name that a message shows
 
 
 class Kind(IntEnum):
@@ -107,19 +110,23 @@ def decode(tag: int, data: bytes) -> list[Entry]:
     """
     cursor = Cursor(_inflate(data) if tag == DEFLATED else data, "table of contents")
     number = cursor.varint()
-    names: list[str] = []
+    names: dict[str, None] = {}
     before: list[str] = []
+    room = _ALL_NAMES
     while len(names) < number:
         shared, rest = cursor.varint(), cursor.line()
         if shared > len(before):
             raise _damaged(f"a name that shares at most {len(before)} parts with the one before", shared)
         try:
-            names.append(".".join([*before[:shared], rest.decode()]))
+            name = ".".join([*before[:shared], rest.decode()])
         except UnicodeDecodeError as error:
-            raise _damaged("names in UTF-8", rest) from error
-        before = names[-1].split(".")
-    if len(set(names)) < number:
-        raise _damaged(f"{number} different names", f"{len(set(names))}")
+            raise _damaged("names in UTF-8", rest[:_SHOWN]) from error
+        # Few bytes may repeat a name, or the parts of a long one, without end: seen here, not when memory is gone.
+        room -= len(name)
+        if name in names or room < 0 or len(name) > _LONGEST:
+            raise _damaged(f"{number} different names of at most {_LONGEST} characters", name[:_SHOWN])
+        names[name] = None
+        before = name.split(".")
     codes = cursor.take(number)
     entries: list[Entry] = []
     for name, code in zip(names, codes, strict=True):
@@ -148,8 +155,11 @@ def _names(names: Iterable[str]) -> bytes:
     out = b""
     before: list[str] = []
     for name in names:
-        if "\n" in name:
-            raise ValueError(f"a tensor's name must not hold a newline, got {name!r}: rename the module")
+        if "\n" in name or len(name) > _LONGEST:
+            raise ValueError(
+                f"a tensor's name must not hold a newline, nor more than {_LONGEST} characters, got {name[:_SHOWN]!r}: "
+                "rename the module"
+            )
         parts = name.split(".")
         shared = 0
         while shared < min(len(parts) - 1, len(before)) and parts[shared] == before[shared]:

@@ -316,9 +316,9 @@ def _layer_types(model: nn.Module) -> dict[str, str]:
 
 
 def _levels(tensor: Tensor) -> int:
-    rows = tensor.reshape(tensor.shape[0], -1) if tensor.dim() else tensor.reshape(1, 1)
-    if not rows.numel():
+    if not tensor.numel():
         return 0
+    rows = tensor.reshape(tensor.shape[0], -1) if tensor.dim() else tensor.reshape(1, 1)
     ordered = rows.sort(dim=1).values
     return 1 + int((ordered[:, 1:] != ordered[:, :-1]).sum(1).max())
 

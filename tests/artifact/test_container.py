@@ -202,6 +202,7 @@ def test_a_deflate_bomb_is_not_inflated() -> None:
         directory.decode(DEFLATED, b"\xff\xff")
 
 
-def test_a_newline_in_a_name() -> None:
-    with pytest.raises(ValueError, match="newline"):
-        directory.encode([Entry("a\nb", Kind.LEFTOVER, torch.float32, ())])
+@pytest.mark.parametrize("name", ["a\nb", "a" * 4097])
+def test_names_that_no_reader_would_take(name: str) -> None:
+    with pytest.raises(ValueError, match="newline, nor more than 4096 characters"):
+        directory.encode([Entry(name, Kind.LEFTOVER, torch.float32, ())])
