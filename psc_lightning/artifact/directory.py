@@ -90,6 +90,8 @@ def encode(entries: Sequence[Entry]) -> tuple[int, bytes]:
     Raises:
         ValueError: a name that cannot be stored.
     """
+    if sum(len(entry.name) for entry in entries) > _ALL_NAMES:
+        raise ValueError(f"the tensors' names must not have more than {_ALL_NAMES} characters in all: shorten them")
     out = varint(len(entries)) + _names([entry.name for entry in entries])
     out += bytes(entry.kind << 4 | DTYPES.index(entry.dtype) for entry in entries)
     for entry in entries:
@@ -99,7 +101,7 @@ def encode(entries: Sequence[Entry]) -> tuple[int, bytes]:
             out += b"".join(map(varint, (len(entry.shape), *entry.shape)))
     # Short texts go better with fixed Huffman codes, long ones with their own.
     packed = min((_deflate(out, strategy) for strategy in (zlib.Z_FIXED, zlib.Z_DEFAULT_STRATEGY)), key=len)
-    return (DEFLATED, packed) if len(packed) < len(out) else (PLAIN, out)
+    return (DEFLATED, packed) if len(packed) < len(out) <= _INFLATED else (PLAIN, out)
 
 
 def decode(tag: int, data: bytes) -> list[Entry]:
