@@ -335,7 +335,7 @@ def mutants(files: list[bytes], seed: int) -> Iterator[tuple[str, bytes]]:
 def kind_of(answer: Report | ArtifactError) -> str:
     """What kind of answer it is: a refusal without its numbers and names, or the methods of what was read."""
     if isinstance(answer, ArtifactError):
-        text = re.sub(r"b?'.*?'|\S*\d\S*|[^ -~]", "", str(answer))
+        text = re.sub(r"b?'.*?'|\b[0-9a-f]{8}\b|\S*\d\S*|[^ -~]", "", str(answer))
         return "refused-" + re.sub(r"\W+", "-", text).strip("-")[:50].strip("-")
     return "reads-" + "-".join(sorted({row.method for row in answer.tensors} - {"plain"}) or ["plain"])
 
