@@ -3,48 +3,57 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from psc_lightning.artifact import ArtifactError, inspect, load, load_into, load_stored, verify
+from psc_lightning.artifact.difference import difference_dict, difference_table, differences
+from psc_lightning.checkpoint import bare, read_tensors
 
 __all__ = ["main"]
 
 _DTYPES = ("float32", "float64", "int64", "int32", "bool")
+
+_NAMED = 6  # tensors that a message names
 
 _EXAMPLES = """\
 examples:
   psc inspect model.psc              a table: each tensor's shape, zeros, levels, bytes
   psc inspect model.psc --json       the same as JSON, for other programs
   psc verify model.psc && deploy     checksum, structure and every symbol
+  psc verify model.psc --against last.ckpt    and bit for bit the weights of a checkpoint
+  psc verify model.psc --sha256 8c4f…         and the file that was meant
+  psc diff old.psc new.psc           which tensors differ, how much, in how many bytes
   psc export runs/RUN --onnx model.onnx --example 1,1,8,8
   psc export model.psc --onnx model.onnx --model package.module:factory --example 1,3,32,32
   psc export model.psc --safetensors model.safetensors
 
 exit status: 0 good, 1 the file is bad, 2 wrong usage
+             diff: 0 equal tensors, 1 different ones or a bad file; verify: 1 also for another checkpoint or SHA-256
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0 good, 1 the file is bad, 2 wrong usage.
+    """Run the command and return its exit status: 0 good, 1 the file is bad or differs, 2 wrong usage.
 
     Args:
         arguments: instead of those of the process.
     """
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return int(options.run(options) or 0)
     except (ArtifactError, OSError) as error:
         print(f"psc {options.command}: {options.file}: {_line(error)}", file=sys.stderr)
         return 1
     except (_UsageError, ModuleNotFoundError) as error:
         print(f"psc {options.command}: {_line(error)}", file=sys.stderr)
         return 2
-    return 0
 
 
 class _UsageError(Exception):
@@ -68,7 +77,21 @@ def _parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("verify", help="check a file from end to end; prints nothing if it is good")
     one.add_argument("file", metavar="FILE", help="a .psc file")
+    one.add_argument(
+        "--against",
+        metavar="CHECKPOINT",
+        type=Path,
+        help="its tensors must be these: a state dict, a Lightning checkpoint, or safetensors",
+    )
+    one.add_argument("--sha256", metavar="HEX", type=_digest, help="the file's SHA-256, as `psc inspect` prints it")
     one.set_defaults(run=_verify)
+
+    one = commands.add_parser("diff", help="compare the tensors of two files; exit status 1 if any differ")
+    one.add_argument("file", metavar="A", help="a .psc file")
+    one.add_argument("other", metavar="B", help="another")
+    one.add_argument("--json", action="store_true", help="print JSON: all tensors, with the bytes in each file")
+    one.add_argument("--all", action="store_true", help="a row for each equal tensor too")
+    one.set_defaults(run=_diff)
 
     one = commands.add_parser("export", help="write a file's model as ONNX, or its dense weights as safetensors")
     one.add_argument("file", metavar="FILE", help="a .psc file, or the folder of a run, which knows its own model")
@@ -95,13 +118,57 @@ def _example(text: str) -> tuple[tuple[int, ...], str]:
     return tuple(map(int, shape.split(","))), dtype
 
 
+def _digest(text: str) -> str:
+    """A SHA-256 in hexadecimal digits."""
+    if not re.fullmatch("[0-9a-fA-F]{64}", text):
+        raise argparse.ArgumentTypeError(f"expected 64 hexadecimal digits, found {text!r}")
+    return text.lower()
+
+
 def _inspect(options: argparse.Namespace) -> None:
     report = inspect(options.file)
-    print(json.dumps(report.to_dict(), indent=2) if options.json else report.table(all_tensors=options.all))
+    if options.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        print(report.table(all_tensors=options.all), f"sha256 {report.sha256}", sep="\n")
 
 
 def _verify(options: argparse.Namespace) -> None:
-    verify(options.file)
+    if options.sha256:
+        found = hashlib.sha256(Path(options.file).read_bytes()).hexdigest()
+        if found != options.sha256:
+            raise ArtifactError(f"expected SHA-256 {options.sha256}, found {found}: another file, or a damaged one")
+    if options.against is None:
+        verify(options.file)
+        return
+    tensors = load(options.file)
+    try:
+        checkpoint = read_tensors(options.against)
+    except ValueError as error:
+        raise ArtifactError(f"--against {options.against}: {error}") from error
+    # The file's own names, less what wrappers put in front of all of them, as in the checkpoint.
+    held, wanted = (dict(zip(bare(state), state.values())) for state in (tensors, checkpoint))
+    unequal = [one.text("the file", "the checkpoint") for one in differences(held, wanted) if not one.equal]
+    if unequal:
+        more = f"; and {len(unequal) - _NAMED} more" * (len(unequal) > _NAMED)
+        raise ArtifactError(
+            f"differs from {options.against} in {len(unequal)} of {len(held)} tensors: {'; '.join(unequal[:_NAMED])}{more}"
+        )
+
+
+def _diff(options: argparse.Namespace) -> int:
+    paths = (options.file, options.other)
+    contents = []
+    for options.file in paths:  # an error names the file that was being read
+        contents.append((load(options.file), inspect(options.file)))
+    (first, one), (second, other) = contents
+    found = differences(first, second)
+    equal = all(difference.equal for difference in found)
+    if options.json:
+        print(json.dumps(difference_dict(found, (one, other)), indent=2))
+    else:
+        print(difference_table(found, (one, other), paths, all_tensors=options.all))
+    return int(not equal)
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -253,7 +253,7 @@ def levels(ans: Ans, keep: np.ndarray[Any, Any], kind: str, work: Any) -> np.nda
         return core
     if method == 5:
         lowest = ans.integer()
-        highest = lowest + np.array(ans.array(groups, 4096))
+        highest = lowest + np.array(ans.array(groups, 4096), np.int64)
         top = 2 ** (first - 1) - 1
         code = np.array(ans.array(number, 2 * top + 1, grid), np.int64) - top
         p = np.abs(code) - top + highest[mine]
@@ -324,7 +324,7 @@ def weight(ans: Ans, stored: tuple[int, ...], kind: str) -> np.ndarray[Any, Any]
     matrix = matrix.reshape(stored)
     if kind == "bfloat16":  # the upper half of a float32, rounded to the nearest, ties to even
         bits = np.ascontiguousarray(matrix).view(np.uint32)
-        return (bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+        return (bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000).astype(np.uint32).view(np.float32).reshape(stored)
     return matrix.astype(kind)
 
 

@@ -1,20 +1,22 @@
 from __future__ import annotations
 
-import inspect
+import hashlib
 import json
 import subprocess
 import sys
+from inspect import getsource
 from pathlib import Path
 
 import onnxruntime
 import pytest
 import torch
-from models import compressed, net
-from safetensors.torch import load_file
+from models import bag, compressed, net
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from psc_lightning.artifact import load, save
+from psc_lightning.artifact import inspect, load, save
 from psc_lightning.cli import main
+from psc_lightning.view import plain_state
 
 
 def small() -> nn.Module:
@@ -48,6 +50,131 @@ def test_verify_is_silent(file: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr() == ("", "")
 
 
+def test_inspect_prints_what_verify_takes(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["inspect", str(file)])
+    digest = capsys.readouterr().out.splitlines()[-1].removeprefix("sha256 ")
+    assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert main(["verify", str(file), "--sha256", digest.upper()]) == 0
+    save(nn.Linear(2, 1), file)  # another good file
+    assert main(["verify", str(file), "--sha256", digest]) == 1
+    assert f"expected SHA-256 {digest}, found " in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        main(["verify", str(file), "--sha256", digest[1:]])
+    assert caught.value.code == 2
+
+
+# ----------------------------------------------------------------------------------------- verify --against, diff
+
+
+def prefixed(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def test_verify_against_a_checkpoint_of_any_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = compressed(mask="magnitude", levels="ternary")
+    save(model, tmp_path / "model.psc")
+    state = plain_state(model)
+    torch.save(state, tmp_path / "plain.pt")
+    torch.save({"state_dict": prefixed("model.net.", state), "epoch": 3}, tmp_path / "lightning.ckpt")
+    save_file(state, tmp_path / "dense.safetensors")
+    for name in ("plain.pt", "lightning.ckpt", "dense.safetensors"):
+        assert main(["verify", str(tmp_path / "model.psc"), "--against", str(tmp_path / name)]) == 0, name
+    save(bag(prefixed("net.", state)), tmp_path / "wrapped.psc")
+    assert main(["verify", str(tmp_path / "wrapped.psc"), "--against", str(tmp_path / "plain.pt")]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_verify_against_another_checkpoint_names_what_differs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(net(), tmp_path / "model.psc")
+    state = dict(net().state_dict())
+    state["0.weight"][1, 2, 0, 0] += 0.25
+    state["0.bias"] = state["0.bias"][:4]
+    del state["3.bias"]
+    torch.save(state, tmp_path / "other.pt")
+    assert main(["verify", str(tmp_path / "model.psc"), "--against", str(tmp_path / "other.pt")]) == 1
+    err = capsys.readouterr().err
+    assert f"differs from {tmp_path / 'other.pt'} in 3 of 9 tensors: 0.weight in 1 entries, by up to 0.25" in err
+    assert "0.bias is float32 [8] in the file, float32 [4] in the checkpoint; 3.bias is only in the file" in err
+    assert err.count("\n") == 1
+    zero = net()
+    zero[0].bias.data.zero_()
+    save(zero, tmp_path / "model.psc")
+    torch.save({**zero.state_dict(), "0.bias": -torch.zeros(8)}, tmp_path / "other.pt")
+    assert (
+        main(["verify", str(tmp_path / "model.psc"), "--against", str(tmp_path / "other.pt")]) == 1
+    )  # bits, not numbers
+
+
+def test_verify_against_what_is_no_checkpoint(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = {
+        "nowhere.pt": "no such file",
+        "x.safetensors": "damaged",
+        "object.pt": "weights_only=True",
+        "list.pt": "list",
+    }
+    torch.save(small(), file.parent / "object.pt")  # pickled
+    torch.save([1], file.parent / "list.pt")
+    (file.parent / "x.safetensors").write_bytes(b"nothing")
+    for name, said in bad.items():
+        assert main(["verify", str(file), "--against", str(file.parent / name)]) == 1
+        err = capsys.readouterr().err
+        assert said in err
+        assert name in err
+
+
+def test_diff(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = str(tmp_path / "a.psc"), str(tmp_path / "b.psc")
+    model = compressed(mask="magnitude", levels="ternary")
+    save(model, a)
+    save(bag(plain_state(model)), b)  # the same weights, in another file
+    assert main(["diff", a, b]) == 0
+    equal = capsys.readouterr().out
+    assert "9 equal" in equal
+    assert f"{Path(a).stat().st_size:,}" in equal
+    assert f"{Path(b).stat().st_size:,}" in equal
+    state = plain_state(model)
+    state["3.weight"] = state["3.weight"] + 0.5
+    state["0.bias"] = torch.zeros(3)
+    del state["3.bias"]
+    save(bag(state), b)
+    assert main(["diff", a, b]) == 1
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert lines["3.weight"][1:5] == ["8x32", "float32", "100.0", "0.5"]
+    assert lines["0.bias"][1:5] == ["8", "float32", "3", "float32"]
+    assert lines["3.bias"][1:4] == ["8", "float32", "missing"]
+    assert "0.weight" not in lines
+    assert main(["diff", a, b, "--all"]) == 1
+    assert "0.weight" in capsys.readouterr().out
+
+
+def test_diff_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = str(tmp_path / "a.psc"), str(tmp_path / "b.psc")
+    save(bag({"w": torch.tensor([1.0, 2.0]), "x": torch.tensor(1)}), a)
+    save(bag({"w": torch.tensor([1.0, 2.5])}), b)
+    assert main(["diff", a, b, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["equal"] is False
+    assert found["file_bytes"] == [Path(a).stat().st_size, Path(b).stat().st_size]
+    weight, missing = found["tensors"]
+    assert (weight["differing"], weight["max_abs_difference"]) == (1, 0.5)
+    assert weight["stored_bytes"] == [inspect(a).tensors[0].stored_bytes, inspect(b).tensors[0].stored_bytes]
+    assert (missing["name"], missing["shapes"], missing["stored_bytes"][1]) == ("x", [[], None], None)
+    assert main(["diff", a, a, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["equal"] is True
+
+
+def test_diff_of_a_bad_file_names_it(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = file.parent / "bad.psc"
+    bad.write_bytes(b"no")
+    for pair in ((file, bad), (bad, file)):
+        assert main(["diff", *map(str, pair)]) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith(f"psc diff: {bad}: expected a .psc file")
+
+
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_a_bad_file_is_one_line_and_status_1(command: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = bytearray(file.read_bytes())
@@ -61,7 +188,7 @@ def test_a_bad_file_is_one_line_and_status_1(command: str, file: Path, capsys: p
         assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["inspect"], ["destroy", "x"], ["inspect", "x", "--yaml"]])
+@pytest.mark.parametrize("arguments", [[], ["inspect"], ["destroy", "x"], ["inspect", "x", "--yaml"], ["diff", "x"]])
 def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
@@ -76,6 +203,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "psc inspect model.psc --json" in out
     assert "exit status: 0 good, 1 the file is bad, 2 wrong usage" in out
+    assert "diff: 0 equal tensors, 1 different ones or a bad file" in out
 
 
 def test_as_a_process(file: Path) -> None:
@@ -132,7 +260,7 @@ def words() -> nn.Module:
 
 def test_export_takes_whole_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(words(), tmp_path / "m.psc")
-    (tmp_path / "own_words.py").write_text("from torch import nn\n\n\n" + inspect.getsource(words))
+    (tmp_path / "own_words.py").write_text("from torch import nn\n\n\n" + getsource(words))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         arguments = ["export", "m.psc", "--onnx", "m.onnx", "--model", "own_words:words", "--example"]

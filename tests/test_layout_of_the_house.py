@@ -27,7 +27,7 @@ METHODS = [(folder, name, cls) for folder, (methods, _) in FOLDERS.items() for n
 # Lower layers first; a module may import from its own package and from lower layers.
 LAYERS = [
     {"symbols"},
-    {"bits", "functional", "schedule", "layout", "configs", "sharding"},
+    {"bits", "functional", "schedule", "layout", "configs", "sharding", "checkpoint"},
     {"tying", "masks", "levels"},
     {"slots"},
     {"view"},

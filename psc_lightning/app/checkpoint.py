@@ -15,35 +15,26 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 
 from psc_lightning.app.errors import UsageError
+from psc_lightning.checkpoint import bare, read_tensors
 
 __all__ = ["ResumePoint", "read_checkpoint"]
-
-PREFIXES = ("module.", "model.", "net.")
 
 
 def read_checkpoint(path: Path, module: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint under the names of `module`'s state dict.
 
-    Takes a plain state dict, a Lightning checkpoint, a dict with a `state_dict` in it, and keys under `module.`, `model.` or
-    `net.`. BatchNorm's `num_batches_tracked`, which old checkpoints lack, is taken from `module`. Nothing is unpickled.
+    Takes what `read_tensors` takes, and keys under `module.`, `model.` or `net.`. BatchNorm's `num_batches_tracked`, which
+    old checkpoints lack, is taken from `module`.
 
     Raises:
         UsageError: no such file, not tensors, another architecture (the keys that differ are listed), a value that is not
             finite.
     """
     key = f"model.checkpoint={path}"
-    if not path.is_file():
-        raise UsageError(f"{key}: no such file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever the bytes make it stumble over
-        raise UsageError(
-            f"{key}: damaged, or more than tensors (it is read with weights_only=True); save a state_dict()"
-        ) from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UsageError(f"{key}: holds {type(content).__name__}, not a state dict (names and tensors)")
+        content = read_tensors(path)
+    except ValueError as error:
+        raise UsageError(f"{key}: {error}") from error
     return match(content, module.state_dict(), key)
 
 
@@ -70,18 +61,6 @@ def match(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], key: str) -
     if broken:
         raise UsageError(f"{key}: NaN or infinity in {', '.join(broken)}")
     return state
-
-
-def bare(state: Mapping[str, Any]) -> list[str]:
-    """Return the names without what wrappers put in front of all of them.
-
-    >>> bare({"module.net.conv.weight": 0, "module.net.conv.bias": 0})
-    ['conv.weight', 'conv.bias']
-    """
-    names = list(state)
-    while prefix := next((p for p in PREFIXES if names and all(name.startswith(p) for name in names)), None):
-        names = [name.removeprefix(prefix) for name in names]
-    return names
 
 
 class ResumePoint(Checkpoint):

@@ -41,6 +41,9 @@ DTYPES: tuple[torch.dtype, ...] = (
 )
 _AXES = 32
 _INFLATED = 1 << 24
+_LONGEST = 1 << 12  # characters of one name
+_ALL_NAMES = 1 << 24  # characters of all names
+_SHOWN = 60  # characters of a name that a message shows
 
 
 class Kind(IntEnum):
@@ -87,6 +90,8 @@ def encode(entries: Sequence[Entry]) -> tuple[int, bytes]:
     Raises:
         ValueError: a name that cannot be stored.
     """
+    if sum(len(entry.name) for entry in entries) > _ALL_NAMES:
+        raise ValueError(f"the tensors' names must not have more than {_ALL_NAMES} characters in all: shorten them")
     out = varint(len(entries)) + _names([entry.name for entry in entries])
     out += bytes(entry.kind << 4 | DTYPES.index(entry.dtype) for entry in entries)
     for entry in entries:
@@ -96,7 +101,7 @@ def encode(entries: Sequence[Entry]) -> tuple[int, bytes]:
             out += b"".join(map(varint, (len(entry.shape), *entry.shape)))
     # Short texts go better with fixed Huffman codes, long ones with their own.
     packed = min((_deflate(out, strategy) for strategy in (zlib.Z_FIXED, zlib.Z_DEFAULT_STRATEGY)), key=len)
-    return (DEFLATED, packed) if len(packed) < len(out) else (PLAIN, out)
+    return (DEFLATED, packed) if len(packed) < len(out) <= _INFLATED else (PLAIN, out)
 
 
 def decode(tag: int, data: bytes) -> list[Entry]:
@@ -107,19 +112,23 @@ def decode(tag: int, data: bytes) -> list[Entry]:
     """
     cursor = Cursor(_inflate(data) if tag == DEFLATED else data, "table of contents")
     number = cursor.varint()
-    names: list[str] = []
+    names: dict[str, None] = {}
     before: list[str] = []
+    room = _ALL_NAMES
     while len(names) < number:
         shared, rest = cursor.varint(), cursor.line()
         if shared > len(before):
             raise _damaged(f"a name that shares at most {len(before)} parts with the one before", shared)
         try:
-            names.append(".".join([*before[:shared], rest.decode()]))
+            name = ".".join([*before[:shared], rest.decode()])
         except UnicodeDecodeError as error:
-            raise _damaged("names in UTF-8", rest) from error
-        before = names[-1].split(".")
-    if len(set(names)) < number:
-        raise _damaged(f"{number} different names", f"{len(set(names))}")
+            raise _damaged("names in UTF-8", rest[:_SHOWN]) from error
+        # Few bytes may repeat a name, or the parts of a long one, without end: seen here, not when memory is gone.
+        room -= len(name)
+        if name in names or room < 0 or len(name) > _LONGEST:
+            raise _damaged(f"{number} different names of at most {_LONGEST} characters", name[:_SHOWN])
+        names[name] = None
+        before = name.split(".")
     codes = cursor.take(number)
     entries: list[Entry] = []
     for name, code in zip(names, codes, strict=True):
@@ -148,8 +157,11 @@ def _names(names: Iterable[str]) -> bytes:
     out = b""
     before: list[str] = []
     for name in names:
-        if "\n" in name:
-            raise ValueError(f"a tensor's name must not hold a newline, got {name!r}: rename the module")
+        if "\n" in name or len(name) > _LONGEST:
+            raise ValueError(
+                f"a tensor's name must not hold a newline, nor more than {_LONGEST} characters, got {name[:_SHOWN]!r}: "
+                "rename the module"
+            )
         parts = name.split(".")
         shared = 0
         while shared < min(len(parts) - 1, len(before)) and parts[shared] == before[shared]:

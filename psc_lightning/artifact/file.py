@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ def _to_bytes(model: nn.Module, leftovers: str) -> tuple[bytes, Report]:
     tag, content = directory.encode(entries)
     data = container.pack({tag: content, _SYMBOLS: writer.finish()})
     stored = {name: its_slots.stored(weight) for name, (its_slots, weight) in compressed.items()}
-    return data, _report(entries, tensors, bits, writer.streams, len(data), stored, _layer_types(model))
+    return data, _report(entries, tensors, bits, writer.streams, data, stored, _layer_types(model))
 
 
 def load(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> dict[str, Tensor]:
@@ -137,10 +138,9 @@ def inspect(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Report:
     Raises:
         ArtifactError: as `load`.
     """
-    content = _read(path, max_bytes)
-    return _report(
-        content.entries, content.tensors, content.bits, content.streams, content.file_bytes, content.stored, {}
-    )
+    data = container.read(path, max_bytes + _SLACK)
+    content = _decode(*_open(data), max_bytes)
+    return _report(content.entries, content.tensors, content.bits, content.streams, data, content.stored, {})
 
 
 @torch.no_grad()
@@ -170,7 +170,6 @@ class _Content:
     stored: dict[str, Stored]
     bits: list[float]
     streams: list[Stream]
-    file_bytes: int = 0
 
 
 def _open(data: bytes) -> tuple[list[Entry], bytes]:
@@ -182,10 +181,7 @@ def _open(data: bytes) -> tuple[list[Entry], bytes]:
 
 
 def _read(path: str | os.PathLike[str], max_bytes: int) -> _Content:
-    data = container.read(path, max_bytes + _SLACK)
-    entries, payload = _open(data)
-    content = _decode(entries, payload, max_bytes)
-    return replace(content, file_bytes=len(data))
+    return _decode(*_open(container.read(path, max_bytes + _SLACK)), max_bytes)
 
 
 def _decode(entries: Sequence[Entry], payload: bytes, max_bytes: int) -> _Content:
@@ -316,9 +312,9 @@ def _layer_types(model: nn.Module) -> dict[str, str]:
 
 
 def _levels(tensor: Tensor) -> int:
-    rows = tensor.reshape(tensor.shape[0], -1) if tensor.dim() else tensor.reshape(1, 1)
-    if not rows.numel():
+    if not tensor.numel():
         return 0
+    rows = tensor.reshape(tensor.shape[0], -1) if tensor.dim() else tensor.reshape(1, 1)
     ordered = rows.sort(dim=1).values
     return 1 + int((ordered[:, 1:] != ordered[:, :-1]).sum(1).max())
 
@@ -328,7 +324,7 @@ def _report(
     tensors: Mapping[str, Tensor],
     bits: Sequence[float],
     streams: Sequence[Stream],
-    file_bytes: int,
+    data: bytes,
     stored: Mapping[str, Stored],
     layer_types: Mapping[str, str],
 ) -> Report:
@@ -361,10 +357,11 @@ def _report(
     dense = sum(row.dense_bytes for row in rows)
     return Report(
         dense_bytes=dense,
-        file_bytes=file_bytes,
-        compression_ratio=dense / file_bytes,
+        file_bytes=len(data),
+        compression_ratio=dense / len(data),
         entropy_bytes=math.ceil(sum(stream.entropy for stream in streams) / 8),
-        overhead_bytes=file_bytes - counted,
+        overhead_bytes=len(data) - counted,
+        sha256=hashlib.sha256(data).hexdigest(),
         tensors=rows,
     )
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from psc_lightning.artifact import container
+from psc_lightning.artifact.table import render
 
 __all__ = ["Report", "TensorReport"]
 
@@ -54,6 +55,7 @@ class Report:
         entropy_bytes: order-0 entropy of all stored symbols, without names and header; a coding with contexts may stay
             below it, one that has to learn a distribution is above.
         overhead_bytes: header, names, shapes, checksum, and the last bits of the entropy coder.
+        sha256: of the file, 64 hexadecimal digits; None in a report of earlier versions.
         metrics: what the caller measured, as in `{"dense": {"accuracy": 0.97}, "compressed": {…}}`.
         tensors: one entry a tensor, in plain order.
     """
@@ -63,6 +65,7 @@ class Report:
     compression_ratio: float
     entropy_bytes: int
     overhead_bytes: int
+    sha256: str | None = field(default=None, kw_only=True)
     metrics: dict[str, Any] = field(default_factory=dict)
     tensors: list[TensorReport] = field(default_factory=list)
 
@@ -95,57 +98,38 @@ class Report:
             all_tensors: a row for each plain tensor too, where there are many.
             width: columns available, at least 80.
         """
-        # Reading a file must not need rich.
-        from rich.console import Console
-        from rich.table import Table
-
-        # The width is the caller's, so that a log shows what a terminal shows; names are text, not markup.
-        console = Console(width=max(width, 80), color_system=None, force_terminal=False, markup=False, emoji=False)
         smaller = f"{self.compression_ratio:.2f}x smaller"
-        table = Table(box=None, pad_edge=False, show_footer=True)
-        for title, footer in {
-            "#": "",
-            "tensor": "file",
-            "layer": "",
-            "shape": "",
-            "core": "",
-            "method": smaller,
-        }.items():
-            table.add_column(title, footer=footer, justify="right" if title == "#" else "left", overflow="fold")
-        dense_bytes, file_bytes = f"{self.dense_bytes:,}", f"{self.file_bytes:,}"
-        for title, footer in {
-            "zeros %": "",
-            "levels": "",
-            "dense bytes": dense_bytes,
-            "stored bytes": file_bytes,
-        }.items():
-            table.add_column(title, footer=footer, justify="right")
+        columns = [("#", "", "right"), ("tensor", "file", "left"), ("layer", "", "left"), ("shape", "", "left")]
+        columns += [
+            ("core", "", "left"),
+            ("method", smaller, "left"),
+            ("zeros %", "", "right"),
+            ("levels", "", "right"),
+        ]
+        columns += [
+            ("dense bytes", f"{self.dense_bytes:,}", "right"),
+            ("stored bytes", f"{self.file_bytes:,}", "right"),
+        ]
+        rows: list[tuple[str, ...]] = []
         plain = [row for row in self.tensors if row.method == "plain"]
         grouped = not all_tensors and len(plain) > _MANY
         for index, row in enumerate(self.tensors):
             if grouped and row.method == "plain":
                 continue
-            table.add_row(
-                str(index),
-                row.name,
-                row.layer_type,
-                _shape(row.shape),
-                "" if row.core_shape == row.shape else _shape(row.core_shape),
-                row.method,
-                f"{100 * row.sparsity:.1f}",
-                "" if row.levels is None else str(row.levels),
-                f"{row.dense_bytes:,}",
-                f"{row.stored_bytes:,}",
-            )
+            cells = (row.name, row.layer_type, _shape(row.shape))
+            core = "" if row.core_shape == row.shape else _shape(row.core_shape)
+            levels = "" if row.levels is None else str(row.levels)
+            sizes = (f"{row.dense_bytes:,}", f"{row.stored_bytes:,}")
+            rows.append((str(index), *cells, core, row.method, f"{100 * row.sparsity:.1f}", levels, *sizes))
         if grouped:
             dense, stored = sum(row.dense_bytes for row in plain), sum(row.stored_bytes for row in plain)
-            table.add_row("", f"{len(plain)} others", "", "", "", "plain", "", "", f"{dense:,}", f"{stored:,}")
-        table.add_row("", "names, header, checksum", "", "", "", "", "", "", "", f"{self.overhead_bytes:,}")
-        with console.capture() as capture:
-            console.print(table)
-            for stage, values in self.metrics.items():
-                console.print(f"{stage}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-        return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+            rows.append(("", f"{len(plain)} others", "", "", "", "plain", "", "", f"{dense:,}", f"{stored:,}"))
+        rows.append(("", "names, header, checksum", "", "", "", "", "", "", "", f"{self.overhead_bytes:,}"))
+        metrics = [
+            f"{stage}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            for stage, values in self.metrics.items()
+        ]
+        return "\n".join([render(columns, rows, width), *metrics])
 
 
 def _shape(shape: tuple[int, ...] | tuple[tuple[int, ...], ...]) -> str:

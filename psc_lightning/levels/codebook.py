@@ -109,6 +109,8 @@ class CodebookLevels(Levels):
     @classmethod
     def decode(cls, reader: Reader, keep: Tensor, dtype: torch.dtype) -> Tensor:
         """Read them: the core's values."""
-        levels = cls(tuple(keep.shape), reader.integer(2, 256), read_group(reader, keep))
-        table = read_halves(reader, levels.centroids.numel())
+        k, group = reader.integer(2, 256), read_group(reader, keep)
+        # The reader refuses a table that is too large, before there is room for one.
+        table = read_halves(reader, group_counts(tuple(keep.shape), group)[0] * k)
+        levels = cls(tuple(keep.shape), k, group)
         return levels._gather(table, read_codes(reader, keep, 0, levels.k, torch.int32)).to(dtype)

@@ -202,6 +202,28 @@ def test_a_deflate_bomb_is_not_inflated() -> None:
         directory.decode(DEFLATED, b"\xff\xff")
 
 
-def test_a_newline_in_a_name() -> None:
-    with pytest.raises(ValueError, match="newline"):
-        directory.encode([Entry("a\nb", Kind.LEFTOVER, torch.float32, ())])
+@pytest.mark.parametrize("name", ["a\nb", "a" * 4097])
+def test_names_that_no_reader_would_take(name: str) -> None:
+    with pytest.raises(ValueError, match="newline, nor more than 4096 characters"):
+        directory.encode([Entry(name, Kind.LEFTOVER, torch.float32, ())])
+
+
+def test_names_too_long_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [Entry(name, Kind.LEFTOVER, torch.float32, ()) for name in ("a.weight", "b.weight")]
+    section = directory.encode(entries)
+    monkeypatch.setattr(directory, "_ALL_NAMES", 16)
+    assert directory.decode(*directory.encode(entries)) == entries
+    monkeypatch.setattr(directory, "_ALL_NAMES", 15)
+    with pytest.raises(ValueError, match="more than 15 characters in all"):
+        directory.encode(entries)
+    with pytest.raises(ArtifactError, match="2 different names"):
+        directory.decode(*section)
+
+
+def test_a_table_that_no_reader_would_inflate_is_not_deflated(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [Entry(f"layer.{i}.weight", Kind.LEFTOVER, torch.float32, (1,)) for i in range(50)]
+    assert directory.encode(entries)[0] == DEFLATED
+    monkeypatch.setattr(directory, "_INFLATED", 100)
+    tag, content = directory.encode(entries)
+    assert tag == PLAIN
+    assert directory.decode(tag, content) == entries

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fuzz import closed, little_memory, watched
 from models import EVERY_METHOD, bag, compressed, fill
 from torch import nn
 
-from psc_lightning.artifact import ArtifactError, container, load, streams, to_bytes
+from psc_lightning.artifact import ArtifactError, container, directory, inspect, load, save, streams, to_bytes
+from psc_lightning.artifact.container import varint
+from psc_lightning.artifact.directory import Entry, Kind
 
 LIMIT = 1 << 20
 
@@ -120,3 +123,56 @@ def test_a_small_file_that_asks_for_much(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(data)
     with pytest.raises(ArtifactError, match="max_bytes"):
         load(tmp_path / "f", max_bytes=LIMIT)
+
+
+def test_a_small_file_takes_little_memory_whatever_the_limit(tmp_path: Path) -> None:
+    """Python's `read(n)` takes n bytes before it reads: the default limit is 2 GiB."""
+    save(nn.Linear(2, 1), tmp_path / "f")
+    with little_memory():
+        load(tmp_path / "f")
+
+
+def endless(number: int) -> dict[str, tuple[bytes, bytes]]:
+    """The first name of a table of contents, and what is repeated after it."""
+    longest = directory._LONGEST // 2
+    growing = b"".join(varint(longest - 4) + f"{i:x}\n".encode() for i in range(number))
+    return {
+        "one name": (b"a", b"\0a\n" * number),
+        "long": (b"a." * (1 << 20), varint(1 << 20) + b"\n"),
+        "all together": (b"a." * (longest - 4), growing),
+    }
+
+
+@pytest.mark.parametrize("which", endless(1))
+def test_names_that_repeat_without_end(tmp_path: Path, which: str) -> None:
+    """A few kilobytes, deflated, of a million names that are equal, or that would take gigabytes."""
+    first, rest = endless(1 << 16)[which]
+    table = varint(1 << 20) + b"\0" + first + b"\n" + rest
+    (tmp_path / "f").write_bytes(container.pack({directory.DEFLATED: directory._deflate(table, 0), 3: b"\1"}))
+    with (
+        little_memory(),
+        watched(),
+        pytest.raises(ArtifactError, match="different names of at most 4096 char") as caught,
+    ):
+        load(tmp_path / "f")
+    assert len(str(caught.value)) < 400
+
+
+def test_more_centroids_than_weights(tmp_path: Path) -> None:
+    """256 centroids for each single weight: the limit is on what is read, not on the tensor alone."""
+    writer = streams.SymbolWriter()
+    for number in (0, 0, 0, 6, 256, 2, 0):  # layout, tying, mask, codebook, k, group, exponent
+        writer.integer(number)
+    data = closed([Entry("a", Kind.SLOTS, torch.float32, (2, LIMIT // 8))], writer.finish())
+    (tmp_path / "f").write_bytes(data)
+    with little_memory(), pytest.raises(ArtifactError, match="expected at most 1048576 symbols in one array"):
+        load(tmp_path / "f", max_bytes=LIMIT)
+
+
+def test_a_compressed_weight_without_rows(tmp_path: Path) -> None:
+    writer = streams.SymbolWriter()
+    for _ in range(4):  # layout, tying, mask, levels
+        writer.integer(0)
+    (tmp_path / "f").write_bytes(closed([Entry("a", Kind.SLOTS, torch.float32, (0, 3))], writer.finish()))
+    assert load(tmp_path / "f")["a"].shape == (0, 3)
+    assert inspect(tmp_path / "f").tensors[0].levels == 0

@@ -71,20 +71,6 @@ def test_same_bytes_in_another_process() -> None:
     assert found.stdout.strip() == to_bytes(compressed(levels="binary"))[0].hex()
 
 
-def test_golden_file(tmp_path: Path) -> None:
-    """Version 1 as it was first written; a reader must go on reading it."""
-    model = bag({"fc.weight": torch.tensor([[1.0, -2.5]]), "fc.bias": torch.tensor([0.5]), "n": torch.tensor(7)})
-    data, _ = to_bytes(model)
-    assert data.hex() == GOLDEN
-    (tmp_path / "golden.psc").write_bytes(bytes.fromhex(GOLDEN))
-    assert_same(load(tmp_path / "golden.psc"), model.state_dict())
-
-
-GOLDEN = (
-    "50534301cbdace9202126366c80389a20a8a08083030313231320200031c"
-    "5ee3c763b853161091aefdcd18a38754e7892d3b6ddf09b994465599"
-)
-
 floats = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])
 types = floats | st.sampled_from([torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool])
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from torch import nn
 from psc_lightning import view
 from psc_lightning.artifact import Report, TensorReport, inspect, save, to_bytes
 
-KEYS = ["dense_bytes", "file_bytes", "compression_ratio", "entropy_bytes", "overhead_bytes", "metrics", "tensors"]
+KEYS = ["dense_bytes", "file_bytes", "compression_ratio", "entropy_bytes", "overhead_bytes", "sha256", "metrics"]
+KEYS += ["tensors"]
 ROW_KEYS = ["name", "layer_type", "shape", "core_shape", "method", "dense_bytes", "stored_bytes", "sparsity", "levels"]
 
 
@@ -25,6 +27,8 @@ def test_keys_of_report_json(tmp_path: Path) -> None:
     assert list(found) == KEYS
     assert list(found["tensors"][0]) == ROW_KEYS
     assert Report.from_dict(found) == report
+    del found["sha256"]  # as version 0.1.0 wrote it at first
+    assert Report.from_dict(found).sha256 is None
 
 
 def test_a_row_by_hand() -> None:
@@ -71,7 +75,8 @@ def test_inspect_agrees_with_save(tmp_path: Path) -> None:
     model = compressed(mask="magnitude", levels="codebook")
     report = save(model, tmp_path / "model.psc")
     found = inspect(tmp_path / "model.psc")
-    for key in ("dense_bytes", "file_bytes", "compression_ratio", "entropy_bytes", "overhead_bytes"):
+    assert found.sha256 == hashlib.sha256((tmp_path / "model.psc").read_bytes()).hexdigest()
+    for key in ("dense_bytes", "file_bytes", "compression_ratio", "entropy_bytes", "overhead_bytes", "sha256"):
         assert getattr(found, key) == getattr(report, key), key
     for row, expected in zip(found.tensors, report.tensors, strict=True):
         for key in ("name", "shape", "dense_bytes", "stored_bytes", "sparsity", "levels"):

@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from training import COMBINATIONS, INPUTS, QUIET, Loader, Net, differences, fit, layers, trainer
 
-from psc_lightning import MaskLearning, StraightThroughQuantization, detach
+from psc_lightning import MaskLearning, StraightThroughQuantization, detach, save
+from psc_lightning.cli import main
 
 pytestmark = QUIET
 
@@ -175,3 +176,17 @@ def test_after_detach_it_is_the_users_class_again():
     assert torch.equal(logits(model), expected)
     fit((), model.train(), max_epochs=1)
     assert not torch.equal(logits(model), expected)
+
+
+def test_a_checkpoint_holds_what_the_file_holds(tmp_path, capsys):
+    for name in ("binary", "cross_channel", "low_rank"):
+        model, made = fit(COMBINATIONS[name]("constant"))
+        made.save_checkpoint(tmp_path / "last.ckpt")
+        for held in (model, model.net):  # with the names of the checkpoint, and without the LightningModule's prefix
+            save(held, tmp_path / "model.psc")
+            assert main(["verify", str(tmp_path / "model.psc"), "--against", str(tmp_path / "last.ckpt")]) == 0, name
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    checkpoint["state_dict"]["net.0.weight"][0, 0, 0, 0] += 1
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    assert main(["verify", str(tmp_path / "model.psc"), "--against", str(tmp_path / "last.ckpt")]) == 1
+    assert "0.weight in 1 entries" in capsys.readouterr().err

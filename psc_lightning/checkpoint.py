@@ -1,0 +1,56 @@
+"""The tensors of a checkpoint, whoever wrote it; nothing is unpickled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["bare", "read_tensors"]
+
+PREFIXES = ("module.", "model.", "net.")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a plain state dict, a Lightning checkpoint, a dict with a `state_dict` in it, or a safetensors file.
+
+    Args:
+        path: the file; one that ends in ``.safetensors`` is read as such (needs safetensors).
+
+    Raises:
+        ValueError: no such file, damaged, or not names and tensors.
+    """
+    if not path.is_file():
+        raise ValueError("no such file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except ModuleNotFoundError as error:
+        raise ValueError("reading it needs safetensors: pip install safetensors") from error
+    except Exception as error:  # both raise whatever the bytes make them stumble over
+        raise ValueError(
+            "damaged, or more than tensors (it is read with weights_only=True); save a state_dict()"
+        ) from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"holds {type(content).__name__}, not a state dict (names and tensors)")
+    return dict(content)
+
+
+def bare(state: Mapping[str, Any]) -> list[str]:
+    """Return the names without what wrappers put in front of all of them.
+
+    >>> bare({"module.net.conv.weight": 0, "module.net.conv.bias": 0})
+    ['conv.weight', 'conv.bias']
+    """
+    names = list(state)
+    while prefix := next((p for p in PREFIXES if names and all(name.startswith(p) for name in names)), None):
+        names = [name.removeprefix(prefix) for name in names]
+    return names

@@ -1,0 +1,50 @@
+"""Version 1 as it was written: it is read for ever, and a change of what is written now is made on purpose."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import golden
+import pytest
+from fuzz import sealed
+
+from psc_lightning.artifact import ArtifactError, load, to_bytes
+from psc_lightning.levels import LEVELS
+from psc_lightning.tying import TYINGS
+
+FILES = sorted(golden.FOLDER.glob("*.psc"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_file_of_version_1_is_read(path: Path) -> None:
+    assert golden.digests(load(path)) == json.loads(path.with_suffix(".json").read_text())
+
+
+@pytest.mark.parametrize("name", golden.NETWORKS)
+def test_the_writer_writes_the_newest_file(name: str) -> None:
+    """If it is on purpose: python tests/artifact/golden.py, which adds a file and keeps the old ones."""
+    assert to_bytes(golden.NETWORKS[name]())[0].hex() == golden.generations(name)[-1].read_bytes().hex()
+
+
+def test_every_method_has_a_file() -> None:
+    assert {*LEVELS, *TYINGS, "plain", "every_type"} <= set(golden.NETWORKS)
+    assert {path.name.partition(".")[0] for path in FILES} == set(golden.NETWORKS)
+
+
+def test_optional_sections_are_skipped_and_others_refused(tmp_path: Path) -> None:
+    data = golden.generations("ternary")[0].read_bytes()
+    for tag, optional in ((4, False), (127, False), (128, True), (255, True)):
+        (tmp_path / "f").write_bytes(sealed(data[8:] + bytes([tag, 3]) + b"new"))
+        if optional:
+            assert golden.digests(load(tmp_path / "f")) == golden.digests(load(golden.generations("ternary")[0]))
+        else:
+            with pytest.raises(ArtifactError, match=f"found section {tag}: update psc_lightning"):
+                load(tmp_path / "f")
+
+
+def test_a_newer_version_is_refused(tmp_path: Path) -> None:
+    data = golden.generations("ternary")[0].read_bytes()
+    (tmp_path / "f").write_bytes(data[:3] + b"\2" + data[4:])
+    with pytest.raises(ArtifactError, match="expected format version 1, found 2: update psc_lightning"):
+        load(tmp_path / "f")
