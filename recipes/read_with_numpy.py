@@ -235,7 +235,7 @@ def per_entry(number: int, group: int, shape: tuple[int, ...]) -> np.ndarray[Any
 def levels(ans: Ans, keep: np.ndarray[Any, Any], kind: str, work: Any) -> np.ndarray[Any, Any]:
     """One core: its kept entries' values, +0.0 elsewhere."""
     shape, number = keep.shape, int(keep.sum())
-    grid = keep.reshape(shape[0], -1)
+    grid = keep.reshape(shape[0], prod(shape[1:]))
     core = np.zeros(shape, work)
     method = ans.integer()
     if method in (0, 1, 7):
