@@ -125,10 +125,10 @@ class SlotCallback(Callback):
                 except ValueError as error:
                     raise ValueError(f"{target.name}: {error}") from None
                 attach_slots(target.holders, slots)
-            elif dict(taken.options) != self.options:
+            elif taken != self.spec():
                 raise ValueError(
-                    f"{target.name}: its {self.slot} slot holds {taken.owner} with {dict(taken.options)}, this callback has "
-                    f"{self.options}; call psc_lightning.detach(model) before training it with other options"
+                    f"{target.name}: its {self.slot} slot holds {taken.owner} with {taken.told}, this callback has "
+                    f"{self.spec().told}; call psc_lightning.detach(model) before training it with other options"
                 )
             self.held.append((target.name, slots, target.parameter))
 

@@ -22,6 +22,7 @@ from psc_lightning import view
 from psc_lightning.artifact import container
 from psc_lightning.export.channels import remove_dead_channels
 from psc_lightning.export.graph import Graph
+from psc_lightning.export.integers import run_in_integers
 from psc_lightning.export.separable import split_convolutions
 from psc_lightning.export.weights import write_weight
 from psc_lightning.slots import Stored
@@ -96,6 +97,7 @@ def export_stored(
     held = remove_dead_channels(model.graph, held)
     model.graph.ClearField("value_info")
     graph = Graph()
+    held = run_in_integers(model.graph, graph, held)
     held = split_convolutions(model.graph, graph, held)
     for name, one in held.items():
         graph.rename(write_weight(graph, one, dequantize=weights == "dequantize"), name)
