@@ -11,7 +11,7 @@ from torch import distributed, nn
 from psc_lightning.callbacks.slot import SlotCallback, grouping, one_of, positive, whole
 from psc_lightning.levels import FORMS, LEVELS, ROOTS
 from psc_lightning.schedule import Schedule
-from psc_lightning.slots import SLOTS, Spec
+from psc_lightning.slots import Spec
 from psc_lightning.targets import Selection
 from psc_lightning.view import takes_inputs
 
@@ -128,7 +128,7 @@ class StraightThroughQuantization(SlotCallback):
         return chosen
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """See the inputs of this batch, once the levels have begun."""
+        """See the inputs of this batch; before the levels begin, too, so that these find a range that has settled."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._observe(True)
 
@@ -155,4 +155,4 @@ class StraightThroughQuantization(SlotCallback):
     def _observe(self, now: bool) -> None:
         for _, slots, _ in self.held:
             if slots.inputs is not None:
-                slots.inputs.observing = now and bool(slots.phase[SLOTS.index(self.slot)])
+                slots.inputs.observing = now

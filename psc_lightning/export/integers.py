@@ -263,26 +263,32 @@ class _Integers:
     def round_values(self) -> None:
         """Round every value that has a grid where it arises.
 
-        Who computes in integers reads the rounded one, and so does every reader of what integers give.
+        Who computes in integers reads the rounded one, and so does every reader of what integers give, the user included.
         """
         nodes: list[NodeProto] = []
         rounded: dict[str, str] = {}
         readers = {layer.node.output[0] for layer in self.layers}
+        outputs = {value.name for value in self.model.output}
         whole: set[str] = set()
 
-        def arises(value: str) -> None:
+        def arises(value: str, maker: NodeProto | None = None) -> None:
             one = self.grids.get(value)
             if one is None:
                 return
-            constants = [self.graph.constant(np.float32(one.scale)), self.graph.constant(np.uint8(one.zero))]
-            names = [value, *(self.graph.name() for _ in range(3))]
+            raw, last = value, self.graph.name()
+            if maker is not None and value in outputs & whole:
+                raw, last = last, value
+                maker.output[list(maker.output).index(value)] = raw
             if one.top < 255:  # fewer bits than the type has
                 ends = [self.graph.constant(np.float32(end)) for end in (one.low, one.high)]
-                nodes.append(helper.make_node("Clip", [names[0], *ends], [names[1]]))
-                del names[0]
-            nodes.append(helper.make_node("QuantizeLinear", [names[0], *constants], [names[-2]]))
-            nodes.append(helper.make_node("DequantizeLinear", [names[-2], *constants], [names[-1]]))
-            rounded[value] = names[-1]
+                clipped = self.graph.name()
+                nodes.append(helper.make_node("Clip", [raw, *ends], [clipped]))
+                raw = clipped
+            constants = [self.graph.constant(np.float32(one.scale)), self.graph.constant(np.uint8(one.zero))]
+            numbers = self.graph.name()
+            nodes.append(helper.make_node("QuantizeLinear", [raw, *constants], [numbers]))
+            nodes.append(helper.make_node("DequantizeLinear", [numbers, *constants], [last]))
+            rounded[value] = last
 
         for value in self.model.input:
             arises(value.name)
@@ -296,7 +302,7 @@ class _Integers:
                     node.input[i] = rounded.get(name, name)
             nodes.append(node)
             for name in node.output:
-                arises(name)
+                arises(name, node)
         del self.model.node[:]
         self.model.node.extend(nodes)
 
