@@ -41,6 +41,12 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example: Example
     (onnxruntime does by default) then works at the speed of the dense model. Convolutions under `separable` become
     two; channels that are zero are left out where nothing branches. The model itself stays as it is.
 
+    Where the model rounds the inputs of layers (`StraightThroughQuantization(activations=8)`), these layers compute in 8
+    bit integers: between QuantizeLinear and DequantizeLinear, BatchNorm folded. A convolution's result is rounded once
+    more than in training then, to one of 256 numbers. The ranges are the live model's: export it before `detach`; a .psc
+    file holds weights only. What cannot run in integers is named in a warning, and so is a choice of bits that some
+    processors compute wrongly.
+
     Args:
         model: any module, with or without compressed weights; it is exported as in eval, on the CPU.
         path: the file to write; one that exists is replaced only when the new one is complete.
