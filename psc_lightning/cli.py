@@ -101,7 +101,11 @@ def _parser() -> argparse.ArgumentParser:
         "--model", metavar="PACKAGE.MODULE:FACTORY", help="what makes the plain model, called without arguments"
     )
     one.add_argument(
-        "--example", metavar="SHAPE", type=_example, help="an input: 1,3,32,32; 1,128:int64 where it is whole numbers"
+        "--example",
+        metavar="SHAPE",
+        type=_example,
+        action="append",
+        help="an input: 1,3,32,32; 1,128:int64 where it is whole numbers; once for each input, in their order",
     )
     one.set_defaults(run=_export)
     return parser
@@ -191,11 +195,10 @@ def _export(options: argparse.Namespace) -> None:
 
         model = _of_run(folder) if folder else _made(options.model)
         load_into(model, file)
-        shape, dtype = options.example
-        example = torch.zeros(shape, dtype=getattr(torch, dtype))
+        example = tuple(torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in options.example)
         try:
             with torch.no_grad():
-                model.eval()(example)
+                model.eval()(*example)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise _UsageError(f"--example: the model does not take such an input: {error}") from error
         export_stored(model, load_stored(file), options.onnx, example)

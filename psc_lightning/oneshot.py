@@ -102,7 +102,8 @@ def compress(
         compression: a preset: float, binary, ternary, mask, cross_channel, row, column, separable, low_rank, log,
             codebook, deep, none; or callbacks of your own, which are left as they are.
         threshold: share of the entries that are zero, 0 ≤ threshold < 1; None: the preset's default.
-        batches: for presets that labels drive (`mask`, `deep`): batches to compute gradients on.
+        batches: for presets that labels drive (`mask`, `deep`), and callbacks that round activations: batches to compute
+            gradients on, and to see inputs in.
         loss: ``loss(model, batch)`` gives a scalar for each of them.
         options: any other key of ``conf/compression/<preset>.yaml``: `bits`, `k`, `group`, `groups`, `block`, `rank`,
             `targets`, `ignore`, `min_size`, …
@@ -127,12 +128,16 @@ def compress(
         raise ValueError(f"{', '.join(options) or 'threshold'}: an option of presets; callbacks have their own")
     else:
         callbacks = [deepcopy(callback) for callback in compression if isinstance(callback, SlotCallback)]
-    driven = [callback for callback in callbacks if callback.slot == "mask" and MASKS[callback.method].labels != "none"]
+    driven = ""
+    if any(callback.slot == "mask" and MASKS[callback.method].labels != "none" for callback in callbacks):
+        driven = "is driven by labels"
+    elif any(callback.spec().activations for callback in callbacks):
+        driven = "rounds inputs that it has seen"
     name = compression if isinstance(compression, str) else "+".join(callback.method for callback in callbacks)
     if (batches is None) != (loss is None) or (driven and batches is None):
         raise ValueError(
             f"batches, loss: compression={name!r} "
-            + ("is driven by labels and needs both" if driven else "takes both or neither")
+            + (f"{driven} and needs both" if driven else "takes both or neither")
             + ": compress(model, …, batches=loader, loss=lambda model, batch: …)"
         )
     chosen = [(callback, target) for callback in callbacks for target in callback.choose(model).targets]
@@ -182,8 +187,10 @@ def _calibrate(
     model.eval()
     number = -1
     try:
-        for _, _, weight in held:
+        for _, slots, weight in held:
             weight.requires_grad_()  # a frozen weight has labels too
+            if slots.inputs is not None:
+                slots.inputs.observing = True
         for number, batch in enumerate(
             track(batches, description="calibrating", transient=True, disable=not sys.stdout.isatty())
         ):
@@ -202,6 +209,9 @@ def _calibrate(
             parameter.requires_grad_(learns)
         for layer, mode in training:
             layer.training = mode
+        for _, slots, _ in held:
+            if slots.inputs is not None:
+                slots.inputs.observing = False
     if number < 0:
         raise ValueError("batches: expected one batch or more, found none; a generator can be read only once")
 

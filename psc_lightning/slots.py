@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from psc_lightning.activations import Activations, Grid
 from psc_lightning.bits import read_bits, write_bits
 from psc_lightning.layout import Layout, memory_format
 from psc_lightning.levels import LEVELS, Levels
@@ -36,11 +37,20 @@ OFF, SOFT, HARD = 0, 1, 2
 
 @dataclass(frozen=True)
 class Spec:
-    """What fills a slot: a method's name, its options, and the callback that asked for it (for error messages)."""
+    """What fills a slot: a method's name, its options, and the callback that asked for it (for error messages).
+
+    With levels may come `activations`: bits of the inputs of the layers that hold the tensor.
+    """
 
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     owner: str = ""
+    activations: int | None = None
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """All that was asked for."""
+        return {**self.options, **({"activations": self.activations} if self.activations else {})}
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,8 @@ class Stored:
         weight: the effective weight.
         layout: where its output axis is.
         tying: what makes the weight, output axis first, from the cores; None: the one core is it.
+        inputs: what the inputs of its layers are rounded to, which no file holds; None: nothing.
+        outputs: the lowest and the highest output of a convolution, a row each, which was seen then.
     """
 
     method: str
@@ -60,6 +72,8 @@ class Stored:
     weight: Tensor
     layout: Layout
     tying: Tying | None
+    inputs: Grid | None = None
+    outputs: Tensor | None = None
 
 
 class _Linked(torch.autograd.Function):
@@ -128,6 +142,7 @@ class Slots(nn.Module):
         self.untied = False  # a tying that has begun with another weight than the one that was loaded since
         self.tying: Tying | None = None
         self.cores = nn.ModuleDict()
+        self.inputs: Activations | None = None
 
     # ---------------------------------------------------------------------------------------------- filling
 
@@ -156,6 +171,9 @@ class Slots(nn.Module):
             cores[name] = Chain(parts.get("mask", old.mask), parts.get("levels", old.levels)).to(device)
         self.cores = nn.ModuleDict(cores)
         self.specs = specs
+        if spec.activations is not None:
+            channels = shape[0] if len(shape) > 2 else None
+            self.inputs = Activations(spec.activations, channels).to(device)
 
     @property
     def filled(self) -> bool:
@@ -279,6 +297,12 @@ class Slots(nn.Module):
 
     forward = effective
 
+    def rounded(self, x: Tensor) -> Tensor:
+        """What a layer's input becomes: as the levels' owner says, from where they begin (and no softer then)."""
+        if self.inputs is not None and self.inputs.observing:
+            self.inputs.see(x)
+        return self.inputs(x) if self.inputs is not None and self.phase[2] else x
+
     def _through(self, weight: Tensor) -> Tensor:
         return self._expand(self._cores(weight), weight)
 
@@ -320,7 +344,10 @@ class Slots(nn.Module):
             self.refresh(weight)
         cores = self._cores(weight)
         tying = self.tying if self.phase[0] else None
-        return Stored(self.method, dict(cores), self._expand(cores, weight), self.layout, tying)
+        inputs = self.inputs.grid() if self.inputs is not None and self.phase[2] else None
+        seen = self.inputs.output if self.inputs is not None else None
+        outputs = None if seen is None else torch.stack((seen.low, seen.high))
+        return Stored(self.method, dict(cores), self._expand(cores, weight), self.layout, tying, inputs, outputs)
 
     @torch.no_grad()
     def encode(self, writer: Writer, weight: Tensor) -> None:

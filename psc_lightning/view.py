@@ -3,6 +3,7 @@
 The layer's class becomes a cached subclass whose property `weight` passes the Parameter through its `Slots`. The
 Parameter stays registered under its own name, so names, order, optimizers, checkpoints and tied weights are those of
 the plain model; the slots live in a child module ``psc``. It is `torch.nn.utils.parametrize` without the renaming.
+Where a layer's input is rounded too, a forward pre-hook does it: a function of this module, so that it copies and pickles.
 """
 
 from __future__ import annotations
@@ -19,7 +20,17 @@ from torch import Tensor, nn
 from psc_lightning.sharding import is_sharded, sharded_modules
 from psc_lightning.slots import Slots
 
-__all__ = ["attach_slots", "derive", "detach", "plain_state", "raw", "remove_slots", "slots_of", "views"]
+__all__ = [
+    "attach_slots",
+    "derive",
+    "detach",
+    "plain_state",
+    "raw",
+    "remove_slots",
+    "slots_of",
+    "takes_inputs",
+    "views",
+]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -128,6 +139,42 @@ def _views(base: type, names: tuple[str, ...]) -> dict[str, Any]:
     return attributes
 
 
+def takes_inputs(layer: nn.Module) -> bool:
+    """Whether a layer multiplies one input by its weight, so that the input can be rounded."""
+    return isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
+def _round_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook."""
+    slots = layer._modules[CHILD]._modules["weight"]  # type: ignore[union-attr]
+    assert isinstance(slots, Slots)
+    if args:
+        return (slots.rounded(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "input": slots.rounded(kwargs["input"])}
+
+
+def _see_output(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    """Forward hook."""
+    slots = layer._modules[CHILD]._modules["weight"]  # type: ignore[union-attr]
+    assert isinstance(slots, Slots)
+    if slots.inputs is not None and slots.inputs.observing:
+        slots.inputs.see_output(output, output.dim() + 1 - len(slots.stored_shape))
+
+
+def _hook(layer: nn.Module) -> None:
+    if _round_input not in layer._forward_pre_hooks.values():
+        layer.register_forward_pre_hook(_round_input, with_kwargs=True)
+        if not isinstance(layer, nn.Linear):
+            layer.register_forward_hook(_see_output)
+
+
+def _unhook(layer: nn.Module) -> None:
+    for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook in (_round_input, _see_output)]:
+            del hooks[key]
+            layer._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 def slots_of(module: nn.Module, name: str) -> Slots | None:
     """The slots of a layer's tensor, or None where it has no view."""
     child = module._modules.get(CHILD)
@@ -149,12 +196,15 @@ def attach_slots(holders: list[tuple[nn.Module, str]], slots: Slots) -> None:
         # On top of whatever the class is by now: a LightningModule that holds weights itself is derived twice.
         if getattr(type(module), "_psc_views", ()) != names:
             derive(module, _views, names)
+        if name == "weight" and slots.inputs is not None and takes_inputs(module):
+            _hook(module)
 
 
 def remove_slots(module: nn.Module, name: str) -> None:
     """Take a tensor's slots out of a layer, unbaked; the caller gives the layer its class back."""
     child = module._modules.get(CHILD)
     if child is not None:
+        _unhook(module)
         child._modules.pop(name, None)
         if not child._modules:
             module._modules.pop(CHILD)
@@ -219,7 +269,8 @@ def detach(module: M) -> M:
     """Bake the hard effective weights into the Parameters and give every layer its own class back.
 
     Slots that have not reached full strength are hardened first. The module is changed in place and returned; what it
-    computes in eval stays bit for bit the same.
+    computes in eval stays bit for bit the same, but where inputs were rounded (`activations`): their ranges are no part
+    of the plain class, and go (`export_onnx` before).
 
     Raises:
         ValueError: the model is sharded.
@@ -240,6 +291,7 @@ def detach(module: M) -> M:
                 parameter.copy_(baked[id(slots)])
     for _, layer, _, _ in found:
         layer._modules.pop(CHILD, None)
+        _unhook(layer)
     for layer in module.modules():
         base = plain_class(type(layer))
         if base is not type(layer):

@@ -272,3 +272,28 @@ def test_export_takes_whole_numbers(tmp_path: Path, capsys: pytest.CaptureFixtur
             main([*arguments, wrong])
         assert caught.value.code == 2
         assert "expected whole numbers as in 1,3,32,32" in capsys.readouterr().err
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.linear = nn.Embedding(20, 8), nn.Linear(5, 8)
+
+    def forward(self, words: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return self.words(words).mean(1) + self.linear(x)
+
+
+def test_export_takes_several_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(Sum(), tmp_path / "m.psc")
+    (tmp_path / "own_sum.py").write_text("import torch\nfrom torch import nn\n\n\n" + inspect.getsource(Sum))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        arguments = ["export", "m.psc", "--onnx", "m.onnx", "--model", "own_sum:Sum", "--example", "2,3:int64"]
+        assert main(arguments) == 2  # one is missing
+        assert "--example: the model does not take such an input" in capsys.readouterr().err
+        assert main([*arguments, "--example", "2,5"]) == 0
+    made = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    assert [(one.type, one.shape) for one in made.get_inputs()] == [
+        ("tensor(int64)", [2, 3]),
+        ("tensor(float)", [2, 5]),
+    ]

@@ -28,7 +28,7 @@ METHODS = [(folder, name, cls) for folder, (methods, _) in FOLDERS.items() for n
 LAYERS = [
     {"symbols"},
     {"bits", "functional", "schedule", "layout", "configs", "sharding", "checkpoint"},
-    {"tying", "masks", "levels"},
+    {"tying", "masks", "levels", "activations"},
     {"slots"},
     {"view"},
     {"artifact", "targets"},

@@ -189,3 +189,9 @@ COMBINATIONS: dict[str, Callable[[Any], list[Callback]]] = {
     "deep": lambda s: [M("movement", threshold=0.8, schedule=s), Q("codebook", schedule=s, refresh=2)],
     "channels": lambda s: [M("magnitude", threshold=0.5, granularity="channel", schedule=s, refresh=3)],
 }
+
+#: And one whose file, which holds weights only, is not all that the model computes with.
+RUNS: dict[str, Callable[[Any], list[Callback]]] = {
+    **COMBINATIONS,
+    "integers": lambda s: [M("magnitude", threshold=0.2, schedule=s), Q("uniform", bits=7, activations=8, schedule=s)],
+}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from psc_lightning.callbacks.slot import SlotCallback, grouping, one_of, positive, whole
+from psc_lightning.callbacks.arguments import grouping, one_of, positive, whole
+from psc_lightning.callbacks.slot import SlotCallback
 from psc_lightning.masks import GRANULARITIES, MASKS, SALIENCY_LABELS
 from psc_lightning.schedule import Schedule
 

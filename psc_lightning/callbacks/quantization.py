@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from psc_lightning.callbacks.slot import SlotCallback, grouping, one_of, positive, whole
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import distributed, nn
+
+from psc_lightning.callbacks.arguments import grouping, one_of, positive, whole
+from psc_lightning.callbacks.slot import SlotCallback
 from psc_lightning.levels import FORMS, LEVELS, ROOTS
 from psc_lightning.schedule import Schedule
+from psc_lightning.slots import Spec
+from psc_lightning.targets import Selection
+from psc_lightning.view import takes_inputs
 
 __all__ = ["StraightThroughQuantization"]
 
@@ -20,6 +28,9 @@ _OPTIONS = {
     "log": ("bits", "group", "root"),
     "codebook": ("k", "group"),
 }
+
+# Whole multiples of a scale: what integers can be multiplied by.
+_INTEGERS = ("uniform", "binary", "ternary")
 
 
 class StraightThroughQuantization(SlotCallback):
@@ -42,6 +53,9 @@ class StraightThroughQuantization(SlotCallback):
         min_size: fewest entries of a tensor.
         schedule: a `Schedule`, its kind, or a mapping; during the ramp weights are blended with their levels. None:
             linear up to 70 % of training.
+        activations: `uniform`, `binary`, `ternary`: 2 … 8 bits of the inputs of targeted `Linear` and `Conv` layers, which
+            are rounded from the moment that the levels begin, to a range seen in training. `export_onnx` of the live
+            model then runs in 8 bit integers; a .psc file and `detach` keep the weights only. None: not rounded.
 
     Raises:
         ValueError: a wrong value (the argument is named), or, before training starts, a pattern that matches nothing or
@@ -70,6 +84,7 @@ class StraightThroughQuantization(SlotCallback):
         ignore: str | list[str] | None = None,
         min_size: int = 64,
         schedule: Schedule | str | dict[str, Any] | None = None,
+        activations: int | None = None,
     ) -> None:
         one_of("levels", levels, LEVELS)
         given = {"bits": bits, "k": k, "group": group, "learned_step": learned_step, "form": form, "root": root}
@@ -91,6 +106,54 @@ class StraightThroughQuantization(SlotCallback):
             one_of("form", form, FORMS)
         if root is not None:
             one_of("root", root, ROOTS)
+        if activations is not None:
+            one_of("levels", levels, _INTEGERS)
+            whole("activations", activations, 2, 8)
+        self.activations = activations
         super().__init__(
             levels, options, targets, ignore, min_size, schedule, lr=positive("step_lr", step_lr), refresh=refresh
         )
+
+    def spec(self) -> Spec:
+        """What this callback puts into a slot."""
+        return Spec(self.method, self.options, self.state_key, self.activations)
+
+    def choose(self, model: nn.Module) -> Selection:
+        """The tensors it takes, and why it leaves the others."""
+        chosen = super().choose(model)
+        if self.activations and not any(takes_inputs(layer) for t in chosen.targets for layer, _ in t.holders):
+            found = ", ".join(sorted({type(target.layer).__name__ for target in chosen.targets}))
+            raise ValueError(
+                f"activations: only inputs of Linear and Conv layers can be rounded, the targets are {found}"
+            )
+        return chosen
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """See the inputs of this batch; before the levels begin, too, so that these find a range that has settled."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._observe(True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """See no more inputs until the next batch; all processes go on with the mean of their ranges."""
+        self._observe(False)
+        seen = [slots.inputs for _, slots, _ in self.held if slots.inputs is not None]
+        if seen and distributed.is_available() and distributed.is_initialized():
+            bounds = [bound for inputs in seen for bound in inputs.buffers()]
+            sums = torch.cat([bound.reshape(-1) for bound in bounds])
+            distributed.all_reduce(sums)
+            means = sums / distributed.get_world_size()
+            for bound, mean in zip(bounds, torch.split(means, [bound.numel() for bound in bounds])):
+                bound.copy_(mean.reshape(bound.shape))
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave a usable model."""
+        self._observe(False)
+        super().on_exception(trainer, pl_module, exception)
+
+    def _observe(self, now: bool) -> None:
+        for _, slots, _ in self.held:
+            if slots.inputs is not None:
+                slots.inputs.observing = now

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
+from psc_lightning.callbacks.arguments import positive, whole
 from psc_lightning.callbacks.company import bears, callbacks_of, reorder
 from psc_lightning.callbacks.plain import builds_late, make_plain
 from psc_lightning.schedule import Schedule
@@ -125,10 +126,10 @@ class SlotCallback(Callback):
                 except ValueError as error:
                     raise ValueError(f"{target.name}: {error}") from None
                 attach_slots(target.holders, slots)
-            elif dict(taken.options) != self.options:
+            elif taken != self.spec():
                 raise ValueError(
-                    f"{target.name}: its {self.slot} slot holds {taken.owner} with {dict(taken.options)}, this callback has "
-                    f"{self.options}; call psc_lightning.detach(model) before training it with other options"
+                    f"{target.name}: its {self.slot} slot holds {taken.owner} with {taken.told}, this callback has "
+                    f"{self.spec().told}; call psc_lightning.detach(model) before training it with other options"
                 )
             self.held.append((target.name, slots, target.parameter))
 
@@ -420,38 +421,3 @@ def _shard(optimizer: Optimizer) -> None:
             if is_sharded(parameter) and value.shape == parameter.shape:
                 state[name] = torch.empty_like(parameter)
                 scatter(value, state[name])
-
-
-# --------------------------------------------------------------------------------------------- argument checks
-
-
-def one_of(name: str, value: Any, allowed: Iterable[Any]) -> Any:
-    """The value, if it is allowed; else a ValueError that names the argument and what is."""
-    allowed = list(allowed)
-    if not any(type(value) is type(item) and value == item for item in allowed):
-        raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, found {value!r}")
-    return value
-
-
-def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """A whole number in a range; else a ValueError that names the argument."""
-    bounds = f"a whole number from {low}" + (f" to {high}" if high is not None else " up")
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise ValueError(f"{name}: expected {bounds}, found {value!r}")
-    return value
-
-
-def positive(name: str, value: Any) -> float:
-    """A finite number ≥ 0; else a ValueError that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: expected a finite number ≥ 0, found {value!r}")
-    return float(value)
-
-
-def grouping(value: Any) -> str | int:
-    """`tensor`, `channel` or a whole number ≥ 1; else a ValueError."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return value
-    if value not in ("tensor", "channel"):
-        raise ValueError(f"group: expected tensor, channel or a whole number from 1 up, found {value!r}")
-    return str(value)

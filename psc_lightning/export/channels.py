@@ -118,7 +118,8 @@ class _Model:
         kept = torch.from_numpy(keep.nonzero()[0])
         cores = {name: core.index_select(axis, kept) for name, core in held.cores.items()}
         weight = held.weight.index_select(axis, kept)
-        self.held[place[0].input[place[1]]] = replace(held, cores=cores, weight=weight)
+        outputs = held.outputs if held.outputs is None or axis == 1 else held.outputs.cpu().index_select(1, kept)
+        self.held[place[0].input[place[1]]] = replace(held, cores=cores, weight=weight, outputs=outputs)
 
     def _layer(self, node: NodeProto) -> _Layer | None:
         """The layer that a node is the heart of, if its weight is its own and can be cut."""

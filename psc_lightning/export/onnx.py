@@ -22,6 +22,7 @@ from psc_lightning import view
 from psc_lightning.artifact import container
 from psc_lightning.export.channels import remove_dead_channels
 from psc_lightning.export.graph import Graph
+from psc_lightning.export.integers import run_in_integers
 from psc_lightning.export.separable import split_convolutions
 from psc_lightning.export.weights import write_weight
 from psc_lightning.slots import Stored
@@ -39,6 +40,12 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example: Example
     The file is about as small as the bit-packed weights; a runtime that computes constant expressions before it runs
     (onnxruntime does by default) then works at the speed of the dense model. Convolutions under `separable` become
     two; channels that are zero are left out where nothing branches. The model itself stays as it is.
+
+    Where the model rounds the inputs of layers (`StraightThroughQuantization(activations=8)`), these layers compute in 8
+    bit integers: between QuantizeLinear and DequantizeLinear, BatchNorm folded. A convolution's result is rounded once
+    more than in training then, to one of 256 numbers. The ranges are the live model's: export it before `detach`; a .psc
+    file holds weights only. What cannot run in integers is named in a warning, and so is a choice of bits that some
+    processors compute wrongly.
 
     Args:
         model: any module, with or without compressed weights; it is exported as in eval, on the CPU.
@@ -96,6 +103,7 @@ def export_stored(
     held = remove_dead_channels(model.graph, held)
     model.graph.ClearField("value_info")
     graph = Graph()
+    held = run_in_integers(model.graph, graph, held)
     held = split_convolutions(model.graph, graph, held)
     for name, one in held.items():
         graph.rename(write_weight(graph, one, dequantize=weights == "dequantize"), name)

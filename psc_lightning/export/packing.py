@@ -21,7 +21,7 @@ from onnx import TensorProto
 
 from psc_lightning.export.graph import Graph
 
-__all__ = ["dequantized", "pack"]
+__all__ = ["dequantized", "integer_constant", "multiples", "pack"]
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
@@ -336,11 +336,34 @@ def pack(graph: Graph, core: Array, shape: Shape) -> str:
     return coding.finish(graph, place.spread(graph, _write(graph, codes, coding), coding.element), shape)
 
 
+def multiples(core: Array) -> tuple[Array, Array] | None:
+    """Codes of at most 127 and a scale a row, whose product a core is; None where it is no such product."""
+    coding = _multiples(core.reshape(-1), core.size // len(core)) if core.size else None
+    if coding is None or coding.scales is None:
+        return None
+    return coding.codes.reshape(core.shape), coding.scales.reshape(-1)
+
+
+def integer_constant(graph: Graph, codes: Array) -> str:
+    """Add whole numbers from -127 to 127 as int8; where there are few of them, several lie in a byte.
+
+    >>> graph = Graph()
+    >>> value = integer_constant(graph, np.array([[-1, 0], [1, 1]]))
+    >>> [tensor.dims for tensor in graph.initializers][0]
+    [1, 1]
+    """
+
+    def finish(graph: Graph, value: str, shape: Shape) -> str:
+        return graph.shaped(graph.node("Cast", value, to=TensorProto.INT8), *shape)
+
+    coding = _Coding(codes.reshape(-1), 0, TensorProto.INT32, finish)
+    return finish(graph, _write(graph, coding.codes, coding), codes.shape)
+
+
 def dequantized(graph: Graph, core: Array, shape: Shape) -> str | None:
     """Add a DequantizeLinear of 8 bit numbers, a scale a row; None where the values are no such multiples."""
-    coding = _multiples(core.reshape(-1), core.size // len(core)) if core.size else None
-    if coding is None or coding.scales is None or len(coding.scales) != shape[0]:
+    found = multiples(core)
+    if found is None or len(found[1]) != shape[0]:
         return None
-    numbers = graph.constant(coding.codes.astype(np.int8).reshape(shape))
-    scales = graph.constant(coding.scales.reshape(-1).astype(np.float32))
-    return graph.node("DequantizeLinear", numbers, scales, axis=0)
+    numbers = graph.constant(found[0].astype(np.int8).reshape(shape))
+    return graph.node("DequantizeLinear", numbers, graph.constant(found[1].astype(np.float32)), axis=0)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from training import COMBINATIONS, INPUTS, LABELS, Net
+from training import INPUTS, LABELS, RUNS, Net
 
 from psc_lightning.slots import SLOTS
 from psc_lightning.view import views
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Dep
 
 def viewed(name: str) -> Net:
     model = Net()
-    for callback in COMBINATIONS[name]("constant"):
+    for callback in RUNS[name]("constant"):
         callback.attach(model)
     return model
 
@@ -32,7 +32,10 @@ def strengthen(model: nn.Module, value: float) -> None:
 
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [("float", "eager"), *((name, "aot_eager") for name in ("float", "binary01", "ternary_movement", "deep", "row"))],
+    [
+        ("float", "eager"),
+        *((name, "aot_eager") for name in ("float", "binary01", "ternary_movement", "deep", "row", "integers")),
+    ],
 )
 def test_a_compiled_model_gives_the_same_outputs_and_gradients(name, backend):
     """In one graph: nothing of ours breaks it."""

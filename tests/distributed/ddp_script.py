@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from training import COMBINATIONS, Loader, Net, layers
+from training import RUNS, Loader, Net, layers
 
 import psc_lightning
 from psc_lightning.callbacks.slot import SlotCallback
@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 # Every method of every slot.
 NAMES = ("float", "binary", "ternary_movement", "saliency", "fisher_rows", "cross_channel", "row", "column")
-NAMES += ("separable_lsq", "low_rank", "deep")
+NAMES += ("separable_lsq", "low_rank", "deep", "integers")
 
 
 class Nets(Net):
@@ -74,7 +74,7 @@ class Keep(Callback):
 def slot_callbacks(names: Sequence[str]) -> list[SlotCallback]:
     found = []
     for name in names:
-        for callback in COMBINATIONS[name]({"kind": "linear", "begin": 3, "end": 8}):
+        for callback in RUNS[name]({"kind": "linear", "begin": 3, "end": 8}):
             callback.targets = [f"nets.of_{name}.*.weight"]
             found.append(callback)
     return found

@@ -22,7 +22,7 @@ def test_ranks_agree_bit_for_bit(runs):
     assert first["steps"] == 12
     assert differences(first, second) == []
     strengths = [value for key, value in first.items() if key.endswith(".strength")]
-    assert len(strengths) == 3 * 11
+    assert len(strengths) == 3 * 12
     assert all(strength.max() == 1 for strength in strengths)
 
 
@@ -35,7 +35,8 @@ def test_two_processes_are_one_with_the_double_batch(runs):
     far = [
         key for key, value in one.items() if not torch.allclose(two[key].double(), value.double(), rtol=1e-4, atol=1e-5)
     ]
-    assert set(far) <= unused
+    # The range of a batch's inputs is no mean of those of its halves.
+    assert {key for key in far if not key.startswith("nets.of_integers")} <= unused
 
 
 def test_labels_and_clusters_are_those_of_all_processes(runs):
@@ -46,6 +47,13 @@ def test_labels_and_clusters_are_those_of_all_processes(runs):
     assert len(totals) == 3 * 3  # saliency twice, and the labels of cross_channel
     assert len(centroids) == 2 * 3
     assert all(value.any() for value in totals + centroids)
+
+
+def test_ranges_of_inputs_are_means_over_the_processes(runs):
+    """Each has seen other samples, and rounds as the other does (the ranks agree)."""
+    ranges = {key: value for key, value in read(runs / "2-1.pt").items() if ".inputs." in key and key.endswith(".high")}
+    assert len(ranges) == 3 + 2
+    assert all(value.any() for value in ranges.values())
 
 
 @pytest.mark.parametrize("rank", [0, 1])

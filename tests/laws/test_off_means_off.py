@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, TensorDataset
-from training import COMBINATIONS, INPUTS, LABELS, QUIET, Net, differences, random_state, run_state, trainer
+from training import INPUTS, LABELS, QUIET, RUNS, Net, differences, random_state, run_state, trainer
 
 from psc_lightning.oneshot import preset
 
@@ -43,11 +43,11 @@ def plain(request):
     return request.param, run([], request.param)
 
 
-@pytest.mark.parametrize("name", COMBINATIONS)
+@pytest.mark.parametrize("name", RUNS)
 @pytest.mark.filterwarnings("ignore:.*never began")
 def test_before_its_begin_a_run_is_the_plain_one(name, plain):
     optimizer, expected = plain
-    found = run(COMBINATIONS[name]({"kind": "cubic", "begin": 1000, "end": 2000}), optimizer)
+    found = run(RUNS[name]({"kind": "cubic", "begin": 1000, "end": 2000}), optimizer)
     assert differences(expected, found) == []
 
 
@@ -71,6 +71,6 @@ def test_the_comparison_sees_one_bit(plain):
 
 def test_once_begun_a_run_differs(plain):
     optimizer, expected = plain
-    found = run(COMBINATIONS["float"]({"kind": "constant", "begin": 23}), optimizer)
+    found = run(RUNS["float"]({"kind": "constant", "begin": 23}), optimizer)
     assert differences(expected["data"][:23], found["data"][:23]) == []
     assert differences(expected["data"][23:], found["data"][23:])

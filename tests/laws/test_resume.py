@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from training import COMBINATIONS, QUIET, Net, differences, fit, run_state
+from training import QUIET, RUNS, Net, differences, fit, run_state
 
 from psc_lightning.artifact import to_bytes
 
@@ -22,7 +22,7 @@ SCHEDULES = {
 
 def run(name, schedule, folder, resume=None, **options):
     saver = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    callbacks = COMBINATIONS[name](SCHEDULES[schedule]) if name != "plain" else []
+    callbacks = RUNS[name](SCHEDULES[schedule]) if name != "plain" else []
     return fit([*callbacks, saver], Net(steps=12), ckpt=resume, **{**OPTIONS, **options})
 
 
@@ -30,7 +30,7 @@ def run(name, schedule, folder, resume=None, **options):
     ("name", "schedule", "steps"),
     [
         ("plain", "linear", (2, 6)),
-        *((name, "cubic", (2, 6, 8)) for name in COMBINATIONS),
+        *((name, "cubic", (2, 6, 8)) for name in RUNS),
         ("separable_lsq", "constant", (4, 5, 6)),
         ("cross_channel", "linear", (1, 3)),
         ("saliency", "constant", (2, 5)),
@@ -47,11 +47,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, schedule, steps, tmp_path)
         assert to_bytes(model)[0] == file
 
 
-@pytest.mark.parametrize("name", ["deep", "separable_lsq", "row"])
+@pytest.mark.parametrize("name", ["deep", "separable_lsq", "row", "integers"])
 def test_saving_and_validating_do_not_move_a_run(name, tmp_path):
     """The same numbers with a checkpoint and a validation after every step, and with none."""
     model, made = run(name, "cubic", tmp_path, val_check_interval=1)
-    callbacks = COMBINATIONS[name](SCHEDULES["cubic"])
+    callbacks = RUNS[name](SCHEDULES["cubic"])
     bare, other = fit(callbacks, Net(steps=12), limit_val_batches=0, **OPTIONS)
     expected, found = run_state(bare, other), run_state(model, made)
     assert differences(expected["optimizers"], found["optimizers"]) == []
@@ -61,10 +61,10 @@ def test_saving_and_validating_do_not_move_a_run(name, tmp_path):
 
 def test_the_total_of_the_first_start_is_kept(tmp_path):
     """A run that is made longer keeps the schedule it began with."""
-    callbacks = COMBINATIONS["ternary_movement"](SCHEDULES["linear"])
+    callbacks = RUNS["ternary_movement"](SCHEDULES["linear"])
     saver = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=4)
     fit([*callbacks, saver], Net("sgd"), **OPTIONS)
-    callbacks = COMBINATIONS["ternary_movement"](SCHEDULES["linear"])
+    callbacks = RUNS["ternary_movement"](SCHEDULES["linear"])
     _, made = fit(callbacks, Net("sgd"), ckpt=tmp_path / "step=12.ckpt", **{**OPTIONS, "max_epochs": 4})
     assert made.global_step == 24
     assert [callback.state_dict()["total_steps"] for callback in callbacks] == [12, 12]

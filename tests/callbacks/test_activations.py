@@ -1,0 +1,208 @@
+"""StraightThroughQuantization(activations=…) in a run: what is rounded from when on, and what stays as it is."""
+
+from __future__ import annotations
+
+import pickle
+from copy import deepcopy
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+from training import INPUTS, LABELS, QUIET, Loader, Net, differences, fit, trainer
+
+from psc_lightning import MaskLearning, StraightThroughQuantization, compress, detach, load_into, save, view
+from psc_lightning.view import slots_of
+
+pytestmark = QUIET
+
+
+def rounding(**options) -> StraightThroughQuantization:
+    return StraightThroughQuantization("uniform", **{"bits": 7, "activations": 8, "schedule": "constant", **options})
+
+
+def inputs_of(model: nn.Module, *layers: str) -> dict[str, torch.Tensor]:
+    """What layers compute with, in eval."""
+    found, hooks = {}, []
+    for name in layers:
+        layer = model.get_submodule(name)
+        hooks.append(layer.register_forward_pre_hook(lambda _, args, name=name: found.update({name: args[0]})))
+    with torch.no_grad():
+        model.eval()(INPUTS)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_a_layer_computes_with_rounded_inputs():
+    model, _ = fit([rounding(targets=["net.3", "net.7"])])
+    found = inputs_of(model, "net.0", "net.3", "net.7")
+    assert found["net.0"].unique().numel() > 1000
+    for name in ("net.3", "net.7"):
+        grid = slots_of(model.get_submodule(name), "weight").inputs.grid()
+        codes = found[name] / grid.scale + grid.zero
+        torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
+        assert 16 < codes.round().unique().numel() <= 256
+        assert codes.min() >= 0
+        assert codes.max() <= 255.001
+
+
+def test_few_bits_are_few_numbers():
+    model, _ = fit([rounding(activations=3)])
+    for values in inputs_of(model, "net.0", "net.3", "net.7").values():
+        assert 4 < values.unique().numel() <= 8
+
+
+def test_the_range_is_that_of_training_batches_only():
+    """Neither validation nor what the user computes between two steps counts."""
+
+    class Look(Callback):
+        def on_validation_batch_start(self, made, model, batch, *args):
+            batch[0].mul_(1)
+            model(1000 * INPUTS)
+
+    model, _ = fit([rounding(), Look()], val_check_interval=3)
+    model.train()(1000 * INPUTS)
+    low, high = INPUTS.aminmax()
+    grid = slots_of(model.net[0], "weight").inputs.grid()
+    assert low <= grid.low < 0 < grid.high <= high + grid.scale
+
+
+def test_inputs_are_rounded_from_where_the_levels_begin():
+    counts = []
+
+    class Look(Callback):
+        def on_validation_start(self, made, model):
+            counts.append((made.global_step, inputs_of(model, "net.3")["net.3"].unique().numel() <= 256))
+
+    fit([rounding(schedule={"kind": "linear", "begin": 10, "end": 20}), Look()], val_check_interval=4)
+    assert counts == [(step, step > 10) for step in (4, 8, 12, 16, 20, 24)]
+
+
+def test_training_learns_through_the_rounding():
+    seen = []
+
+    class Look(Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            seen.append(loss.item())
+            return loss
+
+    fit([rounding(activations=4)], Look(steps=120), max_epochs=10)
+    assert sum(seen[-12:]) < 0.6 * sum(seen[:12])
+
+
+def test_what_a_model_becomes(tmp_path):
+    """A copy and a pickle round as it does; the file and the plain class hold the weights, and round nothing."""
+    model, _ = fit([rounding()])
+    model.eval()
+    with torch.no_grad():
+        logits = model(INPUTS)
+        copy = deepcopy(model.net)
+        assert torch.equal(copy(INPUTS), logits)
+        assert torch.equal(pickle.loads(pickle.dumps(model.net))(INPUTS), logits)
+        save(model, tmp_path / "model.psc")
+        plain = Net()
+        load_into(plain, tmp_path / "model.psc")
+        detach(copy)
+        assert torch.equal(copy(INPUTS), plain.eval()(INPUTS))
+        assert not torch.equal(copy(INPUTS), logits)
+    assert not any(layer._forward_pre_hooks or layer._forward_pre_hooks_with_kwargs for layer in copy)
+    assert not any(layer._forward_hooks for layer in copy)
+
+
+def test_an_input_given_by_name_is_rounded_too():
+    model, _ = fit([rounding(targets="net.7")])
+    layer, x = model.net[7].eval(), torch.randn(3, 128)
+    with torch.no_grad():
+        assert torch.equal(layer(input=x), layer(x))
+        assert not torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.filterwarnings("ignore:.*enable_nested_tensor")
+def test_a_transformer_takes_no_way_around_it():
+    """Torch's fast path reads the weights of a layer's parts, and never calls them."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    x = torch.randn(4, 5, 16)
+    compress(layer, [rounding(activations=2)], batches=[x], loss=lambda model, batch: model(batch).square().mean())
+    slow = layer.train()(x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(layer.eval()(x), slow)
+    assert slots_of(layer.linear1, "weight").inputs.grid() is not None
+
+
+def test_compress_sees_inputs_in_batches():
+    model = Net()
+    with pytest.raises(ValueError, match="rounds inputs that it has seen and needs both"):
+        compress(model, [rounding()])
+    assert not list(view.views(model))
+    compress(model, [rounding()], batches=[INPUTS[:48]], loss=lambda net, batch: net(batch).square().mean())
+    assert all(values.unique().numel() <= 256 for values in inputs_of(model, "net.0", "net.3", "net.7").values())
+    before = slots_of(model.net[0], "weight").inputs.grid()
+    model(100 * INPUTS)
+    assert slots_of(model.net[0], "weight").inputs.grid() == before
+
+
+def test_an_interrupted_step_leaves_nothing_that_observes():
+    class Fails(Net):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 3:
+                raise RuntimeError("no more")
+            return super().training_step(batch, batch_idx)
+
+    model = Fails()
+    with pytest.raises(RuntimeError, match="no more"):
+        fit([rounding()], model)
+    before = slots_of(model.net[0], "weight").inputs.grid()
+    model.train()(100 * INPUTS)
+    assert slots_of(model.net[0], "weight").inputs.grid() == before
+
+
+def test_two_fits_and_other_options():
+    callback = rounding()
+    model, _ = fit([callback], max_epochs=1)
+    trainer([callback], max_epochs=1).fit(model, Loader(), Loader(count=2))
+    with pytest.raises(ValueError, match=r"'activations': 8\}, this callback has \{'bits': 7\}"):
+        trainer([rounding(activations=None)], max_epochs=1).fit(model, Loader(), Loader(count=2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activations": 1}, "activations: expected a whole number from 2 to 8, found 1"),
+        ({"activations": True}, "activations: expected a whole number"),
+        (
+            {"levels": "codebook", "activations": 8},
+            "levels: expected one of uniform, binary, ternary, found 'codebook'",
+        ),
+    ],
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        StraightThroughQuantization(**options)
+
+
+def test_targets_without_such_an_input_are_refused():
+    with pytest.raises(
+        ValueError, match=r"activations: only inputs of Linear and Conv layers .* the targets are Embedding"
+    ):
+        rounding(targets="Embedding").attach(nn.Sequential(nn.Embedding(32, 16), nn.Linear(16, 16)))
+
+
+def test_a_tensor_in_an_embedding_and_a_linear_layer():
+    """One weight, and a range for the layer that multiplies by it."""
+    model = nn.Sequential(nn.Embedding(32, 16), nn.Linear(16, 32))
+    model[1].weight = model[0].weight
+    words = torch.arange(32)
+    compress(model, [rounding()], batches=[words], loss=lambda net, batch: net(batch).square().mean())
+    with torch.no_grad():
+        assert torch.equal(model[0](words), model[0].weight)
+        assert not torch.equal(model(words), nn.functional.linear(model[0](words), model[1].weight, model[1].bias))
+
+
+def test_it_goes_with_other_slots_in_any_order():
+    first, _ = fit([rounding(), MaskLearning(threshold=0.3, schedule="constant")])
+    second, _ = fit([MaskLearning(threshold=0.3, schedule="constant"), rounding()])
+    assert differences(first.state_dict(), second.state_dict()) == []
+    assert nn.functional.cross_entropy(first(INPUTS), LABELS).isfinite()

@@ -1,0 +1,88 @@
+"""Hand-computed numbers of the range of a layer's input, and of the grid that it is rounded to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from psc_lightning.activations import Activations, Grid
+
+
+def seen(low: float, high: float, bits: int = 2) -> Activations:
+    inputs = Activations(bits)
+    inputs.see(torch.tensor([low, high]))
+    return inputs
+
+
+def test_inputs_are_rounded_and_the_gradient_passes_within_the_range():
+    inputs = seen(-1.0, 2.0)  # steps of 1: -1, 0, 1, 2
+    x = torch.tensor([-3.0, -0.6, 0.4, 0.5, 1.5, 1.9, 2.6], requires_grad=True)
+    y = inputs(x)
+    y.sum().backward()
+    assert y.tolist() == [-1, -1, 0, 0, 2, 2, 2]  # halves go to the even one
+    assert x.grad.tolist() == [0, 1, 1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "bits", "expected"),
+    [
+        (-1.0, 2.0, 2, Grid(1.0, 1, 3)),
+        (0.0, 510.0, 8, Grid(2.0, 0, 255)),
+        (-255.0, -7.0, 8, Grid(1.0, 255, 255)),  # 0 is in every range
+        (3.0, 15.0, 4, Grid(1.0, 0, 15)),
+    ],
+)
+def test_the_grid(low: float, high: float, bits: int, expected: Grid):
+    assert seen(low, high, bits).grid() == expected
+    assert expected.low <= min(low, 0)
+    assert expected.high >= max(high, 0)
+
+
+def test_a_range_is_a_moving_average():
+    inputs = seen(-1.0, 2.0)
+    inputs.see(torch.tensor([-2.0, 0.0, 1.0]))
+    assert inputs.input.low.item() == pytest.approx(-1.1)
+    assert inputs.input.high.item() == pytest.approx(1.9)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_batch_that_holds_no_finite_numbers_is_left_out(bad: float):
+    inputs = seen(-1.0, 2.0)
+    before = inputs.grid()
+    inputs.see(torch.tensor([bad, 1.0]))
+    inputs.see(torch.zeros(0))
+    assert inputs.grid() == before
+
+
+def test_an_input_passes_until_one_was_seen():
+    inputs, x = Activations(8), torch.tensor([-3.3, 0.7], requires_grad=True)
+    y = inputs(x)
+    y.sum().backward()
+    assert torch.equal(y, x)
+    assert x.grad.tolist() == [1, 1]
+    assert inputs.grid() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_an_input_keeps_its_type(dtype: torch.dtype):
+    x = torch.tensor([-3.0, 0.4, 1.6], dtype=dtype)
+    assert seen(-1.0, 2.0)(x).dtype == dtype
+    assert seen(-1.0, 2.0)(x).tolist() == [-1, 0, 2]
+    assert torch.equal(Activations(8)(x), x)
+
+
+def test_outputs_are_seen_channel_by_channel():
+    inputs = Activations(8, channels=2)
+    inputs.see_output(torch.tensor([[[1.0, 5.0], [-2.0, -1.0]], [[2.0, 3.0], [4.0, 0.0]]]), axis=1)
+    assert inputs.output is not None
+    assert inputs.output.low.tolist() == [1, -2]
+    assert inputs.output.high.tolist() == [5, 4]
+
+
+def test_half_precision_models_keep_exact_ranges():
+    inputs = seen(-0.1, 2.3, 8)
+    before = inputs.grid()
+    nn.Sequential(inputs)  # a range is a buffer: it moves, and is saved, with its layer
+    assert set(inputs.state_dict()) == {"input.low", "input.high"}
+    assert inputs.grid() == before
