@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from training import INPUTS, QUIET, RUNS, Loader, Net, differences, fit, layers, trainer
+from training import COMBINATIONS, INPUTS, QUIET, RUNS, Loader, Net, differences, fit, layers, trainer
 
 from psc_lightning import MaskLearning, StraightThroughQuantization, detach, save
 from psc_lightning.cli import main
