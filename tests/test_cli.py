@@ -285,7 +285,7 @@ class Sum(nn.Module):
 
 def test_export_takes_several_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(Sum(), tmp_path / "m.psc")
-    (tmp_path / "own_sum.py").write_text("import torch\nfrom torch import nn\n\n\n" + inspect.getsource(Sum))
+    (tmp_path / "own_sum.py").write_text("import torch\nfrom torch import nn\n\n\n" + getsource(Sum))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         arguments = ["export", "m.psc", "--onnx", "m.onnx", "--model", "own_sum:Sum", "--example", "2,3:int64"]

@@ -9,7 +9,6 @@ exactly (there is a test with an independent decoder); the sums of bits below se
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import constriction
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from psc_lightning.artifact.errors import ArtifactError
 
-__all__ = ["PRECISION", "TOTAL", "Decoder", "Encoder", "bits", "count", "model", "table"]
+__all__ = ["PRECISION", "TOTAL", "Decoder", "Encoder", "bits", "count", "table"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -30,7 +29,7 @@ TOTAL = 1 << PRECISION
 CLASSES = 65
 _FRESH = np.array([1 + 32 // (c + 1) for c in range(CLASSES)], dtype=np.int64)
 _LEARN = 32  # what one integer seen adds to the weight of its class
-_MODELS = 256  # kept ready while writing
+_READY = 1024  # models
 _CHUNK = 16  # bits below the leading one, coded at most so many at a time
 
 _DAMAGED = (
@@ -80,8 +79,7 @@ def _flat(width: int) -> constriction.stream.model.Uniform:
     return constriction.stream.model.Uniform(1 << width)
 
 
-def model(k: Ints) -> constriction.stream.model.Model:
-    """A table as the coder wants it."""
+def _model(k: Ints) -> constriction.stream.model.Model:
     if k.min() == k.max():
         # Equal parts of 2^24 are a power of two in number; this class codes them to the same bits, three times as fast.
         return constriction.stream.model.Uniform(len(k))
@@ -104,6 +102,21 @@ class _Contexts:
     def learn(self, context: str, length: int) -> None:
         self._weights[context][length] += _LEARN
         del self._tables[context]
+
+
+class _Models:
+    """Tables as the coder wants them, kept ready: the runs of a matrix share few."""
+
+    def __init__(self) -> None:
+        # With its table, for an id is a table's only while it lives.
+        self._known: dict[int, tuple[Ints, constriction.stream.model.Model]] = {}
+
+    def of(self, k: Ints) -> constriction.stream.model.Model:
+        if id(k) not in self._known:
+            if len(self._known) >= _READY:
+                self._known.clear()
+            self._known[id(k)] = k, _model(k)
+        return self._known[id(k)][1]
 
 
 class Encoder:
@@ -152,18 +165,13 @@ class Encoder:
         """Everything put so far as bytes, little-endian, without trailing zero bytes; the encoder is empty then."""
         # The state starts at 1: a reader ends at exactly 1 again, or the data is damaged.
         coder = constriction.stream.stack.AnsCoder(np.array([1], dtype=np.uint32))
-        # Runs of a matrix share tables; the arrays are kept beside the models, for an id is theirs while they live.
-        models: dict[int, tuple[Ints, constriction.stream.model.Model]] = {}
+        models = _Models()
         while self._parts:
             symbols, k = self._parts.pop()
             if isinstance(k, int):
                 coder.encode_reverse(symbols, _flat(k))
                 continue
-            if id(k) not in models:
-                if len(models) >= _MODELS:
-                    models.clear()
-                models[id(k)] = k, model(k)
-            coder.encode_reverse(symbols if isinstance(symbols, int) else symbols.astype(np.int32), models[id(k)][1])
+            coder.encode_reverse(symbols if isinstance(symbols, int) else symbols.astype(np.int32), models.of(k))
         words: npt.NDArray[np.uint32] = coder.get_compressed().astype("<u4", copy=False)
         del coder
         zeros = (32 - int(words[-1]).bit_length()) // 8  # never a whole word of them
@@ -184,10 +192,11 @@ class Decoder:
         padded += bytes(-len(padded) % 4)
         words = np.frombuffer(padded, dtype="<u4").astype(np.uint32)
         self._coder = constriction.stream.stack.AnsCoder(words)
+        self._models = _Models()
 
     def take(self, number: int, k: Ints) -> tuple[Tensor, Ints]:
         """Read int32 symbols coded under one table; their histogram comes with them."""
-        symbols = torch.from_numpy(self._coder.decode(model(k), number))
+        symbols = torch.from_numpy(self._coder.decode(_model(k), number))
         if self._coder.is_empty():
             # A whole file never reaches state 0, so a damaged one is left here and not after minutes of zeros.
             raise ArtifactError(_DAMAGED)
@@ -195,9 +204,9 @@ class Decoder:
         self.bits += bits(histogram, k)
         return symbols, histogram
 
-    def take_runs(self, numbers: Sequence[int], models: Sequence[Any]) -> npt.NDArray[np.int32]:
-        """Read runs of symbols, each under a model of its own; the caller adds to `bits`."""
-        runs = [self._coder.decode(known, number) for number, known in zip(numbers, models, strict=True)]
+    def take_runs(self, numbers: Sequence[int], tables: Sequence[Ints]) -> npt.NDArray[np.int32]:
+        """Read runs of symbols, each under a table of its own; the caller adds to `bits`."""
+        runs = [self._coder.decode(self._models.of(k), number) for number, k in zip(numbers, tables, strict=True)]
         if self._coder.is_empty():
             raise ArtifactError(_DAMAGED)
         return np.concatenate(runs)

@@ -18,12 +18,14 @@ import sys
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from models import EVERY_METHOD, bag, compressed, fill
 from torch import Tensor, nn
@@ -105,9 +107,22 @@ def single(**slots: str | tuple[str, dict[str, object]]) -> nn.Module:
     return model
 
 
+def ordered(**slots: str | tuple[str, dict[str, object]]) -> nn.Module:
+    """A matrix whose signs, sizes and zeros hang on their columns."""
+    model = nn.Sequential(nn.Linear(40, 60, bias=False))
+    columns = torch.arange(40)
+    signs, sizes = 1 - 2 * (columns // 5 % 2), 1 + columns % 4 * (columns > 20)
+    noise = (torch.arange(2400) * 7919 % 257).reshape(60, 40) / 257
+    model[0].weight.data.copy_(signs * (sizes + 0.9 * noise) * torch.where(noise < 0.1, -1, 1))
+    fill(model, ("0.weight",), **slots)
+    return model
+
+
 def seeds(step: int = 1) -> list[bytes]:
     """Honest files: every method (or every `step`-th), leftovers of all types, both tables of contents, more sections."""
     models = [single(**slots) for slots in EVERY_METHOD[::step]]
+    models += [ordered(mask=("magnitude", {"threshold": 0.5}), levels=levels) for levels in ("binary", "uniform")]
+    models += [ordered(levels="ternary"), ordered(levels=("codebook", {"k": 8}))]
     models += [compressed(mask="magnitude", levels="ternary"), everything(), nn.Linear(2, 1, bias=False)]
     files = [to_bytes(model)[0] for model in models]
     files.append(to_bytes(everything(), leftovers="float16")[0])
@@ -237,6 +252,10 @@ class Forger:
             symbols = self._honest.take(number, k)[0]
         self.tape.append((symbols.to(torch.uint8), k))
         return symbols, count(symbols, len(k))
+
+    def take_runs(self, numbers: Sequence[int], tables: Sequence[Ints]) -> npt.NDArray[np.int32]:
+        """Runs of symbols for a reader that asks for them."""
+        return np.concatenate([self.take(number, k)[0].numpy() for number, k in zip(numbers, tables, strict=True)])
 
     def finish(self) -> None:
         """There is always an end."""

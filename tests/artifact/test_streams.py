@@ -172,17 +172,17 @@ def test_places_say_something_and_the_described_reader_reads_it(
 def test_contexts_by_hand() -> None:
     """Four places in three lines; the second line has no entry at the third place."""
     places, everywhere = Places(4), np.arange(4)
-    contexts, line, new = places.next(everywhere)
+    contexts, line = places.next(everywhere)
     # f = 1, e = 2: each place and line is as marked as all are, 2 · 1 · 1 of 2 · 1: class 3.
-    assert (contexts.tolist(), line, new) == ([4 * 3] * 4, 28 * 3, [])
+    assert (contexts.tolist(), line) == ([4 * 3] * 4, 28 * 3)
     cost = places.learn(everywhere, np.array([1, 0, 0, 0], np.uint8), contexts, line)
     here = np.array([0, 1, 3])
-    contexts, line, new = places.next(here)
+    contexts, line = places.next(here)
     # f = 2, e = 6. Place 0: (1 · 6 + 4) / (3 · 2) = 1.67, class 4; others 4 / 6, class 2. Line: 1 of 4: 10 / 12, class 3.
-    assert (contexts.tolist(), line, new) == ([4 * 4 + 2, 4 * 2, 4 * 2], 28 * 3, [])
+    assert (contexts.tolist(), line) == ([4 * 4 + 2, 4 * 2, 4 * 2], 28 * 3)
     cost += places.learn(here, np.array([1, 1, 0], np.uint8), contexts, line)
     assert cost == 4 + 3  # no table was made yet: a bit each
-    contexts, line, _ = places.next(everywhere)
+    contexts, line = places.next(everywhere)
     # f = 4, e = 9. Marks 2, 1, 0, 0 of 2, 2, 1, 2: 26/16, 17/16, 8/12, 8/16: classes 4, 3, 2, 2. Line: 3 of 7: 35/36.
     assert (contexts.tolist(), line) == ([4 * 4 + 3, 4 * 3 + 2, 4 * 2, 4 * 2], 28 * 3)
 

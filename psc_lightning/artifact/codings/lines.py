@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from psc_lightning.artifact.ans import PRECISION, Decoder, Encoder, Ints, model, table
+from psc_lightning.artifact.ans import PRECISION, Decoder, Encoder, Ints, table
 from psc_lightning.artifact.codings.adaptive import UNIT
 from psc_lightning.artifact.codings.coding import Grid, Plane, Proposal
 from psc_lightning.artifact.errors import ArtifactError
@@ -55,8 +55,8 @@ class Places:
         self.tables: list[Ints] = [first] * len(self._due)
         self._costs = np.tile(PRECISION - np.log2(first), (len(self._due), 1))
 
-    def next(self, here: npt.NDArray[np.intp]) -> tuple[Bytes, int, list[int]]:
-        """For the entries at these places of the next line: contexts within the line, what to add to them, new tables."""
+    def next(self, here: npt.NDArray[np.intp]) -> tuple[Bytes, int]:
+        """For the entries at these places of the next line: contexts within the line, and what to add to them."""
         f, e = 1 + self._ones, 2 + self._all
         own = self._marks[here] * e + 2 * f
         average = (self._seen[here] + 2) * f
@@ -68,13 +68,12 @@ class Places:
         k, n = (sum(values) for values in zip(*self._lines))
         line = _RUNS * sum(b * (n * e + 2 * f) >= a * (k + 2) * f for a, b in _BORDERS)
         seen = self._histograms[line : line + _RUNS].sum(1)
-        new = (line + (seen >= self._due[line : line + _RUNS]).nonzero()[0]).tolist()
-        for c in new:
+        for c in (line + (seen >= self._due[line : line + _RUNS]).nonzero()[0]).tolist():
             seen_here = int(self._histograms[c].sum())
             self._due[c] = seen_here + max(_FIRST, seen_here // 4)
             self.tables[c] = table(_PRIOR + UNIT * self._histograms[c])
             self._costs[c] = PRECISION - np.log2(self.tables[c])
-        return contexts, line, new
+        return contexts, line
 
     def learn(self, here: npt.NDArray[np.intp], bits: Bytes, contexts: Bytes, line: int) -> float:
         """Take a line's entries in; what they cost, in bits."""
@@ -126,7 +125,7 @@ class Lines:
             here = marked.nonzero()[0]
             if not len(here):
                 continue
-            contexts, first, _ = places.next(here)
+            contexts, first = places.next(here)
             order, present, numbers = _runs(contexts)
             symbols = line[here]
             parts.append((symbols[order], numbers, [places.tables[first + c] for c in present]))
@@ -146,17 +145,14 @@ class Lines:
         out = np.zeros(grid.shape, dtype=np.uint8)
         view = (grid.T, out.T) if parameters[0] else (grid, out)
         places = Places(view[0].shape[1])
-        models = [model(places.tables[0])] * len(places.tables)
         for marked, line in zip(*view, strict=True):
             here = marked.nonzero()[0]
             if not len(here):
                 continue
-            contexts, first, new = places.next(here)
-            for c in new:
-                models[c] = model(places.tables[c])
+            contexts, first = places.next(here)
             order, present, numbers = _runs(contexts)
             symbols = np.empty(len(here), dtype=np.uint8)
-            symbols[order] = decoder.take_runs(numbers, [models[first + c] for c in present])
+            symbols[order] = decoder.take_runs(numbers, [places.tables[first + c] for c in present])
             line[here] = symbols
             decoder.bits += places.learn(here, symbols, contexts, first)
         return torch.from_numpy(out[grid].astype(np.int32))
