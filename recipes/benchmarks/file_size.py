@@ -30,7 +30,6 @@ from torch import Tensor, nn
 import psc_lightning
 from psc_lightning import MaskLearning, StraightThroughQuantization, slots
 from psc_lightning.artifact import file, streams
-from psc_lightning.artifact.file import load_stored
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "file_size.md"
 COMPRESSORS = {
@@ -45,11 +44,14 @@ class Recorder(streams.SymbolReader):
     """Keeps every array that is read: its symbols, their alphabet, and what it cost, in bits."""
 
     arrays: ClassVar[list[tuple[np.ndarray[Any, Any], int, float]]] = []
+    matrices: ClassVar[list[tuple[np.ndarray[Any, Any], int, np.ndarray[Any, Any]]]] = []
 
-    def symbols(self, count: int, size: int, columns: int = 1) -> Tensor:
+    def symbols(self, count: int, size: int, grid: Tensor | None = None) -> Tensor:
         before = self.bits
-        found = super().symbols(count, size, columns)
+        found = super().symbols(count, size, grid)
         Recorder.arrays.append((found.numpy(), size, self.bits - before))
+        if grid is not None:
+            Recorder.matrices.append((found.numpy(), size, grid.reshape(len(grid), -1).numpy()))
         return found
 
 
@@ -60,25 +62,26 @@ def packed(symbols: np.ndarray[Any, Any], size: int) -> bytes:
     return np.concatenate(planes).tobytes()
 
 
-def whole(core: Tensor) -> np.ndarray[Any, Any]:
-    """Each value of a row as its rank: 0 for zero, 1, 2, … upwards, -1, -2, … downwards."""
-    rows = core.reshape(core.shape[0], -1).numpy()
-    out = np.zeros(rows.shape, np.int32)
-    for row, ranks in zip(rows, out):
-        for sign in (1, -1):
-            mine = sign * row > 0
-            ranks[mine] = sign * (1 + np.unique(sign * row[mine], return_inverse=True)[1])
+def whole(matrix: tuple[np.ndarray[Any, Any], int, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    """Codes as numbers about zero, which is where the mask is: of an even alphabet none means zero."""
+    symbols, size, grid = matrix
+    numbers = symbols.astype(np.int32) - size // 2
+    out = np.zeros(grid.shape, np.int32)
+    out[grid] = numbers + (numbers >= 0) * (size % 2 == 0)
     return out
 
 
-def nncodec(cores: list[Tensor]) -> int | None:
-    """Bytes of the cores' whole numbers by DeepCABAC, the better of its two scan orders each."""
+def nncodec() -> int | None:
+    """Bytes of the last file's codes by DeepCABAC, the better of its two scan orders each; their mask costs nothing more."""
     try:
         from nncodec.extensions import deepCABAC
     except ImportError:
         return None
     total = 0
-    for core in map(whole, cores):
+    # A mask has a matrix of its own: all of it is marked, and the codes of what it keeps come next.
+    pairs = zip(Recorder.matrices, [*Recorder.matrices[1:], None])
+    codes = [one for one, after in pairs if after is None or one[0].sum() != after[2].sum() or after[2].all()]
+    for core in map(whole, codes):
         tries = []
         for order in (0, 1):
             encoder = deepCABAC.Encoder()
@@ -93,6 +96,7 @@ def nncodec(cores: list[Tensor]) -> int | None:
 def sizes(path: Path) -> dict[str, int]:
     """Bytes of a file by each way of writing it."""
     Recorder.arrays.clear()
+    Recorder.matrices.clear()
     coded = 0.0  # bits of masks, codes and indices
     original = slots.decode
 
@@ -119,8 +123,7 @@ def sizes(path: Path) -> dict[str, int]:
         found[name] = round(rest + min(len(compress(tight)), len(compress(wide))))
     plain = safetensors.torch.save({name: tensor.clone() for name, tensor in state.items()})
     found["safetensors+zstd"] = len(COMPRESSORS["zstd -22"](plain))
-    cores = [core for held in load_stored(path).values() for core in held.cores.values()]
-    if (theirs := nncodec(cores)) is not None:
+    if (theirs := nncodec()) is not None:
         found["NNCodec"] = round(ours - coded / 8 + theirs)
     return found
 
