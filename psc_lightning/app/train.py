@@ -62,6 +62,8 @@ def run(cfg: DictConfig, folder: Path) -> float:
         UsageError: a setting is wrong, or training diverged.
     """
     this = Run(folder)
+    if "resume" not in cfg:  # a run's own config.yaml, which has all but this
+        OmegaConf.update(cfg, "resume", None, force_add=True)
     cfg = resumed(cfg, this)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)

@@ -124,6 +124,15 @@ def test_the_same_command_gives_the_same_bytes_and_shares_the_baseline(cli: Comm
     assert "training it once" in said
 
 
+def test_the_saved_configuration_is_the_run(cli: Command, tmp_path: Path) -> None:
+    assert cli("compression=mask", "seed=3", "hydra.run.dir=first", *TINY)[0] == 0
+    status, said = cli("--config-path", str(tmp_path / "first"), "--config-name", "config", "hydra.run.dir=again")
+    assert status == 0, said
+    assert (tmp_path / "again/model.psc").read_bytes() == (tmp_path / "first/model.psc").read_bytes()
+    reports = [json.loads((tmp_path / name / "report.json").read_text())["metrics"] for name in ("first", "again")]
+    assert reports[0] == reports[1]
+
+
 def test_a_given_checkpoint_is_the_dense_model(cli: Command, tmp_path: Path) -> None:
     cli("hydra.run.dir=a", *TINY)
     trained = psc_lightning.load(tmp_path / "a/model.psc")
