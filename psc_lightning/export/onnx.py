@@ -53,7 +53,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example: Example
         example: an input (several: a tuple), whose shapes and types become the graph's.
         weights: `packed`; or `dequantize`: DequantizeLinear where weights are 8 bit multiples of a scale, for runtimes
             that look for it. Onnxruntime does not compute that one at the start, and multiplies such matrices with
-            8 bit activations (an error of about 5e-3; none with ORT_ENABLE_BASIC, which 1.23 needs to take the file).
+            8 bit activations (an error of about 5e-3; none with ORT_DISABLE_ALL, which 1.23 needs to take the file).
 
     Raises:
         ModuleNotFoundError: onnx or onnxscript is missing; the message says how to install them.

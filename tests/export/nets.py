@@ -93,11 +93,11 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
         return model, example()
 
 
-def session(path: Path, folded: Path | None = None, basic: bool = False) -> onnxruntime.InferenceSession:
-    """A session with the default options, or with `basic` optimisations only; `folded` takes the graph that it runs."""
+def session(path: Path, folded: Path | None = None, as_it_is: bool = False) -> onnxruntime.InferenceSession:
+    """A session with the default options, or `as_it_is`, without optimisations; `folded` takes the graph that it runs."""
     options = onnxruntime.SessionOptions()
-    if basic:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    if as_it_is:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
     if folded is not None:
         options.optimized_model_filepath = str(folded)
@@ -105,8 +105,8 @@ def session(path: Path, folded: Path | None = None, basic: bool = False) -> onnx
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def run(path: Path, x: Tensor, basic: bool = False) -> Tensor:
-    made = session(path, basic=basic)
+def run(path: Path, x: Tensor, as_it_is: bool = False) -> Tensor:
+    made = session(path, as_it_is=as_it_is)
     return torch.from_numpy(made.run(None, {made.get_inputs()[0].name: x.numpy()})[0])
 
 

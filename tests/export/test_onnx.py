@@ -110,9 +110,9 @@ def test_dequantize_is_what_some_runtimes_look_for(tmp_path: Path) -> None:
     export_onnx(model, tmp_path / "model.onnx", x, weights="dequantize")
     nodes = [node for node in onnx.load(tmp_path / "model.onnx").graph.node if node.op_type == "DequantizeLinear"]
     assert len(nodes) == len(list(view.views(model)))
-    # With all its optimisations onnxruntime makes one with 8 bit activations of it: not exact, and 1.23 fails at that.
+    # Onnxruntime's optimisations make one with 8 bit activations of it: not exact, and 1.23 fails at that.
     with torch.no_grad():
-        assert difference(run(tmp_path / "model.onnx", x, basic=True), model(x)) <= 1e-5
+        assert difference(run(tmp_path / "model.onnx", x, as_it_is=True), model(x)) <= 1e-5
     with pytest.raises(ValueError, match="weights must be one of packed, dequantize, got 'int8'"):
         export_onnx(model, tmp_path / "model.onnx", x, weights="int8")
 
