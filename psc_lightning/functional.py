@@ -64,7 +64,7 @@ def straight_through(value: Tensor, source: Tensor) -> Tensor:
     >>> q.tolist(), w.grad.tolist()
     ([1.0, -1.0], [2.0, 5.0])
     """
-    out: Tensor = _StraightThrough.apply(value, source)  # type: ignore[no-untyped-call]
+    out: Tensor = _StraightThrough.apply(value, source)  # type: ignore[no-untyped-call]  # torch's
     return out
 
 
@@ -96,7 +96,7 @@ def masked(value: Tensor, keep: Tensor, core: Tensor, scores: Tensor | None = No
     >>> w.grad.tolist(), s.grad.tolist()
     ([0.0, 1.0], [-2.0, 3.0])
     """
-    out: Tensor = _Masked.apply(value, keep, core, scores, dense)  # type: ignore[no-untyped-call]
+    out: Tensor = _Masked.apply(value, keep, core, scores, dense)  # type: ignore[no-untyped-call]  # torch's
     return out
 
 

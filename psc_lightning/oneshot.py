@@ -200,7 +200,7 @@ def _calibrate(
                 value = loss(model, batch)
                 if not bool(value.detach().isfinite().all()):
                     raise ValueError(f"loss: expected a finite number, found {value.detach()} for batch {number}")
-                value.backward()  # type: ignore[no-untyped-call]
+                value.backward()  # type: ignore[no-untyped-call]  # torch's
             for callback, slots, weight in held:
                 slots.observe(callback.slot, weight)
     finally:

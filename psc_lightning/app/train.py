@@ -72,7 +72,7 @@ def run(cfg: DictConfig, folder: Path) -> float:
         return objective(cfg, json.loads(this.report.read_text()))
     if cfg.leftovers not in LEFTOVERS:
         raise UsageError(f"leftovers={cfg.leftovers}: not one of {', '.join(LEFTOVERS)}")
-    if not isinstance(cfg.batchnorm, int) or cfg.batchnorm < 0:
+    if type(cfg.batchnorm) is not int or cfg.batchnorm < 0:
         raise UsageError(f"batchnorm={cfg.batchnorm}: not a number of batches (0: none)")
     callbacks = build_callbacks(cfg)
     data = build_data(cfg)

@@ -34,7 +34,7 @@ class MovementMask(Mask):
     labels = "during"
 
     def __init__(self, shape: tuple[int, ...], **options: object) -> None:
-        super().__init__(shape, **options)  # type: ignore[arg-type]
+        super().__init__(shape, **options)  # type: ignore[arg-type]  # Mask names and types them
         self.scores = nn.Parameter(torch.zeros(self.units()))
 
     def learned_scores(self) -> Tensor | None:

@@ -39,7 +39,7 @@ class SaliencyMask(Mask):
     total: Tensor
 
     def __init__(self, shape: tuple[int, ...], label: str = "gradient_weight", **options: object) -> None:
-        super().__init__(shape, **options)  # type: ignore[arg-type]
+        super().__init__(shape, **options)  # type: ignore[arg-type]  # Mask names and types them
         self.label = label
         self.register_buffer("total", torch.zeros(self.units()))
 
