@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from psc_lightning.artifact.errors import ArtifactError
+from psc_lightning.artifact.errors import ADVICE, ArtifactError
 
 __all__ = ["PRECISION", "TOTAL", "Decoder", "Encoder", "bits", "count", "table"]
 
@@ -32,10 +32,7 @@ _LEARN = 32  # what one integer seen adds to the weight of its class
 _READY = 1024  # models
 _CHUNK = 16  # bits below the leading one, coded at most so many at a time
 
-_DAMAGED = (
-    "the entropy-coded data does not end where the last tensor ends: the file is damaged or was not written by "
-    "psc_lightning; get a fresh copy, or save the model again"
-)
+_DAMAGED = f"the entropy-coded data does not end where the last tensor ends: {ADVICE}"
 
 
 def table(weights: Ints) -> Ints:

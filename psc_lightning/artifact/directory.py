@@ -20,7 +20,7 @@ from enum import IntEnum
 import torch
 
 from psc_lightning.artifact.container import Cursor, varint
-from psc_lightning.artifact.errors import ArtifactError
+from psc_lightning.artifact.errors import ADVICE, ArtifactError
 
 __all__ = ["DEFLATED", "DTYPES", "PLAIN", "Entry", "Kind", "decode", "encode"]
 
@@ -188,10 +188,7 @@ def _inflate(data: bytes) -> bytes:
 
 
 def _damaged(expected: object, found: object) -> ArtifactError:
-    return ArtifactError(
-        f"table of contents: expected {expected}, found {found}: "
-        "the file is damaged or was not written by psc_lightning; get a fresh copy, or save the model again"
-    )
+    return ArtifactError(f"table of contents: expected {expected}, found {found}: {ADVICE}")
 
 
 _NORM = "weight bias running_mean running_var num_batches_tracked"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["ArtifactError"]
+__all__ = ["ADVICE", "ArtifactError"]
+
+#: what ends a message about damage
+ADVICE = "the file is damaged or was not written by psc_lightning; get a fresh copy, or save the model again"
 
 
 class ArtifactError(ValueError):

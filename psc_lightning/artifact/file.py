@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from psc_lightning import slots, view
 from psc_lightning.artifact import container, directory, leftovers
 from psc_lightning.artifact.directory import DTYPES, Entry, Kind
-from psc_lightning.artifact.errors import ArtifactError
+from psc_lightning.artifact.errors import ADVICE, ArtifactError
 from psc_lightning.artifact.report import Report, TensorReport
 from psc_lightning.artifact.streams import Stream, SymbolReader, SymbolWriter
 from psc_lightning.sharding import by_rank_zero, sharded_modules, whole
@@ -176,7 +176,7 @@ def _open(data: bytes) -> tuple[list[Entry], bytes]:
     sections = container.unpack(data, _KNOWN)
     tags = sorted(sections)
     if tags not in ([directory.PLAIN, _SYMBOLS], [directory.DEFLATED, _SYMBOLS]):
-        raise ArtifactError(f"expected a table of contents and the symbols, found sections {tags}: {_ADVICE}")
+        raise ArtifactError(f"expected a table of contents and the symbols, found sections {tags}: {ADVICE}")
     return directory.decode(tags[0], sections[tags[0]]), sections[_SYMBOLS]
 
 
@@ -364,6 +364,3 @@ def _report(
         sha256=hashlib.sha256(data).hexdigest(),
         tensors=rows,
     )
-
-
-_ADVICE = "the file is damaged or was not written by psc_lightning; get a fresh copy, or save the model again"

@@ -12,7 +12,7 @@ from torch import Tensor, full, int32
 
 from psc_lightning.artifact.ans import Decoder, Encoder
 from psc_lightning.artifact.codings import CODINGS, Grid, Plane, Proposal
-from psc_lightning.artifact.errors import ArtifactError
+from psc_lightning.artifact.errors import ADVICE, ArtifactError
 
 __all__ = ["CONSTANT", "Choice", "choose", "read"]
 
@@ -90,7 +90,7 @@ def read(decoder: Decoder, number: int, size: int, grid: Grid | None) -> tuple[T
     def below(limit: int, context: str) -> int:
         value = decoder.integer(context)
         if value >= limit:
-            raise ArtifactError(f"expected a number below {limit} ({context}), found {value}: {_ADVICE}")
+            raise ArtifactError(f"expected a number below {limit} ({context}), found {value}: {ADVICE}")
         return value
 
     low = below(size, "low")
@@ -101,6 +101,3 @@ def read(decoder: Decoder, number: int, size: int, grid: Grid | None) -> tuple[T
     parameters = tuple(below(limit, coding.name) for limit in coding.limits)
     symbols = coding.read(decoder, number, high - low + 1, parameters, grid)
     return symbols.add_(low) if low else symbols, coding.name
-
-
-_ADVICE = "the file is damaged or was not written by psc_lightning; get a fresh copy, or save the model again"

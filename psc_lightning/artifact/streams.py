@@ -14,7 +14,7 @@ from torch import Tensor
 
 from psc_lightning.artifact.ans import Decoder, Encoder, Ints, count
 from psc_lightning.artifact.codings import Grid, Plane
-from psc_lightning.artifact.errors import ArtifactError
+from psc_lightning.artifact.errors import ADVICE, ArtifactError
 from psc_lightning.artifact.planes import choose, read
 
 __all__ = ["Stream", "SymbolReader", "SymbolWriter"]
@@ -142,7 +142,7 @@ class SymbolReader:
         code = self._decoder.integer("integer")
         value = -(code + 1 >> 1) if code & 1 else code >> 1
         if not low <= value <= high:
-            raise ArtifactError(f"expected an integer in {low} … {high}, found {value}: {_ADVICE}")
+            raise ArtifactError(f"expected an integer in {low} … {high}, found {value}: {ADVICE}")
         return value
 
     def symbols(self, count: int, size: int, grid: Tensor | None = None) -> Tensor:
@@ -152,7 +152,7 @@ class SymbolReader:
             ArtifactError: the file says otherwise, or `count` is above the limit.
         """
         if not 0 <= count <= self._limit:
-            raise ArtifactError(f"expected at most {self._limit} symbols in one array, found {count}: {_ADVICE}")
+            raise ArtifactError(f"expected at most {self._limit} symbols in one array, found {count}: {ADVICE}")
         if not count:
             return torch.zeros(0, dtype=torch.int32)
         if size <= _PLANE:
@@ -160,7 +160,7 @@ class SymbolReader:
         values = self._plane(count, (size - 1 >> 8) + 1, None) << 8
         values |= self._plane(count, _PLANE, None)
         if int(values.max()) >= size:
-            raise ArtifactError(f"expected symbols below {size}, found {int(values.max())}: {_ADVICE}")
+            raise ArtifactError(f"expected symbols below {size}, found {int(values.max())}: {ADVICE}")
         return values
 
     def finish(self) -> None:
@@ -175,6 +175,3 @@ class SymbolReader:
         symbols, coding = read(self._decoder, number, size, grid)
         self.streams.append(_stream(count(symbols, size), coding))
         return symbols
-
-
-_ADVICE = "the file is damaged or was not written by psc_lightning; get a fresh copy, or save the model again"

@@ -12,7 +12,7 @@ from torch import Tensor
 from psc_lightning.artifact.ans import PRECISION, Decoder, Encoder, Ints, table
 from psc_lightning.artifact.codings.adaptive import UNIT
 from psc_lightning.artifact.codings.coding import Grid, Plane, Proposal
-from psc_lightning.artifact.errors import ArtifactError
+from psc_lightning.artifact.errors import ADVICE, ArtifactError
 
 __all__ = ["Lines", "Places", "direction"]
 
@@ -141,7 +141,7 @@ class Lines:
     def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], grid: Grid | None) -> Tensor:
         """Read `number` symbols."""
         if size != 2 or grid is None or grid.shape[parameters[0]] > _LINES:
-            raise ArtifactError(f"expected bits of a matrix of at most {_LINES} lines, found others: {_ADVICE}")
+            raise ArtifactError(f"expected bits of a matrix of at most {_LINES} lines, found others: {ADVICE}")
         out = np.zeros(grid.shape, dtype=np.uint8)
         view = (grid.T, out.T) if parameters[0] else (grid, out)
         places = Places(view[0].shape[1])
@@ -191,6 +191,3 @@ def _glance(grid: Grid, bits: Bytes) -> float:
     whole = _entropy(ones.sum(), of.sum())
     by_place = _entropy(ones, of) + float(np.log2(of + 1).sum()) / 2
     return whole - min(_entropy(found[:, 1], found.sum(1)), by_place)
-
-
-_ADVICE = "the file is damaged or was not written by psc_lightning; get a fresh copy, or save the model again"

@@ -11,7 +11,7 @@ from torch import Tensor
 from psc_lightning.artifact.ans import Decoder, Encoder
 from psc_lightning.artifact.codings.coding import Grid, Plane, Proposal, inside
 from psc_lightning.artifact.codings.lines import direction
-from psc_lightning.artifact.errors import ArtifactError
+from psc_lightning.artifact.errors import ADVICE, ArtifactError
 
 __all__ = ["Split"]
 
@@ -62,7 +62,7 @@ class Split:
 
         how, t = parameters
         if grid is None or size < 3 or not 0 < t < size:
-            raise ArtifactError(f"expected symbols of a matrix to split, found {t} of {size}: {_ADVICE}")
+            raise ArtifactError(f"expected symbols of a matrix to split, found {t} of {size}: {ADVICE}")
 
         def plane(number: int, size: int, grid: Grid | None = None) -> Tensor:
             if not number or size == 1:
@@ -77,7 +77,7 @@ class Split:
             distance = plane(chosen, max(t, size - 1 - t), inside(grid, first)) + 1
             out[first] += torch.where(above, distance, -distance)
             if chosen and not 0 <= int(out.min()) <= int(out.max()) < size:
-                raise ArtifactError(f"expected symbols below {size}, found {int(out.max())}: {_ADVICE}")
+                raise ArtifactError(f"expected symbols below {size}, found {int(out.max())}: {ADVICE}")
         else:
             out[~first] = plane(number - chosen, t, inside(grid, ~first))
             out[first] += plane(chosen, size - t, inside(grid, first))
@@ -90,6 +90,3 @@ def _bits(answers: Tensor, grid: Grid) -> Plane:
 
 def _median(plane: Plane) -> int:
     return int(np.searchsorted(plane.histogram.cumsum(), len(plane.symbols) / 2)) + 1
-
-
-_ADVICE = "the file is damaged or was not written by psc_lightning; get a fresh copy, or save the model again"
