@@ -145,7 +145,7 @@ class ImageData(LightningDataModule):
         std: of each channel, above 0.
         batch_size: training samples per step.
         eval_batch_size: validation and test samples per forward.
-        validation: share of the training images, 0 < validation < 1. The same images for every seed.
+        validation: share of the training images, 0 ≤ validation < 1; above 0, at least one. The same images for every seed.
         augment: random crop and mirror of training images.
         seed: of order and augmentation.
 
@@ -166,8 +166,8 @@ class ImageData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 < validation < 1:
-            raise ValueError(f"validation must be above 0 and below 1, not {validation}")
+        if not 0 <= validation < 1:
+            raise ValueError(f"validation must be 0 or more and below 1, not {validation}")
         if min(batch_size, eval_batch_size) < 1:
             raise ValueError(f"batch_size and eval_batch_size must be 1 or more, not {batch_size}, {eval_batch_size}")
         self.source = source
@@ -185,7 +185,7 @@ class ImageData(LightningDataModule):
             self.splits = self.source() if self.folder is None else self.source(self.folder)
             count = len(self.splits.train_images)
             order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-            held = max(1, int(count * self.validation))
+            held = max(1, int(count * self.validation)) if self.validation else 0
             self.validation_indices, self.train_indices = order[:held], order[held:]
 
     def train_dataloader(self) -> Loader:
@@ -197,10 +197,12 @@ class ImageData(LightningDataModule):
         epochs = Epochs(len(chosen), self.batch_size, self.seed, rank, world)
         return Loader(Images(*images, self.mean, self.std, self.augment), epochs)
 
-    def val_dataloader(self) -> Loader:
-        """Return validation batches in a fixed order."""
+    def val_dataloader(self) -> Loader | list[Loader]:
+        """Return validation batches in a fixed order; with no validation images, no loader."""
         assert self.splits is not None
         chosen = self.validation_indices
+        if not len(chosen):
+            return []
         return self._in_order(self.splits.train_images[chosen], self.splits.train_labels[chosen])
 
     def test_dataloader(self) -> Loader:

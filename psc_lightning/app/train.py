@@ -378,6 +378,7 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).* is deprecated")  # its own use of torch
     warnings.filterwarnings("ignore", r"The '\w+_dataloader' does not have many workers")  # batches come from memory
+    warnings.filterwarnings("ignore", r"Total length of `list` across ranks is zero")  # data.validation=0
     warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty")  # a resumed run's
 
 

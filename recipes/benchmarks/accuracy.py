@@ -46,8 +46,8 @@ def studies(args: argparse.Namespace) -> dict[str, Study]:
     for model in ("lenet_300_100", "lenet5"):
         for name in ("none", "float", "binary", "mask", "deep"):
             overrides = [f"experiment=mnist_{model}", f"compression={name}"] + (at if name != "none" else [])
-            mnist.rows[f"{model} {name}"] = (overrides, 3 if model == "lenet_300_100" else 1)
-    binary = ["compression=binary", "schedule=constant", "batchnorm=100"]
+            mnist.rows[f"{model} {name}"] = (overrides, 3)
+    binary = ["compression=binary", "schedule=constant", "batchnorm=391"]  # all of the training images
     cifar10 = Study(
         "ResNet-20 on CIFAR-10 from the 91.73 % checkpoint, 3 epochs",
         [
@@ -58,10 +58,10 @@ def studies(args: argparse.Namespace) -> dict[str, Study]:
         {
             "none": (["compression=none", "optimizer.lr=0.001"], 3),
             "binary": (binary, 3),
-            "binary, float16 leftovers": ([*binary, "leftovers=float16"], 1),
-            "ternary": (["compression=ternary", "schedule=constant"], 1),
-            "codebook": (["compression=codebook", "schedule=constant"], 1),
-            "mask 0.8": (["compression=mask", "compression.threshold=0.8"], 1),
+            "binary, float16 leftovers": ([*binary, "leftovers=float16"], 3),
+            "ternary": (["compression=ternary", "schedule=constant"], 3),
+            "codebook": (["compression=codebook", "schedule=constant"], 3),
+            "mask 0.8": (["compression=mask", "compression.threshold=0.8"], 3),
         },
     )
     return {"digits": digits, "mnist": mnist, "cifar10": cifar10}

@@ -172,6 +172,13 @@ def test_iterating_leaves_torchs_own_generator_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_no_validation_images_no_validation() -> None:
+    data = ImageData(random_splits, [0.5], [0.5], batch_size=4, validation=0)
+    data.setup("fit")
+    assert data.val_dataloader() == []
+    assert len(data.train_dataloader().dataset) == len(random_splits().train_images)  # type: ignore[arg-type]
+
+
 def test_validation_images_are_not_trained_on() -> None:
     data = ImageData(random_splits, [0.5], [0.5], batch_size=4, validation=0.25)
     data.setup("fit")
