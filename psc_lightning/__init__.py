@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from psc_lightning.callbacks import GradientClipping, MaskLearning, StraightThroughQuantization, WeightSharing
     from psc_lightning.configs import config_dir
     from psc_lightning.export.onnx import export_onnx
+    from psc_lightning.folding import fold_batchnorm
     from psc_lightning.oneshot import Plan, attach, compress, plan
     from psc_lightning.schedule import Schedule
     from psc_lightning.view import detach, raw
@@ -24,6 +25,7 @@ _HOMES = {
     "callbacks": ("GradientClipping", "MaskLearning", "StraightThroughQuantization", "WeightSharing"),
     "configs": ("config_dir",),
     "export.onnx": ("export_onnx",),
+    "folding": ("fold_batchnorm",),
     "oneshot": ("Plan", "attach", "compress", "plan"),
     "schedule": ("Schedule",),
     "view": ("detach", "raw"),
@@ -44,6 +46,7 @@ __all__ = [
     "config_dir",
     "detach",
     "export_onnx",
+    "fold_batchnorm",
     "load",
     "load_into",
     "plan",

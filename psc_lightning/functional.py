@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from psc_lightning.symbols import Reader, Writer
-
 __all__ = [
     "Group",
     "block_expand",
@@ -25,14 +23,10 @@ __all__ = [
     "kmeans_1d",
     "largest",
     "masked",
-    "power_of_two",
-    "read_halves",
-    "round_to_half",
     "split",
     "spread",
     "straight_through",
     "survivor_mean",
-    "write_halves",
     "zero_count",
 ]
 
@@ -211,27 +205,6 @@ def largest(scores: Tensor, tiebreak: Tensor, zeros: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- levels
 
 
-def power_of_two(values: Tensor) -> float:
-    """The power of two just above the largest magnitude (1.0 where all are zero), kept in a normal float's range.
-
-    >>> power_of_two(torch.tensor([0.3, -5.0])), power_of_two(torch.zeros(2))
-    (8.0, 1.0)
-    """
-    top = float(values.abs().max()) if values.numel() else 0.0
-    return math.ldexp(1.0, max(-100, min(math.frexp(top)[1], 100)))
-
-
-def round_to_half(values: Tensor, unit: Tensor | float, positive: bool = True) -> Tensor:
-    """Round to what is stored: a float16 times the tensor's power of two; never 0 where it must be `positive`.
-
-    >>> round_to_half(torch.tensor([0.1, 0.0]), 1.0).tolist()
-    [0.0999755859375, 5.960464477539063e-08]
-    """
-    halves = (values / unit).to(torch.float16).to(torch.float32)
-    halves = halves.clamp(2.0**-24, 65504.0) if positive else halves.clamp(-65504.0, 65504.0) + 0.0
-    return halves * unit
-
-
 def kmeans_1d(values: Tensor, keep: Tensor, k: int, iterations: int = 30) -> Tensor:
     """Centroids of k-means on a line, for each row of `values` over its kept entries, sorted: ``(rows, k)`` float32.
 
@@ -265,23 +238,3 @@ def kmeans_1d(values: Tensor, keep: Tensor, k: int, iterations: int = 30) -> Ten
             break
         centroids = moved
     return centroids.float()
-
-
-# ------------------------------------------------------------------------------------------------------ storing
-
-
-def write_halves(writer: Writer, values: Tensor, unit: Tensor | float) -> None:
-    """Store numbers that `round_to_half` made: the exponent of their power of two, then 16 bits each."""
-    writer.integer(math.frexp(float(unit))[1] - 1)
-    bits = (values / unit).to(torch.float16).reshape(-1).cpu().view(torch.int16)
-    writer.symbols(bits.to(torch.int32) & 0xFFFF, 65536)
-
-
-def read_halves(reader: Reader, count: int) -> Tensor:
-    """Read them back, as float32; a file with an infinite or undefined scale is refused."""
-    unit = math.ldexp(1.0, reader.integer(-100, 100))
-    bits = reader.symbols(count, 65536)
-    values = torch.where(bits > 32767, bits - 65536, bits).to(torch.int16).view(torch.float16).to(torch.float32)
-    if not bool(values.isfinite().all()):
-        raise ValueError("a stored scale is not a finite number")
-    return values * unit

@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.activations import Activations, Grid
-from psc_lightning.bits import read_bits, write_bits
+from psc_lightning.activations import Activations
+from psc_lightning.bits import write_bits
 from psc_lightning.layout import Layout, memory_format
 from psc_lightning.levels import LEVELS, Levels
-from psc_lightning.masks import MASKS, Mask, read_keep
+from psc_lightning.masks import MASKS, Mask
 from psc_lightning.sharding import whole
-from psc_lightning.symbols import Reader, Writer
+from psc_lightning.stored import Stored
+from psc_lightning.symbols import Writer
 from psc_lightning.tying import TYINGS, Tying
 
-__all__ = ["SLOTS", "Slots", "Spec", "Stored", "decode"]
+__all__ = ["SLOTS", "Slots", "Spec"]
 
 Shape = tuple[int, ...]
 
@@ -51,29 +52,6 @@ class Spec:
     def told(self) -> dict[str, Any]:
         """All that was asked for."""
         return {**self.options, **({"activations": self.activations} if self.activations else {})}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor as a file holds it.
-
-    Attributes:
-        method: the slots' methods, joined; a file does not say how its mask was found.
-        cores: name → values after mask and levels.
-        weight: the effective weight.
-        layout: where its output axis is.
-        tying: what makes the weight, output axis first, from the cores; None: the one core is it.
-        inputs: what the inputs of its layers are rounded to, which no file holds; None: nothing.
-        outputs: the lowest and the highest output of a convolution, a row each, which was seen then.
-    """
-
-    method: str
-    cores: Mapping[str, Tensor]
-    weight: Tensor
-    layout: Layout
-    tying: Tying | None
-    inputs: Grid | None = None
-    outputs: Tensor | None = None
 
 
 class _Linked(torch.autograd.Function):
@@ -379,6 +357,27 @@ class Slots(nn.Module):
                 writer.integer(0)
                 write_bits(writer, core[keep].to(weight.dtype))
 
+    @torch.no_grad()
+    def rescale(self, weight: Tensor, factor: Tensor) -> None:
+        """Multiply the effective weight, a positive factor an output channel; scales are rounded as always.
+
+        Raises:
+            ValueError: no core has a row, or no level a scale, for each output channel.
+        """
+        cores = self._reduce(weight)
+        name, core = next(iter(cores.items()))  # of two factors, the one that has the outputs
+        if core.shape[0] != len(factor):
+            raise ValueError(f"{self.method} has no row of its own for each output channel")
+        chain, rows = self._chain(name), factor.to(core.dtype).reshape(-1, *(1,) * (core.dim() - 1))
+        levels = chain.levels if self.phase[2] else None
+        value = core * rows if levels is None else levels.rescale(levels.code(core), factor.float()).to(core.dtype)
+        value = torch.where(chain.keep(core, bool(self.phase[1])), value, 0.0)
+        if isinstance(core, nn.Parameter):
+            core.copy_(value)
+        else:
+            matrix = self.tying.expand({name: value}) if self.tying is not None and self.phase[0] else value
+            weight.copy_(self.layout.weight(matrix, self.stored_shape))
+
     # -------------------------------------------------------------------------------- checkpoints and moves
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -406,44 +405,3 @@ class Slots(nn.Module):
     def extra_repr(self) -> str:
         """The methods and how hard they act."""
         return f"{self.method}, strength={[round(value, 3) for value in self.strength.tolist()]}"
-
-
-def decode(reader: Reader, shape: Shape, dtype: torch.dtype) -> Stored:
-    """Read what `Slots.encode` stored; the effective weight is contiguous, and bit for bit what it was.
-
-    Raises:
-        ValueError: where the file names a method or a size that cannot be.
-    """
-    layout = Layout.decode(reader, shape)
-    matrix_shape = layout.shape(shape)
-    name, method = _known(TYINGS, reader, "tying")
-    tying = method.decode(reader, matrix_shape) if method else None
-    methods = [name]
-    # As in `effective`: factors are float32 whatever the weight is, other cores are no narrower than float32.
-    trained = tying is not None and any(True for _ in tying.parameters())
-    work = torch.float64 if dtype == torch.float64 and not trained else torch.float32
-    cores = {}
-    for name, size in (tying.core_shapes() if tying is not None else {"core": matrix_shape}).items():
-        masks = reader.integer(0, 1)
-        keep = read_keep(reader, size) if masks else torch.ones(size, dtype=torch.bool)
-        level, method = _known(LEVELS, reader, "levels")
-        methods += ["mask" if masks else "", level]
-        if method:
-            core = method.decode(reader, keep, work)
-        else:
-            core = torch.zeros(size, dtype=work)
-            core[keep] = read_bits(reader, int(keep.sum()), dtype).to(work)
-        cores[name] = torch.where(keep, core, 0.0)
-    matrix = tying.expand(cores) if tying is not None else cores["core"]
-    weight = layout.weight(matrix.detach(), shape).to(dtype).contiguous()
-    name = "+".join(filter(None, dict.fromkeys(methods))) or "plain"
-    return Stored(name, cores, weight, layout, tying)
-
-
-def _known(methods: Mapping[str, Any], reader: Reader, slot: str) -> tuple[str, Any]:
-    """The name and the method whose number is read; neither for 0."""
-    numbered = {method.code_number: (name, method) for name, method in methods.items()}
-    number = reader.integer(0, max(numbered))
-    if number and number not in numbered:
-        raise ValueError(f"unknown {slot} method {number}; this version knows {sorted(numbered)}")
-    return numbered.get(number, ("", None))

@@ -201,9 +201,20 @@ class Ans:
         return values(words, kind)
 
     def scales(self, number: int) -> np.ndarray[Any, Any]:
-        """One a group: a float16 times 2^e."""
-        unit = np.float32(2.0 ** self.integer())
+        """One a group: a float16 times 2^e, a step of the grid times 2^e, or a float32."""
+        stored, e = divmod(self.integer() + 512, 1024)
+        if stored == 2:
+            return self.entries(number, "float32")
+        unit = np.float32(2.0 ** (e - 512))
+        if stored == 1:
+            return self.grid(number) * unit
         return np.array(self.array(number, 65536), np.uint16).view(np.float16).astype(np.float32) * unit
+
+    def grid(self, number: int) -> np.ndarray[Any, Any]:
+        """0 or ±2^(j/8), j = -126 … 0."""
+        code = np.array(self.array(number, 255), np.int64) - 127
+        size = (2.0 ** ((np.abs(code) - 127) / 8)).astype(np.float32)
+        return np.sign(code).astype(np.float32) * size + np.float32(0)
 
 
 def values(words: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
@@ -321,11 +332,16 @@ def weight(ans: Ans, stored: tuple[int, ...], kind: str) -> np.ndarray[Any, Any]
         matrix = product.astype(np.float32) + np.float32(0)
     if groups:
         matrix = matrix.reshape(groups, stored[1], stored[0] // groups, *kernel).swapaxes(1, 2)
-    matrix = matrix.reshape(stored)
+    return as_type(matrix.reshape(stored), kind)
+
+
+def as_type(numbers: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
+    """Numbers rounded to a tensor's type."""
     if kind == "bfloat16":  # the upper half of a float32, rounded to the nearest, ties to even
-        bits = np.ascontiguousarray(matrix).view(np.uint32)
-        return (bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000).astype(np.uint32).view(np.float32).reshape(stored)
-    return matrix.astype(kind)
+        bits = np.ascontiguousarray(numbers, np.float32).view(np.uint32)
+        bits = (bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000).astype(np.uint32)
+        return bits.view(np.float32).reshape(numbers.shape)
+    return numbers.astype(kind)
 
 
 # ----------------------------------------------------------------------------------------------------------- file
@@ -364,8 +380,24 @@ def contents(toc: bytes) -> list[tuple[str, int, str, tuple[int, ...]]]:
     return found
 
 
-def read(data: bytes) -> dict[str, np.ndarray[Any, Any]]:
+def of_model(toc: bytes, model: list[tuple[str, str, tuple[int, ...]]]) -> list[tuple[str, int, str, tuple[int, ...]]]:
+    """The same from section 4: what it leaves out, the reader knows."""
+    kinds = [kind for byte in toc[4 : 4 + (len(model) + 1) // 2] for kind in (byte & 15, byte >> 4)]
+    found, at = [], 4 + (len(model) + 1) // 2
+    for (name, dtype, shape), kind in zip(model, kinds):
+        if kind == 3:
+            other, at = varint(toc, at)
+            shape = (other,)
+        found.append((name, kind, dtype, shape))
+    return found
+
+
+def read(data: bytes, model: list[tuple[str, str, tuple[int, ...]]] | None = None) -> dict[str, np.ndarray[Any, Any]]:
     """All tensors of a file, under their names, in their order.
+
+    Args:
+        data: the file.
+        model: name, type and shape of each tensor, for a file without names.
 
     Raises:
         ValueError: it is not a file of this version, or it is damaged.
@@ -377,12 +409,19 @@ def read(data: bytes) -> dict[str, np.ndarray[Any, Any]]:
         tag = data[at]
         length, at = varint(data, at + 1)
         sections[tag], at = data[at : at + length], at + length
-    toc = sections[1] if 1 in sections else zlib.decompressobj(-15, dictionary()).decompress(sections[2])
-    tensors, ans = contents(toc), Ans(sections[3])
+    if 4 in sections:
+        if model is None:
+            raise ValueError("a file without names: say what names, types and shapes its model has")
+        tensors = of_model(sections[4], model)
+    else:
+        tensors = contents(
+            sections[1] if 1 in sections else zlib.decompressobj(-15, dictionary()).decompress(sections[2])
+        )
+    ans = Ans(sections[3])
     together: dict[Any, list[int]] = {}
     for i, (name, kind, dtype, shape) in enumerate(tensors):
-        if kind in (1, 2):
-            stored = "float16" if kind == 2 else dtype
+        if kind in (1, 2, 4):
+            stored = dtype if kind == 1 else kind
             key = (stored, name.split(".")[-1]) if prod(shape) <= 4096 else i
         else:
             key = i
@@ -394,11 +433,13 @@ def read(data: bytes) -> dict[str, np.ndarray[Any, Any]]:
         if kind == 0:
             out[members[0]] = weight(ans, shape, dtype)
             continue
-        flat = ans.entries(sum(prod(tensors[i][3]) for i in members), "float16" if kind == 2 else dtype)
-        for i in members:
+        units = [np.float32(2.0 ** ans.integer()) if kind == 4 else None for _ in members]
+        number = sum(prod(tensors[i][3]) for i in members)
+        flat = ans.grid(number) if kind == 4 else ans.entries(number, "float16" if kind == 2 else dtype)
+        for i, unit in zip(members, units):
             size = prod(tensors[i][3])
-            held = "float32" if tensors[i][2] == "bfloat16" else tensors[i][2]
-            out[i], flat = flat[:size].reshape(tensors[i][3]).astype(held), flat[size:]
+            out[i], flat = flat[:size].reshape(tensors[i][3]), flat[size:]
+            out[i] = as_type(out[i] if unit is None else out[i] * unit, tensors[i][2])
     if ans.state != 1 or ans.words:
         raise ValueError("damaged: symbols are left over")
     return {name: out[shape[0] if kind == 3 else i] for i, (name, kind, _, shape) in enumerate(tensors)}

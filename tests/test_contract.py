@@ -19,7 +19,8 @@ from psc_lightning.functional import zero_count
 from psc_lightning.layout import Layout
 from psc_lightning.levels import LEVELS
 from psc_lightning.masks import MASKS
-from psc_lightning.slots import SLOTS, Slots, Spec, decode
+from psc_lightning.slots import SLOTS, Slots, Spec
+from psc_lightning.stored import decode
 from psc_lightning.tying import TYINGS
 from psc_lightning.view import attach_slots, detach, plain_state, slots_of
 
@@ -62,11 +63,20 @@ MASK_OPTIONS: dict[str, list[dict[str, Any]]] = {
     for name in MASKS
 }
 LEVEL_OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "uniform": [{}, {"bits": 1}, {"bits": 3, "group": "tensor"}, {"bits": 2, "group": 5}, {"learned_step": True}],
-    "binary": [{}, {"form": "01"}, {"group": 5}, {"form": "01", "group": "tensor"}],
-    "ternary": [{}, {"group": "tensor"}, {"group": 7}],
+    "uniform": [
+        {},
+        {"bits": 1},
+        {"bits": 3, "group": "tensor"},
+        {"bits": 2, "group": 5},
+        {"learned_step": True},
+        {"scales": "log8"},
+        {"learned_step": True, "scales": "log8"},
+        {"scales": "float32"},
+    ],
+    "binary": [{}, {"form": "01"}, {"group": 5}, {"form": "01", "group": "tensor"}, {"form": "01", "scales": "log8"}],
+    "ternary": [{}, {"group": "tensor"}, {"group": 7}, {"scales": "float32"}],
     "log": [{}, {"bits": 3, "group": "tensor"}, {"bits": 2, "group": 5}, {"root": 2}, {"root": 8}],
-    "codebook": [{}, {"k": 3, "group": "channel"}, {"k": 256}, {"k": 2, "group": 5}],
+    "codebook": [{}, {"k": 3, "group": "channel"}, {"k": 256}, {"k": 2, "group": 5}, {"k": 4, "scales": "log8"}],
 }
 FOLDERS = {"tying": (TYINGS, TYING_OPTIONS), "mask": (MASKS, MASK_OPTIONS), "levels": (LEVELS, LEVEL_OPTIONS)}
 

@@ -149,36 +149,6 @@ def test_largest_is_the_stable_sort(data, rows, columns):
 # ------------------------------------------------------------------------------------------------------- levels
 
 
-@given(st.floats(-(2.0**126), 2.0**126, width=32))
-def test_power_of_two_is_just_above(value):
-    unit = F.power_of_two(torch.tensor([value, 0.0]))
-    assert math.frexp(unit)[0] == 0.5
-    if 2.0**-100 <= abs(value) < 2.0**100:
-        assert unit / 2 <= abs(value) < unit
-    assert 2.0**-100 <= unit <= 2.0**100
-
-
-@given(st.floats(2.0**-90, 2.0**90, width=32), st.floats(0, 1, width=32))
-def test_round_to_half_is_a_half_times_the_unit_and_never_zero(top, share):
-    values = torch.tensor([top, share * top])
-    unit = F.power_of_two(values)
-    rounded = F.round_to_half(values, unit)
-    halves = (rounded.double() / unit).numpy()
-    assert (halves.astype(np.float16) == halves).all()
-    assert (rounded > 0).all()
-    assert abs(rounded[0] - top) <= top * 2.0**-11
-    signed = F.round_to_half(-values, unit, positive=False)
-    assert abs(signed[0] + top) <= top * 2.0**-11
-
-
-def test_round_to_half_clamps_and_leaves_no_negative_zero(same_bits):
-    assert F.round_to_half(torch.tensor([1e30, 0.0, -3.0]), 1.0).tolist() == [65504.0, 2.0**-24, 2.0**-24]
-    assert same_bits(
-        F.round_to_half(torch.tensor([1e30, -1e30, -1e-30, 0.5]), 1.0, positive=False),
-        torch.tensor([65504.0, -65504.0, 0.0, 0.5]),
-    )
-
-
 def lloyd(values: list[float], k: int, iterations: int = 30) -> list[float]:
     """k-means by loops, with the start that the docstring states."""
     ordered = sorted(values)
@@ -209,27 +179,3 @@ def test_kmeans_of_nothing_and_of_one_value():
     values = torch.tensor([[3.0, 4.0], [5.0, 5.0]])
     keep = torch.tensor([[False, False], [True, True]])
     assert F.kmeans_1d(values, keep, 3).tolist() == [[0.0] * 3, [5.0] * 3]
-
-
-# ------------------------------------------------------------------------------------------------------ storing
-
-
-@pytest.mark.parametrize("positive", [True, False])
-@pytest.mark.parametrize("size", [1e-35, 1e-3, 1.0, 1e30])
-def test_halves_come_back(size: float, positive: bool, tape, same_bits):
-    values = torch.tensor([0.3, -0.7, 0.0, 1e-4]) * size
-    unit = F.power_of_two(values)
-    rounded = F.round_to_half(values, unit, positive)
-    written = tape()
-    F.write_halves(written, rounded, unit)
-    assert same_bits(F.read_halves(written, 4), rounded)
-    assert written.finished
-    assert written.items[1][1] == 65536
-
-
-def test_a_stored_scale_that_is_not_finite_is_refused(tape):
-    written = tape()
-    written.integer(0)
-    written.symbols(torch.tensor([0x7C00], dtype=torch.int32), 65536)
-    with pytest.raises(ValueError, match="not a finite number"):
-        F.read_halves(written, 1)

@@ -28,9 +28,12 @@ METHODS = [(folder, name, cls) for folder, (methods, _) in FOLDERS.items() for n
 LAYERS = [
     {"symbols"},
     {"bits", "functional", "schedule", "layout", "configs", "sharding", "checkpoint"},
+    {"precision"},
     {"tying", "masks", "levels", "activations"},
+    {"stored"},
     {"slots"},
     {"view"},
+    {"folding"},
     {"artifact", "targets"},
     {"callbacks", "report"},
     {"oneshot", "export"},

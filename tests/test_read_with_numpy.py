@@ -58,6 +58,9 @@ OPTIONS = [
     {"levels": "binary", "form": "01", "group": "tensor"},
     {"levels": "log", "bits": 4, "root": 8, "group": 5},
     {"levels": "codebook", "k": 256, "group": "channel"},
+    {"levels": "binary", "form": "01", "scales": "log8"},
+    {"levels": "codebook", "scales": "log8"},
+    {"levels": "ternary", "scales": "float32"},
 ]
 
 
@@ -81,9 +84,21 @@ def test_leftovers_of_every_type_and_an_alias(tmp_path):
         model.register_buffer(
             str(dtype)[6:], torch.tensor([0, 1, 5, 120, 1]).to(dtype) * (-1 if dtype.is_signed else 1)
         )
-    for leftovers in ("float32", "float16"):
+    for leftovers in ("float32", "float16", "log8", {"*.weight": "log8", "*": "float16"}):
         psc_lightning.save(model, tmp_path / "model.psc", leftovers=leftovers)
         same(tmp_path / "model.psc")
+
+
+def test_a_file_without_names(tmp_path):
+    model = compressed(COMBINATIONS["float"]("constant"), Net())
+    psc_lightning.save(model, tmp_path / "named.psc")
+    psc_lightning.save(model, tmp_path / "model.psc", names=False)
+    expected = read((tmp_path / "named.psc").read_bytes())
+    data = (tmp_path / "model.psc").read_bytes()
+    found = read(data, [(name, str(array.dtype), array.shape) for name, array in expected.items()])
+    assert all(found[name].tobytes() == array.tobytes() for name, array in expected.items())
+    with pytest.raises(ValueError, match="say what names"):
+        read(data)
 
 
 def test_its_dictionary_is_the_writers():

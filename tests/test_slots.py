@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from psc_lightning.layout import Layout
-from psc_lightning.slots import HARD, OFF, SOFT, Slots, Spec, decode
+from psc_lightning.slots import HARD, OFF, SOFT, Slots, Spec
+from psc_lightning.stored import decode
 
 SHARE = {"threshold": 0.5}
 

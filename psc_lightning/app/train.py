@@ -40,6 +40,8 @@ from psc_lightning.app.errors import UsageError, explain, one_line
 from psc_lightning.app.runs import Run, register_resolvers
 from psc_lightning.app.sweep import SweepFolder, summarise
 from psc_lightning.app.task import Classifier
+from psc_lightning.artifact import to_bytes
+from psc_lightning.artifact.leftovers import LEFTOVERS
 from psc_lightning.configs import config_dir
 from psc_lightning.report import Curve, draw
 
@@ -48,7 +50,6 @@ __all__ = ["main", "run"]
 log = logging.getLogger(__name__)
 
 CALIBRATION_BATCHES = 16
-LEFTOVERS = ("float32", "float16")
 
 
 def run(cfg: DictConfig, folder: Path) -> float:
@@ -70,7 +71,8 @@ def run(cfg: DictConfig, folder: Path) -> float:
     if cfg.resume is not None and this.finished:
         log.info("%s is finished already", folder)
         return objective(cfg, json.loads(this.report.read_text()))
-    if cfg.leftovers not in LEFTOVERS:
+    writing = {key: to_plain(cfg, key) for key in ("leftovers", "fold_batchnorm")}
+    if isinstance(writing["leftovers"], str) and writing["leftovers"] not in LEFTOVERS:
         raise UsageError(f"leftovers={cfg.leftovers}: not one of {', '.join(LEFTOVERS)}")
     if type(cfg.batchnorm) is not int or cfg.batchnorm < 0:
         raise UsageError(f"batchnorm={cfg.batchnorm}: not a number of batches (0: none)")
@@ -87,7 +89,10 @@ def run(cfg: DictConfig, folder: Path) -> float:
         fresh.load_state_dict(dense)
         metrics["dense"] = evaluate(cfg, fresh, data)
         objective(cfg, {"file_bytes": 0, "compression_ratio": 0, "metrics": {"compressed": metrics["dense"]}})
-        metrics["one_shot"] = evaluate(cfg, one_shot(cfg, fresh, data), data)
+        compressed = one_shot(cfg, fresh, data)
+        metrics["one_shot"] = evaluate(cfg, compressed, data)
+        with explain("leftovers, fold_batchnorm"):
+            to_bytes(compressed, **writing)  # what cannot be written is found now, not after training
 
     module = build_module(cfg)
     module.load_state_dict(dense)
@@ -104,7 +109,7 @@ def run(cfg: DictConfig, folder: Path) -> float:
         check_finite(module.state_dict(), "training diverged", "optimizer.lr")
         if cfg.batchnorm:
             settle(module, islice(data.train_dataloader(), cfg.batchnorm))
-        report = psc_lightning.save(module, this.model, leftovers=cfg.leftovers)
+        report = psc_lightning.save(module, this.model, **writing)
     if not is_main():
         return math.nan
 
@@ -135,6 +140,11 @@ def processes() -> Iterator[None]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()  # none leaves while another still needs it
         torch.distributed.destroy_process_group()
+
+
+def to_plain(cfg: DictConfig, key: str) -> Any:
+    """A setting that is a value or a mapping, as Python has it."""
+    return OmegaConf.to_container(cfg[key], resolve=True) if isinstance(cfg[key], DictConfig) else cfg[key]
 
 
 def is_main() -> bool:

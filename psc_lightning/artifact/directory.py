@@ -6,7 +6,11 @@
     shapes    each: varint for the number of axes, one varint an axis; an alias: one varint, the tensor it repeats
 
 Stored as it is (section 1) or raw-deflated with a preset dictionary, the names below in the same notation (section 2),
-whichever is shorter.
+whichever is shorter. Where the reader has the model (section 4), only:
+
+    4 bytes   CRC-32 of what section 1 would say with all kinds 0 and no aliases, little-endian
+    bytes     kinds, two a byte, the first in the low half
+    varints   each alias: the tensor it repeats
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -22,9 +26,9 @@ import torch
 from psc_lightning.artifact.container import Cursor, varint
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
 
-__all__ = ["DEFLATED", "DTYPES", "PLAIN", "Entry", "Kind", "decode", "encode"]
+__all__ = ["DEFLATED", "DTYPES", "NAMELESS", "PLAIN", "Entry", "Kind", "decode", "encode", "encode_nameless"]
 
-PLAIN, DEFLATED = 1, 2
+PLAIN, DEFLATED, NAMELESS = 1, 2, 4  # 3 is the symbols
 
 # The position is the number in the file.
 DTYPES: tuple[torch.dtype, ...] = (
@@ -53,6 +57,7 @@ class Kind(IntEnum):
     LEFTOVER = 1
     HALF = 2  # a leftover, rounded to float16
     ALIAS = 3
+    LOG = 4  # a leftover, rounded to 8 bits on a logarithmic grid
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,30 @@ def encode(entries: Sequence[Entry]) -> tuple[int, bytes]:
     Raises:
         ValueError: a name that cannot be stored.
     """
+    out = _plain(entries)
+    # Short texts go better with fixed Huffman codes, long ones with their own.
+    packed = min((_deflate(out, strategy) for strategy in (zlib.Z_FIXED, zlib.Z_DEFAULT_STRATEGY)), key=len)
+    return (DEFLATED, packed) if len(packed) < len(out) <= _INFLATED else (PLAIN, out)
+
+
+def encode_nameless(entries: Sequence[Entry]) -> tuple[int, bytes]:
+    """A section for readers who have the model: its tag and its content.
+
+    Raises:
+        ValueError: a name that cannot be stored.
+    """
+    kinds = [int(entry.kind) for entry in entries] + [0]
+    out = _fingerprint(entries) + bytes(low | high << 4 for low, high in zip(kinds[:-1:2], kinds[1::2], strict=True))
+    return NAMELESS, out + b"".join(varint(entry.alias) for entry in entries if entry.alias is not None)
+
+
+def _fingerprint(entries: Sequence[Entry]) -> bytes:
+    """Of names, types and shapes."""
+    same = [replace(entry, kind=Kind.SLOTS, alias=None) for entry in entries]
+    return zlib.crc32(_plain(same)).to_bytes(4, "little")
+
+
+def _plain(entries: Sequence[Entry]) -> bytes:
     if sum(len(entry.name) for entry in entries) > _ALL_NAMES:
         raise ValueError(f"the tensors' names must not have more than {_ALL_NAMES} characters in all: shorten them")
     out = varint(len(entries)) + _names([entry.name for entry in entries])
@@ -99,17 +128,50 @@ def encode(entries: Sequence[Entry]) -> tuple[int, bytes]:
             out += varint(entry.alias)
         else:
             out += b"".join(map(varint, (len(entry.shape), *entry.shape)))
-    # Short texts go better with fixed Huffman codes, long ones with their own.
-    packed = min((_deflate(out, strategy) for strategy in (zlib.Z_FIXED, zlib.Z_DEFAULT_STRATEGY)), key=len)
-    return (DEFLATED, packed) if len(packed) < len(out) <= _INFLATED else (PLAIN, out)
+    return out
 
 
-def decode(tag: int, data: bytes) -> list[Entry]:
+def _decode_nameless(data: bytes, model: Sequence[Entry] | None) -> list[Entry]:
+    if model is None:
+        raise ArtifactError(
+            "expected names and shapes, found a file that was saved without (names=False): "
+            "psc_lightning.load_into(model, path) reads it"
+        )
+    cursor = Cursor(data, "table of contents")
+    if cursor.take(4) != _fingerprint(model):
+        raise ArtifactError(
+            "expected the model that was saved, found one of other names, types or shapes (the file, saved with names=False, "
+            "cannot say which): build the model that was saved"
+        )
+    codes = [kind for byte in cursor.take((len(model) + 1) // 2) for kind in (byte & 15, byte >> 4)]
+    entries: list[Entry] = []
+    for entry, code in zip(model, codes, strict=False):  # a last half byte may be left
+        if code >= len(Kind):
+            raise _damaged("a known kind of tensor", code)
+        alias = None
+        if code == Kind.ALIAS:
+            alias = _earlier(cursor, entry.dtype, entries)
+            if entries[alias].shape != entry.shape:
+                raise _damaged("an alias of the same shape", alias)
+        entries.append(replace(entry, kind=Kind(code), alias=alias))
+    if not cursor.done or any(codes[len(model) :]):
+        raise _damaged("the end", "more bytes")
+    return entries
+
+
+def decode(tag: int, data: bytes, model: Sequence[Entry] | None = None) -> list[Entry]:
     """The entries of a section.
 
+    Args:
+        tag: which.
+        data: its content.
+        model: names, types and shapes as the reader's model has them.
+
     Raises:
-        ArtifactError: it is damaged.
+        ArtifactError: it is damaged, or needs another model.
     """
+    if tag == NAMELESS:
+        return _decode_nameless(data, model)
     cursor = Cursor(_inflate(data) if tag == DEFLATED else data, "table of contents")
     number = cursor.varint()
     names: dict[str, None] = {}
@@ -143,14 +205,19 @@ def decode(tag: int, data: bytes) -> list[Entry]:
 
 def _shape(cursor: Cursor, name: str, kind: Kind, dtype: torch.dtype, before: Sequence[Entry]) -> Entry:
     if kind is Kind.ALIAS:
-        index = cursor.varint()
-        if index >= len(before) or before[index].alias is not None or before[index].dtype != dtype:
-            raise _damaged("an alias of an earlier tensor", index)
+        index = _earlier(cursor, dtype, before)
         return Entry(name, kind, dtype, before[index].shape, index)
     axes = cursor.varint()
     if axes > _AXES:
         raise _damaged(f"at most {_AXES} axes", axes)
     return Entry(name, kind, dtype, tuple(cursor.varint() for _ in range(axes)))
+
+
+def _earlier(cursor: Cursor, dtype: torch.dtype, before: Sequence[Entry]) -> int:
+    index = cursor.varint()
+    if index >= len(before) or before[index].alias is not None or before[index].dtype != dtype:
+        raise _damaged("an alias of an earlier tensor", index)
+    return index
 
 
 def _names(names: Iterable[str]) -> bytes:

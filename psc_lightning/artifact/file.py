@@ -6,20 +6,21 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from psc_lightning import slots, view
+from psc_lightning import folding, view
 from psc_lightning.artifact import container, directory, leftovers
 from psc_lightning.artifact.directory import DTYPES, Entry, Kind
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
+from psc_lightning.artifact.leftovers import Precisions
 from psc_lightning.artifact.report import Report, TensorReport
 from psc_lightning.artifact.streams import Stream, SymbolReader, SymbolWriter
 from psc_lightning.sharding import by_rank_zero, sharded_modules, whole
-from psc_lightning.slots import Stored
+from psc_lightning.stored import Stored, decode
 
 __all__ = ["inspect", "load", "load_into", "load_stored", "save", "to_bytes", "verify"]
 
@@ -27,14 +28,18 @@ MAX_BYTES = 2**31
 _SHOWN = 6  # differences that a message names
 
 _SYMBOLS = 3
-_KNOWN = frozenset({directory.PLAIN, directory.DEFLATED, _SYMBOLS})
-# Small leftovers are stored together: on its own, a bias of ten entries has nothing to learn a distribution from.
-_SMALL = 4096
+_CONTENTS = (directory.PLAIN, directory.DEFLATED, directory.NAMELESS)
+_KNOWN = frozenset({*_CONTENTS, _SYMBOLS})
 _SLACK = 1 << 20  # a file may be this much longer than the tensors in it: names, and weights that do not compress
-_LEFTOVERS = ("float32", "float16")
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], leftovers: str = "float32") -> Report:
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    leftovers: Precisions = "float32",
+    names: bool = True,
+    fold_batchnorm: bool | Mapping[str, str] = False,
+) -> Report:
     """Write a model's weights as they are used: compressed tensors through their slots, all others losslessly.
 
     Of several processes rank zero writes. A sharded model (FSDP2) is gathered for it: then all ranks must call this.
@@ -43,33 +48,41 @@ def save(model: nn.Module, path: str | os.PathLike[str], leftovers: str = "float
         model: any module; what was attached to it by psc_lightning's callbacks or `compress` is stored compactly.
         path: the file to write; one that exists is replaced only when the new one is complete.
         leftovers: how tensors outside the slots are stored: `float32`, as they are; `float16`, floating ones rounded
-            (reading gives `x.to(float16).to(x.dtype)`).
+            (reading gives `x.to(float16).to(x.dtype)`); `log8`, 8 bits on a logarithmic grid, within 4.5 %. Or a mapping
+            from globs over tensor names: ``{"*.running_*": "log8", "*": "float16"}``; the first that matches counts.
+        names: False leaves names and shapes out: only `load_into`, with the same model, reads such a file.
+        fold_batchnorm: store what `psc_lightning.fold_batchnorm` makes of the model; a mapping names the pairs.
 
     Returns:
         What was stored, and in how many bytes.
 
     Raises:
-        ValueError: a non-finite weight, a value beyond float16, or a tensor that cannot be stored; it is named.
+        ValueError: a non-finite weight, a value beyond float16, or a tensor that cannot be stored or folded; it is named.
         OSError: the folder is missing or not writable, or the disk is full; nothing is left behind.
     """
-    data, report = to_bytes(model, leftovers)
+    data, report = to_bytes(model, leftovers, names, fold_batchnorm)
     by_rank_zero(lambda: container.write(path, data), together=bool(sharded_modules(model)))
     return report
 
 
-def to_bytes(model: nn.Module, leftovers: str = "float32") -> tuple[bytes, Report]:
+def to_bytes(
+    model: nn.Module,
+    leftovers: Precisions = "float32",
+    names: bool = True,
+    fold_batchnorm: bool | Mapping[str, str] = False,
+) -> tuple[bytes, Report]:
     """What `save` would write, and its report.
 
     Raises:
         ValueError: as `save`.
     """
-    if leftovers not in _LEFTOVERS:
-        raise ValueError(f"leftovers must be one of {', '.join(_LEFTOVERS)}, got {leftovers!r}")
+    if fold_batchnorm:
+        model = folding.fold_batchnorm(model, None if fold_batchnorm is True else fold_batchnorm)
     with torch.no_grad(), whole(model):
-        return _to_bytes(model, leftovers)
+        return _to_bytes(model, leftovers, names)
 
 
-def _to_bytes(model: nn.Module, leftovers: str) -> tuple[bytes, Report]:
+def _to_bytes(model: nn.Module, precisions: Precisions, names: bool) -> tuple[bytes, Report]:
     viewed = {name: (its_slots, weight) for name, its_slots, weight in view.views(model)}
     for name, (_, weight) in viewed.items():
         _checked(name, weight)  # levels would make a number of an infinity
@@ -82,19 +95,20 @@ def _to_bytes(model: nn.Module, leftovers: str) -> tuple[bytes, Report]:
         )
     compressed = {name: pair for name, pair in viewed.items() if pair[0].begun}
     tensors = {name: _checked(name, tensor) for name, tensor in view.plain_state(model).items()}
-    entries = _entries(tensors, frozenset(compressed), half=leftovers == "float16")
+    leftovers.check(precisions, [name for name in tensors if name not in compressed])
+    entries = _entries(tensors, frozenset(compressed), precisions)
     writer = SymbolWriter()
     bits = [0.0] * len(entries)
-    for group in _groups(entries):
+    for group in leftovers.groups(entries):
         before = writer.bits
         entry = entries[group[0]]
         if entry.kind is Kind.SLOTS:
             its_slots, weight = compressed[entry.name]
             its_slots.encode(writer, weight)
         else:
-            _write_leftovers(writer, [entries[i] for i in group], tensors)
+            leftovers.encode(writer, {entries[i].name: tensors[entries[i].name] for i in group}, entry.kind)
         _share(bits, entries, group, writer.bits - before)
-    tag, content = directory.encode(entries)
+    tag, content = directory.encode(entries) if names else directory.encode_nameless(entries)
     data = container.pack({tag: content, _SYMBOLS: writer.finish()})
     stored = {name: its_slots.stored(weight) for name, (its_slots, weight) in compressed.items()}
     return data, _report(entries, tensors, bits, writer.streams, data, stored, _layer_types(model))
@@ -153,10 +167,12 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     if sharded_modules(model):
         raise ValueError("load_into: the model is sharded already: load into it before fully_shard")
-    expected = {name: tuple(getattr(value, "shape", ())) for name, value in view.plain_state(model).items()}
+    state = {name: value for name, value in view.plain_state(model).items() if isinstance(value, Tensor)}
+    expected = {name: tuple(value.shape) for name, value in state.items()}
     # The file's types may be wider than the model's, but no more than eight bytes an entry.
     limit = 8 * sum(map(_room, expected.values()))
-    entries, payload = _open(container.read(path, limit + _SLACK))
+    like = [Entry(name, Kind.SLOTS, value.dtype, tuple(value.shape)) for name, value in state.items()]
+    entries, payload = _open(container.read(path, limit + _SLACK), like)
     _compare({entry.name: entry.shape for entry in entries}, expected)
     model.load_state_dict(_decode(entries, payload, limit).tensors)
 
@@ -172,12 +188,14 @@ class _Content:
     streams: list[Stream]
 
 
-def _open(data: bytes) -> tuple[list[Entry], bytes]:
+def _open(data: bytes, model: Sequence[Entry] | None = None) -> tuple[list[Entry], bytes]:
     sections = container.unpack(data, _KNOWN)
-    tags = sorted(sections)
-    if tags not in ([directory.PLAIN, _SYMBOLS], [directory.DEFLATED, _SYMBOLS]):
-        raise ArtifactError(f"expected a table of contents and the symbols, found sections {tags}: {ADVICE}")
-    return directory.decode(tags[0], sections[tags[0]]), sections[_SYMBOLS]
+    contents = [tag for tag in _CONTENTS if tag in sections]
+    if len(contents) != 1 or _SYMBOLS not in sections:
+        raise ArtifactError(
+            f"expected a table of contents and the symbols, found sections {sorted(sections)}: {ADVICE}"
+        )
+    return directory.decode(contents[0], sections[contents[0]], model), sections[_SYMBOLS]
 
 
 def _read(path: str | os.PathLike[str], max_bytes: int) -> _Content:
@@ -195,19 +213,19 @@ def _decode(entries: Sequence[Entry], payload: bytes, max_bytes: int) -> _Conten
     tensors: dict[int, Tensor] = {}
     stored: dict[str, Stored] = {}
     bits = [0.0] * len(entries)
-    for group in _groups(entries):
+    for group in leftovers.groups(entries):
         before = reader.bits
         entry = entries[group[0]]
         if entry.kind is Kind.SLOTS:
             try:
-                stored[entry.name] = slots.decode(reader, entry.shape, entry.dtype)
+                stored[entry.name] = decode(reader, entry.shape, entry.dtype)
             except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
                 # Every number was in its range, but together they make no tensor; torch says so in many ways.
                 raise ArtifactError(f"{entry.name}: {error}") from error
             tensors[group[0]] = stored[entry.name].weight
         else:
-            parts = leftovers.decode(reader, [entries[i].shape for i in group], _stored_dtype(entry))
-            tensors.update({i: part.to(entries[i].dtype) for i, part in zip(group, parts, strict=True)})
+            parts = leftovers.decode(reader, [entries[i] for i in group])
+            tensors.update(zip(group, parts, strict=True))
         _share(bits, entries, group, reader.bits - before)
     reader.finish()
     named = {entry.name: tensors[i if entry.alias is None else entry.alias] for i, entry in enumerate(entries)}
@@ -233,7 +251,7 @@ def _checked(name: str, tensor: Tensor) -> Tensor:
     return tensor.detach().cpu()
 
 
-def _entries(tensors: Mapping[str, Tensor], compressed: frozenset[str], half: bool) -> list[Entry]:
+def _entries(tensors: Mapping[str, Tensor], compressed: frozenset[str], precisions: Precisions) -> list[Entry]:
     entries: list[Entry] = []
     seen: dict[object, int] = {}
     for index, (name, tensor) in enumerate(tensors.items()):
@@ -245,38 +263,9 @@ def _entries(tensors: Mapping[str, Tensor], compressed: frozenset[str], half: bo
             entries.append(Entry(name, Kind.SLOTS, tensor.dtype, shape))
         elif first != index:
             entries.append(Entry(name, Kind.ALIAS, tensor.dtype, shape, first))
-        elif half and tensor.is_floating_point() and tensor.dtype != torch.float16:
-            entries.append(Entry(name, Kind.HALF, tensor.dtype, shape))
         else:
-            entries.append(Entry(name, Kind.LEFTOVER, tensor.dtype, shape))
+            entries.append(Entry(name, leftovers.kind_of(name, tensor.dtype, precisions), tensor.dtype, shape))
     return entries
-
-
-def _groups(entries: Sequence[Entry]) -> Iterator[list[int]]:
-    """What is stored together, in file order: small leftovers of one stored type and one last name; all else alone."""
-    groups: dict[object, list[int]] = {}
-    for index, entry in enumerate(entries):
-        if entry.kind is Kind.ALIAS:
-            continue
-        together = entry.kind is not Kind.SLOTS and entry.numel <= _SMALL
-        key = (_stored_dtype(entry), entry.name.rpartition(".")[2]) if together else index
-        groups.setdefault(key, []).append(index)
-    return iter(groups.values())
-
-
-def _stored_dtype(entry: Entry) -> torch.dtype:
-    return torch.float16 if entry.kind is Kind.HALF else entry.dtype
-
-
-def _write_leftovers(writer: SymbolWriter, group: Sequence[Entry], tensors: Mapping[str, Tensor]) -> None:
-    rounded = [tensors[entry.name].to(_stored_dtype(entry)) for entry in group]
-    for entry, tensor in zip(group, rounded, strict=True):
-        if entry.kind is Kind.HALF and not tensor.isfinite().all():
-            raise ValueError(
-                f"{entry.name}: expected numbers up to 65504 for leftovers='float16', found "
-                f"{tensors[entry.name].abs().max():g}: use leftovers='float32'"
-            )
-    leftovers.encode(writer, rounded)
 
 
 def _share(bits: list[float], entries: Sequence[Entry], group: Sequence[int], total: float) -> None:

@@ -2,25 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
+from psc_lightning.artifact.directory import Entry, Kind
 from psc_lightning.bits import read_bits, write_bits
+from psc_lightning.precision import PRECISIONS, power_of_two
 from psc_lightning.symbols import Reader, Writer
 
-__all__ = ["decode", "encode"]
+__all__ = ["LEFTOVERS", "Precisions", "check", "decode", "encode", "groups", "kind_of"]
+
+#: one for all, or globs over tensor names → one each: the first that matches counts, what none matches is float32
+Precisions = str | Mapping[str, str]
+
+LEFTOVERS = {"float32": Kind.LEFTOVER, "float16": Kind.HALF, "log8": Kind.LOG}
+
+# Small leftovers are stored together: on its own, a bias of ten entries has nothing to learn a distribution from.
+_SMALL = 4096
+_LOG = PRECISIONS["log8"]
+_HIGHEST = {Kind.HALF: 65504.0, Kind.LOG: 2.0**100}
 
 
-def encode(writer: Writer, tensors: Sequence[Tensor]) -> None:
-    """Store tensors of one dtype, one after the other."""
-    write_bits(writer, torch.cat([tensor.detach().cpu().reshape(-1) for tensor in tensors]))
+def check(precisions: Precisions, names: Sequence[str]) -> None:
+    """See that all that is asked for exists.
+
+    Raises:
+        ValueError: an unknown precision, or a glob that matches none of these names.
+    """
+    given = [precisions] if isinstance(precisions, str) else list(precisions.values())
+    for value in given:
+        if value not in LEFTOVERS:
+            raise ValueError(f"leftovers must be one of {', '.join(LEFTOVERS)}, got {value!r}")
+    for pattern in () if isinstance(precisions, str) else precisions:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"leftovers: {pattern!r} matches none of the tensors outside the slots: {', '.join(names)}"
+            )
 
 
-def decode(reader: Reader, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
-    """Read tensors of these shapes, stored together."""
-    numbers = [torch.Size(shape).numel() for shape in shapes]
-    parts = torch.split(read_bits(reader, sum(numbers), dtype), numbers)
+def kind_of(name: str, dtype: torch.dtype, precisions: Precisions) -> Kind:
+    """How a leftover is stored; what is no floating-point number, or no wider than asked for, as it is."""
+    if not isinstance(precisions, str):
+        precisions = next((value for glob, value in precisions.items() if fnmatchcase(name, glob)), "float32")
+    kind = LEFTOVERS[precisions]
+    return Kind.LEFTOVER if not dtype.is_floating_point or (kind is Kind.HALF and dtype == torch.float16) else kind
+
+
+def groups(entries: Sequence[Entry]) -> Iterator[list[int]]:
+    """What is stored together, in file order: small leftovers of one stored type and one last name; all else alone."""
+    found: dict[object, list[int]] = {}
+    for index, entry in enumerate(entries):
+        if entry.kind is Kind.ALIAS:
+            continue
+        together = entry.kind is not Kind.SLOTS and entry.numel <= _SMALL
+        stored = entry.dtype if entry.kind is Kind.LEFTOVER else entry.kind
+        key = (stored, entry.name.rpartition(".")[2]) if together else index
+        found.setdefault(key, []).append(index)
+    return iter(found.values())
+
+
+def encode(writer: Writer, tensors: Mapping[str, Tensor], kind: Kind = Kind.LEFTOVER) -> None:
+    """Store tensors of one stored type, one after the other; on the grid each has a unit of its own.
+
+    Raises:
+        ValueError: a number that the kind cannot hold; its tensor is named.
+    """
+    parts = [tensor.detach().cpu().reshape(-1) for tensor in tensors.values()]
+    if kind in _HIGHEST:
+        narrow = torch.float16 if kind is Kind.HALF else torch.float32
+        rounded = [part.to(narrow) for part in parts]
+        for name, part, whole in zip(tensors, rounded, parts, strict=True):
+            if part.numel() and not float(part.abs().max()) <= _HIGHEST[kind]:
+                asked = next(key for key, value in LEFTOVERS.items() if value is kind)
+                raise ValueError(
+                    f"{name}: expected numbers up to {_HIGHEST[kind]:g} for leftovers={asked!r}, found "
+                    f"{float(whole.abs().max()):g}: use leftovers='float32'"
+                )
+        parts = rounded
+    if kind is Kind.LOG:
+        units = [power_of_two(part) for part in parts]
+        for unit in units:
+            writer.integer(math.frexp(unit)[1] - 1)
+        _LOG.write(writer, torch.cat([part / unit for part, unit in zip(parts, units, strict=True)]), 1.0)
+    else:
+        write_bits(writer, torch.cat(parts))
+
+
+def decode(reader: Reader, entries: Sequence[Entry]) -> list[Tensor]:
+    """Read what was stored together."""
+    numbers, kind = [entry.numel for entry in entries], entries[0].kind
+    if kind is Kind.LOG:
+        units = [math.ldexp(1.0, reader.integer(-100, 100)) for _ in entries]
+        joined = _LOG.read(reader, sum(numbers), 1.0)
+        parts = [part * unit for part, unit in zip(torch.split(joined, numbers), units, strict=True)]
+    else:
+        joined = read_bits(reader, sum(numbers), torch.float16 if kind is Kind.HALF else entries[0].dtype)
+        parts = list(torch.split(joined, numbers))
     # Own memory for each: a caller who keeps one bias should not keep all of them.
-    return [part.reshape(shape).clone() for part, shape in zip(parts, shapes, strict=True)]
+    return [part.reshape(entry.shape).to(entry.dtype, copy=True) for part, entry in zip(parts, entries, strict=True)]

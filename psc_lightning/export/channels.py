@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from psc_lightning.slots import Stored
+from psc_lightning.stored import Stored
 
 __all__ = ["remove_dead_channels"]
 

@@ -24,7 +24,7 @@ from psc_lightning.activations import Grid, grid
 from psc_lightning.export.graph import Graph
 from psc_lightning.export.packing import integer_constant, multiples
 from psc_lightning.export.weights import core_values
-from psc_lightning.slots import Stored
+from psc_lightning.stored import Stored
 
 __all__ = ["run_in_integers"]
 

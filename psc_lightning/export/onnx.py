@@ -25,7 +25,7 @@ from psc_lightning.export.graph import Graph
 from psc_lightning.export.integers import run_in_integers
 from psc_lightning.export.separable import split_convolutions
 from psc_lightning.export.weights import write_weight
-from psc_lightning.slots import Stored
+from psc_lightning.stored import Stored
 
 __all__ = ["export_onnx", "export_stored"]
 

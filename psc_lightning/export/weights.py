@@ -13,7 +13,7 @@ from torch import Tensor
 
 from psc_lightning.export.graph import Graph
 from psc_lightning.export.packing import dequantized, pack
-from psc_lightning.slots import Stored
+from psc_lightning.stored import Stored
 from psc_lightning.tying.column import ColumnSharing
 from psc_lightning.tying.cross_channel import CrossChannelSharing
 from psc_lightning.tying.low_rank import LowRank

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from psc_lightning.functional import Group, straight_through
+from psc_lightning.precision import PRECISIONS
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["Levels"]
@@ -26,12 +27,14 @@ class Levels(nn.Module):
     Args:
         shape: the core's shape.
         group: which entries share a scale: `tensor`, `channel`, or n consecutive entries.
+        scales: what scales and centroids are rounded to, in training as in the file: `float32`, `float16` or `log8`.
     """
 
     code_number: ClassVar[int]
 
-    def __init__(self, shape: Shape, group: Group = "channel") -> None:
+    def __init__(self, shape: Shape, group: Group = "channel", scales: str = "float16") -> None:
         super().__init__()
+        self.scales, self.precision = scales, PRECISIONS[scales]
         # A group of more entries than there are is all of them; a file names no larger one.
         self.shape, self.group = shape, min(group, max(1, prod(shape))) if isinstance(group, int) else group
 
@@ -49,6 +52,20 @@ class Levels(nn.Module):
     def value(self, code: Tensor) -> Tensor:
         """The level of each code; never -0.0."""
         raise NotImplementedError
+
+    def rescale(self, code: Tensor, factor: Tensor) -> Tensor:
+        """Multiply the scales, a positive factor an output channel; the values that these codes stand for now.
+
+        Raises:
+            ValueError: the scales are no such.
+        """
+        raise ValueError(f"{type(self).__name__} cannot take a factor for each output channel")
+
+    def _by_channel(self) -> None:
+        if self.group != "channel":
+            raise ValueError(
+                f"with group={self.group!r} an output channel has no scale of its own; group='channel' gives it one"
+            )
 
     def forward(self, core: Tensor) -> Tensor:
         """The levels, with the gradient passed straight through."""

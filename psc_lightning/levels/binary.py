@@ -8,15 +8,12 @@ from torch import Tensor
 from psc_lightning.functional import (
     Group,
     group_counts,
-    power_of_two,
-    read_halves,
-    round_to_half,
     split,
     spread,
     survivor_mean,
-    write_halves,
 )
 from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, write_codes, write_group
+from psc_lightning.precision import power_of_two, read_numbers, write_numbers
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["FORMS", "BinaryLevels"]
@@ -36,6 +33,7 @@ class BinaryLevels(Levels):
     Args:
         group: which entries share s.
         form: `sign` or `01`.
+        scales: what s (and the offset) is stored as, and rounded to: `float32`, `float16` or `log8`.
 
     >>> levels = BinaryLevels((1, 4), group="tensor")
     >>> x = torch.tensor([[0.5, -1.5, 1.0, -1.0]], requires_grad=True)
@@ -60,8 +58,8 @@ class BinaryLevels(Levels):
     offset: Tensor
     middle: Tensor
 
-    def __init__(self, shape: Shape, group: Group = "channel", form: str = "sign") -> None:
-        super().__init__(shape, group)
+    def __init__(self, shape: Shape, group: Group = "channel", form: str = "sign", scales: str = "float16") -> None:
+        super().__init__(shape, group, scales)
         self.form = form
         count, _ = group_counts(shape, group)
         self.register_buffer("unit", torch.ones(()))
@@ -84,9 +82,9 @@ class BinaryLevels(Levels):
             scale = torch.where((upper & kept).any(1), survivor_mean(values, kept & upper) - low, 0.0)
             self.middle.copy_(middle)
             self.offset_unit.fill_(power_of_two(low))
-            self.offset.copy_(round_to_half(low, self.offset_unit, positive=False))
+            self.offset.copy_(self.precision.round(low, self.offset_unit, positive=False))
         self.unit.fill_(power_of_two(scale))
-        self.scale.copy_(round_to_half(scale, self.unit))
+        self.scale.copy_(self.precision.round(scale, self.unit))
 
     def code(self, core: Tensor) -> Tensor:
         """1 for the upper level, 0 for the lower."""
@@ -101,13 +99,27 @@ class BinaryLevels(Levels):
             return (2 * code - 1) * scale
         return code * scale + spread(self.offset, self.shape, self.group)
 
+    @torch.no_grad()
+    def rescale(self, code: Tensor, factor: Tensor) -> Tensor:
+        """Multiply s (and the offset)."""
+        self._by_channel()
+        scale = self.scale * factor
+        self.unit.fill_(power_of_two(scale))
+        self.scale.copy_(self.precision.round(scale, self.unit))
+        if self.form == "01":
+            offset = self.offset * factor
+            self.offset_unit.fill_(power_of_two(offset))
+            self.offset.copy_(self.precision.round(offset, self.offset_unit, positive=False))
+            self.middle.copy_(self.offset + self.scale / 2)
+        return self.value(code)
+
     def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
         """Store form, group, scales, bits."""
         writer.integer(FORMS.index(self.form))
         write_group(writer, self.group)
-        write_halves(writer, self.scale, self.unit)
+        write_numbers(writer, self.scales, self.scale, self.unit)
         if self.form == "01":
-            write_halves(writer, self.offset, self.offset_unit)
+            write_numbers(writer, self.scales, self.offset, self.offset_unit)
         write_codes(writer, self.code(core), keep, 0, 2)
 
     @classmethod
@@ -115,7 +127,7 @@ class BinaryLevels(Levels):
         """Read them: the core's values."""
         form = FORMS[reader.integer(0, 1)]
         levels = cls(tuple(keep.shape), read_group(reader, keep), form)
-        levels.scale = read_halves(reader, levels.scale.numel())
+        levels.scale = read_numbers(reader, levels.scale.numel())
         if form == "01":
-            levels.offset = read_halves(reader, levels.scale.numel())
+            levels.offset = read_numbers(reader, levels.scale.numel())
         return levels.value(read_codes(reader, keep, 0, 2, dtype))

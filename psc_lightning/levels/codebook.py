@@ -9,15 +9,12 @@ from psc_lightning.functional import (
     Group,
     group_counts,
     kmeans_1d,
-    power_of_two,
-    read_halves,
-    round_to_half,
     split,
     spread,
     straight_through,
-    write_halves,
 )
 from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, write_codes, write_group
+from psc_lightning.precision import power_of_two, read_numbers, write_numbers
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["CodebookLevels"]
@@ -32,6 +29,7 @@ class CodebookLevels(Levels):
     Args:
         k: 2 … 256 centroids.
         group: which entries share a codebook (default the tensor: a codebook a channel costs more than it gives).
+        scales: what the centroids are stored as, and rounded to: `float32`, `float16` or `log8`.
 
     >>> levels = CodebookLevels((1, 4), k=2, group="tensor")
     >>> x = torch.tensor([[1.0, 2.0, -4.0, -6.0]], requires_grad=True)
@@ -51,8 +49,8 @@ class CodebookLevels(Levels):
     unit: Tensor
     codes: Tensor
 
-    def __init__(self, shape: Shape, k: int = 16, group: Group = "tensor") -> None:
-        super().__init__(shape, group)
+    def __init__(self, shape: Shape, k: int = 16, group: Group = "tensor", scales: str = "float16") -> None:
+        super().__init__(shape, group, scales)
         self.k = k
         count, _ = group_counts(shape, group)
         self.register_buffer("unit", torch.ones(()))
@@ -70,14 +68,17 @@ class CodebookLevels(Levels):
         """Put the centroids in order and find the nearest of each entry."""
         # A trained centroid may have passed its neighbour; the optimizer's state moves with neither: a swap is rare.
         self.centroids.copy_(self.centroids.sort(1).values)
-        table = round_to_half(self.centroids, self.unit, positive=False)
+        self.unit.clamp_(min=power_of_two(self.centroids))
+        table = self.precision.round(self.centroids, self.unit, positive=False)
         middles = (table[:, 1:] + table[:, :-1]) / 2
         values = split(core, self.group).to(middles.dtype)
         nearest = torch.searchsorted(middles, values, out_int32=True)
         self.codes.copy_(nearest.reshape(-1)[: core.numel()].reshape(self.shape))
 
     def _table(self) -> Tensor:
-        return straight_through(round_to_half(self.centroids.detach(), self.unit, positive=False), self.centroids)
+        return straight_through(
+            self.precision.round(self.centroids.detach(), self.unit, positive=False), self.centroids
+        )
 
     def code(self, core: Tensor) -> Tensor:
         """The nearest centroid's index, as of the last refresh."""
@@ -99,11 +100,19 @@ class CodebookLevels(Levels):
         """The centroids, with gradients to them and straight through to the core."""
         return straight_through(self.value(self.codes), core)
 
+    @torch.no_grad()
+    def rescale(self, code: Tensor, factor: Tensor) -> Tensor:
+        """Multiply the centroids."""
+        self._by_channel()
+        self.centroids.mul_(factor[:, None])
+        self.unit.fill_(power_of_two(self.centroids))
+        return self.value(code)
+
     def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
         """Store k, group, centroids, indices."""
         writer.integer(self.k)
         write_group(writer, self.group)
-        write_halves(writer, self._table().detach(), self.unit)
+        write_numbers(writer, self.scales, self._table().detach(), self.unit)
         write_codes(writer, self.codes, keep, 0, self.k)
 
     @classmethod
@@ -111,6 +120,6 @@ class CodebookLevels(Levels):
         """Read them: the core's values."""
         k, group = reader.integer(2, 256), read_group(reader, keep)
         # The reader refuses a table that is too large, before there is room for one.
-        table = read_halves(reader, group_counts(tuple(keep.shape), group)[0] * k)
+        table = read_numbers(reader, group_counts(tuple(keep.shape), group)[0] * k)
         levels = cls(tuple(keep.shape), k, group)
         return levels._gather(table, read_codes(reader, keep, 0, levels.k, torch.int32)).to(dtype)

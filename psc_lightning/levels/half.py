@@ -69,6 +69,10 @@ class Float16Levels(Levels):
         """The same number."""
         return code
 
+    def rescale(self, code: Tensor, factor: Tensor) -> Tensor:
+        """Multiply the numbers themselves."""
+        return self.code(code * factor.reshape(-1, *(1,) * (code.dim() - 1)))
+
     def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
         """Store the 16 bits of the kept entries."""
         write_bits(writer, _round(core, self.stored)[keep])
@@ -113,6 +117,10 @@ class BFloat16Levels(Levels):
     def value(self, code: Tensor) -> Tensor:
         """The same number."""
         return code
+
+    def rescale(self, code: Tensor, factor: Tensor) -> Tensor:
+        """Multiply the numbers themselves."""
+        return self.code(code * factor.reshape(-1, *(1,) * (code.dim() - 1)))
 
     def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
         """Store the 16 bits of the kept entries."""

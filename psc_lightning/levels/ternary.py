@@ -8,15 +8,12 @@ from torch import Tensor
 from psc_lightning.functional import (
     Group,
     group_counts,
-    power_of_two,
-    read_halves,
-    round_to_half,
     split,
     spread,
     survivor_mean,
-    write_halves,
 )
 from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, write_codes, write_group
+from psc_lightning.precision import power_of_two, read_numbers, write_numbers
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["TernaryLevels"]
@@ -30,6 +27,7 @@ class TernaryLevels(Levels):
 
     Args:
         group: which entries share s and Δ.
+        scales: what s is stored as, and rounded to: `float32`, `float16` or `log8`.
 
     >>> levels = TernaryLevels((1, 4), group="tensor")
     >>> x = torch.tensor([[0.25, -2.0, 1.0, 0.75]], requires_grad=True)
@@ -47,8 +45,8 @@ class TernaryLevels(Levels):
     scale: Tensor
     limit: Tensor
 
-    def __init__(self, shape: Shape, group: Group = "channel") -> None:
-        super().__init__(shape, group)
+    def __init__(self, shape: Shape, group: Group = "channel", scales: str = "float16") -> None:
+        super().__init__(shape, group, scales)
         count, _ = group_counts(shape, group)
         self.register_buffer("unit", torch.ones(()))
         self.register_buffer("scale", torch.ones(count))
@@ -62,7 +60,7 @@ class TernaryLevels(Levels):
         scale = survivor_mean(values, kept & (values > limit[:, None]))
         self.limit.copy_(limit)
         self.unit.fill_(power_of_two(scale))
-        self.scale.copy_(round_to_half(scale, self.unit))
+        self.scale.copy_(self.precision.round(scale, self.unit))
 
     def code(self, core: Tensor) -> Tensor:
         """-1, 0, 1."""
@@ -72,15 +70,25 @@ class TernaryLevels(Levels):
         """code · s."""
         return code * spread(self.scale, self.shape, self.group) + 0.0
 
+    @torch.no_grad()
+    def rescale(self, code: Tensor, factor: Tensor) -> Tensor:
+        """Multiply s."""
+        self._by_channel()
+        scale = self.scale * factor
+        self.unit.fill_(power_of_two(scale))
+        self.scale.copy_(self.precision.round(scale, self.unit))
+        self.limit.copy_(self.scale / 2)
+        return self.value(code)
+
     def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
         """Store group, scales, codes."""
         write_group(writer, self.group)
-        write_halves(writer, self.scale, self.unit)
+        write_numbers(writer, self.scales, self.scale, self.unit)
         write_codes(writer, self.code(core), keep, -1, 3)
 
     @classmethod
     def decode(cls, reader: Reader, keep: Tensor, dtype: torch.dtype) -> Tensor:
         """Read them: the core's values."""
         levels = cls(tuple(keep.shape), read_group(reader, keep))
-        levels.scale = read_halves(reader, levels.scale.numel())
+        levels.scale = read_numbers(reader, levels.scale.numel())
         return levels.value(read_codes(reader, keep, -1, 3, dtype))

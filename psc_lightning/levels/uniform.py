@@ -8,16 +8,13 @@ from torch import Tensor, nn
 from psc_lightning.functional import (
     Group,
     group_counts,
-    power_of_two,
-    read_halves,
-    round_to_half,
     split,
     spread,
     straight_through,
     survivor_mean,
-    write_halves,
 )
 from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, write_codes, write_group
+from psc_lightning.precision import power_of_two, read_numbers, write_numbers
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["UniformLevels"]
@@ -35,6 +32,7 @@ class UniformLevels(Levels):
         bits: 1 … 8.
         group: which entries share s.
         learned_step: train s, by the plugin's own AdamW (`step_lr`).
+        scales: what s is stored as, and rounded to: `float32`, `float16` or `log8`.
 
     >>> levels = UniformLevels((1, 4), bits=3, group="tensor")
     >>> x = torch.tensor([[0.1, -0.75, 0.4, 0.5]], requires_grad=True)
@@ -53,8 +51,10 @@ class UniformLevels(Levels):
     unit: Tensor
     scale: Tensor
 
-    def __init__(self, shape: Shape, bits: int = 8, group: Group = "channel", learned_step: bool = False) -> None:
-        super().__init__(shape, group)
+    def __init__(
+        self, shape: Shape, bits: int = 8, group: Group = "channel", learned_step: bool = False, scales: str = "float16"
+    ) -> None:
+        super().__init__(shape, group, scales)
         self.bits, self.learned_step = bits, learned_step
         self.top = max(1, 2 ** (bits - 1) - 1)
         count, _ = group_counts(shape, group)
@@ -66,25 +66,26 @@ class UniformLevels(Levels):
 
     @torch.no_grad()
     def begin(self, core: Tensor, keep: Tensor) -> None:
-        """Set the learned step and its power of two (which stays)."""
+        """Set the learned step and its power of two."""
         if self.learned_step:
             step = 2 * survivor_mean(split(core.abs(), self.group), split(keep, self.group)) / self.top**0.5
             self.unit.fill_(power_of_two(step))
-            self.step.copy_(round_to_half(step, self.unit))
+            self.step.copy_(self.precision.round(step, self.unit))
 
     @torch.no_grad()
     def refresh(self, core: Tensor, keep: Tensor) -> None:
-        """Set the scales from the kept entries (nothing to do where they are learned)."""
+        """Set the scales from the kept entries; where they are learned, only see that their power of two is above them."""
         if self.learned_step:
+            self.unit.clamp_(min=power_of_two(self.step))
             return
         values, kept = split(core.abs(), self.group), split(keep, self.group)
         scale = survivor_mean(values, kept) if self.bits == 1 else torch.where(kept, values, 0.0).amax(1) / self.top
         self.unit.fill_(power_of_two(scale))
-        self.scale.copy_(round_to_half(scale, self.unit))
+        self.scale.copy_(self.precision.round(scale, self.unit))
 
     def _scale(self) -> Tensor:
         return (
-            straight_through(round_to_half(self.step.detach(), self.unit), self.step)
+            straight_through(self.precision.round(self.step.detach(), self.unit), self.step)
             if self.learned_step
             else self.scale
         )
@@ -111,11 +112,20 @@ class UniformLevels(Levels):
         inside = ratio.clamp(-self.top, self.top)
         return straight_through(self._round(ratio.detach()), inside) * scale + 0.0
 
+    @torch.no_grad()
+    def rescale(self, code: Tensor, factor: Tensor) -> Tensor:
+        """Multiply s."""
+        self._by_channel()
+        scale = self._scale() * factor
+        self.unit.fill_(power_of_two(scale))
+        (self.step if self.learned_step else self.scale).copy_(self.precision.round(scale, self.unit))
+        return self.value(code)
+
     def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
         """Store bits, group, steps, codes."""
         writer.integer(self.bits)
         write_group(writer, self.group)
-        write_halves(writer, self._scale().detach(), self.unit)
+        write_numbers(writer, self.scales, self._scale().detach(), self.unit)
         codes = self.code(core)
         if self.bits == 1:
             write_codes(writer, (codes + 1) / 2, keep, 0, 2)
@@ -126,7 +136,7 @@ class UniformLevels(Levels):
     def decode(cls, reader: Reader, keep: Tensor, dtype: torch.dtype) -> Tensor:
         """Read them: the core's values."""
         levels = cls(tuple(keep.shape), reader.integer(1, 8), read_group(reader, keep))
-        levels.scale = read_halves(reader, levels.scale.numel())
+        levels.scale = read_numbers(reader, levels.scale.numel())
         if levels.bits == 1:
             return levels.value(read_codes(reader, keep, 0, 2, dtype) * 2 - 1)
         return levels.value(read_codes(reader, keep, -levels.top, 2 * levels.top + 1, dtype))

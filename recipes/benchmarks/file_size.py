@@ -28,7 +28,7 @@ import zstandard
 from torch import Tensor, nn
 
 import psc_lightning
-from psc_lightning import MaskLearning, StraightThroughQuantization, slots
+from psc_lightning import MaskLearning, StraightThroughQuantization, stored
 from psc_lightning.artifact import file, streams
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "file_size.md"
@@ -98,7 +98,7 @@ def sizes(path: Path) -> dict[str, int]:
     Recorder.arrays.clear()
     Recorder.matrices.clear()
     coded = 0.0  # bits of masks, codes and indices
-    original = slots.decode
+    original = stored.decode
 
     def decode(*arguments: Any) -> Any:
         nonlocal coded
@@ -107,7 +107,7 @@ def sizes(path: Path) -> dict[str, int]:
         coded += sum(bits for _, size, bits in Recorder.arrays[first:] if size <= 256)
         return found
 
-    with mock.patch.object(file, "SymbolReader", Recorder), mock.patch.object(file.slots, "decode", decode):
+    with mock.patch.object(file, "SymbolReader", Recorder), mock.patch.object(file, "decode", decode):
         state = psc_lightning.load(path)
     ours = path.stat().st_size
     arrays = list(Recorder.arrays)

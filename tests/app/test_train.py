@@ -157,3 +157,19 @@ def test_a_users_lightning_module_is_used_as_it_is(cli: Command, tmp_path: Path)
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert [tensor["name"] for tensor in report["tensors"]][:1] == ["layer.weight"]
     assert {*report["metrics"]["compressed"]} == {"error"}
+
+
+def test_batchnorm_is_folded_and_leftovers_are_on_a_grid(cli: Command, tmp_path: Path) -> None:
+    """A smaller file, which is what is tested; what cannot be folded is said before training."""
+    sizes = []
+    for options in ([], ["fold_batchnorm=true", "leftovers=log8"]):
+        status, output = cli("compression=binary", "hydra.run.dir=run", *options, *TINY)
+        assert status == 0, output
+        sizes.append(json.loads((tmp_path / "run/report.json").read_text())["file_bytes"])
+    assert sizes[1] < 0.8 * sizes[0]
+    state = psc_lightning.load(tmp_path / "run/model.psc")
+    assert not any(state[key].any() for key in state if key.endswith("running_mean"))
+    status, output = cli("compression=log", "hydra.run.dir=refused", "fold_batchnorm=true", *TINY)
+    assert status == 1
+    assert "LogLevels cannot take a factor" in output
+    assert not (tmp_path / "refused/checkpoints").exists()

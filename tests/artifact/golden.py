@@ -67,6 +67,8 @@ NETWORKS = {
     "ternary": lambda: network(levels="ternary"),
     "log": lambda: network(levels=("log", {"bits": 4, "root": 2})),
     "codebook": lambda: network(levels=("codebook", {"k": 8})),
+    "log8": lambda: network(levels=("binary", {"scales": "log8"}), mask=MASK),
+    "float32": lambda: network(levels=("uniform", {"bits": 3, "scales": "float32"})),
     "cross_channel": lambda: network(tying=("cross_channel", {"groups": 2}), levels="uniform"),
     "row": lambda: network(tying="row", levels="uniform", mask=MASK),
     "column": lambda: network(tying=("column", {"block": 3}), levels="ternary"),

@@ -181,7 +181,7 @@ def test_cut_tables_of_contents(at: int) -> None:
         (b"\1\1a\n\x10\0", "shares at most 0 parts"),
         (b"\1\0\xff\n\x10\0", "UTF-8"),
         (b"\2\0a\n\0a\n\x10\x10\0\0", "2 different names"),
-        (b"\1\0a\n\x40\0", "known kind"),
+        (b"\1\0a\n\x50\0", "known kind"),
         (b"\1\0a\n\x1f\0", "known kind"),
         (b"\1\0a\n\x10\x21", "at most 32 axes"),
         (b"\1\0a\n\x30\0", "alias"),

@@ -15,7 +15,9 @@ from read_with_numpy import read as reference_read
 from torch import Tensor, nn
 
 from psc_lightning import view
+from psc_lightning.app.models import LeNet5
 from psc_lightning.artifact import ArtifactError, container, inspect, load, load_into, save, to_bytes, verify
+from psc_lightning.precision import PRECISIONS, power_of_two
 
 
 def raw(tensor: Tensor) -> bytes:
@@ -136,9 +138,28 @@ def test_float16_overflow_names_the_tensor(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_leftovers_has_two_values() -> None:
-    with pytest.raises(ValueError, match="leftovers must be one of float32, float16, got 'int8'"):
+def test_leftovers_has_three_values() -> None:
+    with pytest.raises(ValueError, match="leftovers must be one of float32, float16, log8, got 'int8'"):
         to_bytes(net(), leftovers="int8")
+    with pytest.raises(
+        ValueError, match=r"'\*\.mean' matches none of the tensors outside the slots: 0\.weight, 0\.bias"
+    ):
+        to_bytes(net(), leftovers={"*.bias": "float16", "*.mean": "log8"})
+
+
+def test_leftovers_by_name(tmp_path: Path) -> None:
+    """The first glob that matches counts; what none matches stays as it is."""
+    model = compressed(levels="binary")
+    save(model, tmp_path / "model.psc", leftovers={"*.running_*": "log8", "1.*": "float16"})
+    found, expected = load(tmp_path / "model.psc"), view.plain_state(model)
+    for name in ("1.weight", "1.bias"):
+        assert torch.equal(found[name], expected[name].half().float())
+    for name in ("1.running_mean", "1.running_var"):
+        unit = power_of_two(expected[name])
+        assert torch.equal(found[name], PRECISIONS["log8"].round(expected[name], unit, positive=False)), name
+        assert not torch.equal(found[name], expected[name])
+    for name in ("0.bias", "3.bias", "0.weight", "1.num_batches_tracked"):
+        assert torch.equal(found[name], expected[name])
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -314,3 +335,43 @@ def test_reading_needs_no_lightning() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------------------ without names
+
+
+def test_a_file_without_names_goes_into_its_model_only(tmp_path: Path) -> None:
+    model = compressed(levels="binary")
+    model[3].bias = model[0].bias  # an alias
+    path = tmp_path / "model.psc"
+    save(model, path, names=False)
+    plain = net(seed=1)
+    plain[3].bias = plain[0].bias
+    load_into(plain, path)
+    assert_same(dict(plain.state_dict()), view.plain_state(model))
+    other = nn.Sequential(*(nn.Identity() for _ in range(2)), *net())
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(ArtifactError, match=r"other names, types or shapes.*build the model that was saved"):
+        load_into(other, path)
+    assert_same(dict(other.state_dict()), before)
+    for read in (load, verify, inspect):
+        with pytest.raises(ArtifactError, match=r"saved without \(names=False\): psc_lightning.load_into"):
+            read(path)
+
+
+@pytest.mark.parametrize(("names", "limit"), [(True, 80), (False, 24)])
+def test_the_header_of_lenet5_is_short(names: bool, limit: int) -> None:
+    """Its eight tensors: magic, version, checksum, kinds, and names and shapes or a fingerprint of them."""
+    model = LeNet5(10)
+    fill(model, tuple(name for name in model.state_dict() if name.endswith("weight")), levels="binary")
+    data, _ = to_bytes(model, names=names)
+    symbols = container.unpack(data, frozenset({1, 2, 3, 4}))[3]
+    assert len(data) - len(symbols) <= limit
+
+
+def test_cut_and_flipped_kinds_are_refused(tmp_path: Path) -> None:
+    sections = container.unpack(to_bytes(net(), names=False)[0], frozenset({3, 4}))
+    for content in (sections[4][:5], sections[4] + b"\0", sections[4][:4] + b"\x77" + sections[4][5:], b""):
+        (tmp_path / "model.psc").write_bytes(container.pack({4: content, 3: sections[3]}))
+        with pytest.raises(ArtifactError):
+            load_into(net(), tmp_path / "model.psc")

@@ -34,7 +34,7 @@ def test_every_method_has_a_file() -> None:
 
 def test_optional_sections_are_skipped_and_others_refused(tmp_path: Path) -> None:
     data = golden.generations("ternary")[0].read_bytes()
-    for tag, optional in ((4, False), (127, False), (128, True), (255, True)):
+    for tag, optional in ((5, False), (127, False), (128, True), (255, True)):
         (tmp_path / "f").write_bytes(sealed(data[8:] + bytes([tag, 3]) + b"new"))
         if optional:
             assert golden.digests(load(tmp_path / "f")) == golden.digests(load(golden.generations("ternary")[0]))

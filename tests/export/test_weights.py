@@ -14,7 +14,8 @@ from psc_lightning.export.graph import Graph
 from psc_lightning.export.weights import write_weight
 from psc_lightning.layout import Layout
 from psc_lightning.levels import LEVELS
-from psc_lightning.slots import Slots, Spec, Stored
+from psc_lightning.slots import Slots, Spec
+from psc_lightning.stored import Stored
 from psc_lightning.tying import TYINGS
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {

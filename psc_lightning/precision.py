@@ -1,0 +1,171 @@
+"""What scales, centroids and leftovers are stored as: float32, float16, or 8 bits on a logarithmic grid.
+
+A few numbers that many weights share: each tensor's are kept beside a power of two, its *unit*, so that narrow types have
+their range where the numbers are.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from psc_lightning.bits import read_bits, write_bits
+from psc_lightning.symbols import Reader, Writer
+
+__all__ = ["PRECISIONS", "Precision", "power_of_two", "read_numbers", "write_numbers"]
+
+_STEPS = 8  # of an octave
+_TOP = 127  # magnitudes
+_STRIDE = 1024  # a precision's number and a unit's exponent make one integer
+
+
+class Precision(Protocol):
+    """One way to store numbers."""
+
+    number: int  # in files
+
+    def round(self, values: Tensor, unit: Tensor | float, positive: bool = True) -> Tensor:
+        """What comes back, in float32; never 0 where it must be `positive`, never -0.0, never infinite."""
+
+    def write(self, writer: Writer, values: Tensor, unit: Tensor | float) -> None:
+        """Store numbers that `round` made."""
+
+    def read(self, reader: Reader, count: int, unit: float) -> Tensor:
+        """Read them, as a 1-D float32 tensor."""
+
+
+class Single:
+    """float32, as they are.
+
+    Stored: 32 bits a number, entropy-coded a byte at a time.
+
+    >>> Single().round(torch.tensor([0.1, 0.0]), 1.0).tolist()
+    [0.10000000149011612, 1.1754943508222875e-38]
+    """
+
+    number = 2
+
+    def round(self, values: Tensor, unit: Tensor | float, positive: bool = True) -> Tensor:
+        """Themselves."""
+        limits = torch.finfo(torch.float32)
+        return values.to(torch.float32).clamp(limits.tiny if positive else limits.min, limits.max) + 0.0
+
+    def write(self, writer: Writer, values: Tensor, unit: Tensor | float) -> None:
+        """Store their bits."""
+        write_bits(writer, values)
+
+    def read(self, reader: Reader, count: int, unit: float) -> Tensor:
+        """Read them."""
+        return read_bits(reader, count, torch.float32)
+
+
+class Half:
+    """A float16 times the unit.
+
+    Stored: 16 bits a number, entropy-coded a byte at a time.
+
+    >>> Half().round(torch.tensor([0.1, 0.0]), 1.0).tolist()
+    [0.0999755859375, 5.960464477539063e-08]
+    """
+
+    number = 0
+
+    def round(self, values: Tensor, unit: Tensor | float, positive: bool = True) -> Tensor:
+        """The nearest."""
+        halves = (values / unit).to(torch.float16).to(torch.float32)
+        halves = halves.clamp(2.0**-24, 65504.0) if positive else halves.clamp(-65504.0, 65504.0) + 0.0
+        return halves * unit
+
+    def write(self, writer: Writer, values: Tensor, unit: Tensor | float) -> None:
+        """Store their bits."""
+        bits = (values / unit).to(torch.float16).reshape(-1).cpu().view(torch.int16)
+        writer.symbols(bits.to(torch.int32) & 0xFFFF, 65536)
+
+    def read(self, reader: Reader, count: int, unit: float) -> Tensor:
+        """Read them."""
+        bits = reader.symbols(count, 65536)
+        return (
+            torch.where(bits > 32767, bits - 65536, bits).to(torch.int16).view(torch.float16).to(torch.float32) * unit
+        )
+
+
+class Log8:
+    """0 or ±2^(j/8) times the unit, j = -126 … 0: within 4.5 % over sixteen octaves; what is smaller becomes zero.
+
+    Stored: at most 8 bits a number, entropy-coded: 127, plus or minus 1 … 127 for a magnitude, plus 0 for zero.
+
+    >>> Log8().round(torch.tensor([0.1, -0.75, 0.0]), 1.0, positive=False).tolist()
+    [0.10511205345392227, -0.7711054086685181, 0.0]
+    >>> Log8().round(torch.tensor([0.0]), 1.0).tolist()
+    [1.8156877580564469e-05]
+
+    Source: Miyashita et al. 2016, "Convolutional neural networks using logarithmic data representation" (base 2^(1/8)).
+    """
+
+    number = 1
+
+    def _table(self, values: Tensor) -> Tensor:
+        # float64 on the way, so that every machine's float32 is the same
+        steps = [2.0 ** ((j - _TOP + 1) / _STEPS) for j in range(_TOP)]
+        return torch.tensor(steps, dtype=torch.float32, device=values.device)
+
+    def _codes(self, values: Tensor, unit: Tensor | float) -> Tensor:
+        """-127 … 127, the nearest; halves of the smallest and below are 0."""
+        table = self._table(values)
+        edges = torch.cat((table[:1] / 2, (table[1:] + table[:-1]) / 2))
+        return torch.bucketize((values.abs() / unit).contiguous(), edges, out_int32=True) * values.sign().int()
+
+    def _values(self, codes: Tensor, unit: Tensor | float) -> Tensor:
+        table = torch.cat((torch.zeros(1, device=codes.device), self._table(codes)))
+        magnitudes = table.index_select(0, codes.abs().reshape(-1)).reshape(codes.shape)
+        return codes.sign() * magnitudes * unit + 0.0
+
+    def round(self, values: Tensor, unit: Tensor | float, positive: bool = True) -> Tensor:
+        """The nearest."""
+        codes = self._codes(values.to(torch.float32), unit)
+        return self._values(codes.clamp_min(1) if positive else codes, unit)
+
+    def write(self, writer: Writer, values: Tensor, unit: Tensor | float) -> None:
+        """Store their codes."""
+        writer.symbols(self._codes(values, unit).reshape(-1).cpu() + _TOP, 2 * _TOP + 1)
+
+    def read(self, reader: Reader, count: int, unit: float) -> Tensor:
+        """Read them."""
+        return self._values(reader.symbols(count, 2 * _TOP + 1) - _TOP, unit)
+
+
+#: the names in arguments; the numbers in files never change their meaning
+PRECISIONS: dict[str, Precision] = {"float32": Single(), "float16": Half(), "log8": Log8()}
+
+
+def power_of_two(values: Tensor) -> float:
+    """The power of two just above the largest magnitude (1.0 where all are zero), kept in a normal float's range.
+
+    >>> power_of_two(torch.tensor([0.3, -5.0])), power_of_two(torch.zeros(2))
+    (8.0, 1.0)
+    """
+    top = float(values.abs().max()) if values.numel() else 0.0
+    return math.ldexp(1.0, max(-100, min(math.frexp(top)[1], 100)))
+
+
+def write_numbers(writer: Writer, precision: str, values: Tensor, unit: Tensor | float) -> None:
+    """Store numbers that their precision's `round` made, with the precision and the unit's exponent: n · 1024 + e."""
+    how = PRECISIONS[precision]
+    writer.integer(how.number * _STRIDE + math.frexp(float(unit))[1] - 1)
+    how.write(writer, values.detach().cpu(), float(unit))
+
+
+def read_numbers(reader: Reader, count: int) -> Tensor:
+    """Read them back, as float32; a file with an infinite or undefined number is refused."""
+    kinds = {how.number: how for how in PRECISIONS.values()}
+    number, exponent = divmod(reader.integer(-100, max(kinds) * _STRIDE + 100) + _STRIDE // 2, _STRIDE)
+    exponent -= _STRIDE // 2
+    if abs(exponent) > 100:
+        raise ValueError(f"expected a scale's exponent in -100 … 100, found {exponent}")
+    values = kinds[number].read(reader, count, math.ldexp(1.0, exponent))
+    if not bool(values.isfinite().all()):
+        raise ValueError("a stored scale is not a finite number")
+    return values
