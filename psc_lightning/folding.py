@@ -45,7 +45,7 @@ def fold_batchnorm(model: M, pairs: Mapping[str, str] | None = None) -> M:
     >>> model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1)).eval()
     >>> _ = model[0].weight.data.fill_(3.0), model[1].weight.data.fill_(-2.0), model[1].running_mean.fill_(0.5)
     >>> folded = fold_batchnorm(model)
-    >>> [round(float(t), 3) for t in (folded[0].weight, folded[1].weight, folded[1].bias, folded[1].running_mean)]
+    >>> [round(t.item(), 3) for t in (folded[0].weight, folded[1].weight, folded[1].bias, folded[1].running_mean)]
     [6.0, -1.0, 1.0, 0.0]
     """
     if sharded_modules(model):

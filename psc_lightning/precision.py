@@ -98,9 +98,9 @@ class Log8:
     Stored: at most 8 bits a number, entropy-coded: 127, plus or minus 1 … 127 for a magnitude, plus 0 for zero.
 
     >>> Log8().round(torch.tensor([0.1, -0.75, 0.0]), 1.0, positive=False).tolist()
-    [0.10511205345392227, -0.7711054086685181, 0.0]
+    [0.09638817608356476, -0.7711054086685181, 0.0]
     >>> Log8().round(torch.tensor([0.0]), 1.0).tolist()
-    [1.8156877580564469e-05]
+    [1.8145859939977527e-05]
 
     Source: Miyashita et al. 2016, "Convolutional neural networks using logarithmic data representation" (base 2^(1/8)).
     """
