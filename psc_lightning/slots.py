@@ -329,15 +329,9 @@ class Slots(nn.Module):
 
     @torch.no_grad()
     def encode(self, writer: Writer, weight: Tensor) -> None:
-        """Store the effective weight as it is now: layout, tying, then each core's mask and levels.
-
-        Raises:
-            ValueError: where the effective weight holds an infinity or a NaN.
-        """
+        """Store the effective weight, which is finite, as it is now: layout, tying, then each core's mask and levels."""
         if self.stale:
             self.refresh(weight)
-        if not bool(self.effective(weight).isfinite().all()):
-            raise ValueError("it holds a value that is not a finite number")
         tying, masking, levelling = self.phase
         self.layout.encode(writer)
         writer.integer(self.tying.code_number if self.tying is not None and tying else 0)

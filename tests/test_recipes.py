@@ -38,7 +38,9 @@ def test_one_shot(tmp_path: Path) -> None:
     assert "x smaller" in said
 
 
-@pytest.mark.parametrize("script", ["accuracy.py", "int8_speed.py", "separable_speed.py", "step_cost.py"])
+@pytest.mark.parametrize(
+    "script", ["accuracy.py", "file_speed.py", "int8_speed.py", "separable_speed.py", "step_cost.py"]
+)
 def test_benchmarks_start(tmp_path: Path, script: str) -> None:
     assert "usage:" in run(str(ROOT / "recipes/benchmarks" / script), "--help", cwd=tmp_path)
 

@@ -186,15 +186,6 @@ def test_nothing_to_observe_without_a_gradient():
     assert not slots._chain("core").mask.total.any()
 
 
-def test_what_is_not_finite_cannot_be_stored(tape):
-    slots, weight = make(mask=("magnitude", SHARE))
-    slots.harden(weight)
-    with torch.no_grad():
-        weight[0, 0] = float("inf")
-    with pytest.raises(ValueError, match="not a finite number"):
-        slots.encode(tape(), weight)
-
-
 def test_a_soft_or_absent_slot_is_not_stored(tape, same_bits):
     slots, weight = make(mask=("magnitude", SHARE), levels=("uniform", {}))
     slots.set_strength("mask", 1.0, weight)

@@ -98,20 +98,23 @@ def _to_bytes(model: nn.Module, precisions: Precisions, names: bool) -> tuple[by
     leftovers.check(precisions, [name for name in tensors if name not in compressed])
     entries = _entries(tensors, frozenset(compressed), precisions)
     writer = SymbolWriter()
+    held = {entry.name: _summary([tensors[entry.name]]) for entry in entries if entry.kind is not Kind.SLOTS}
     bits = [0.0] * len(entries)
     for group in leftovers.groups(entries):
         before = writer.bits
         entry = entries[group[0]]
         if entry.kind is Kind.SLOTS:
             its_slots, weight = compressed[entry.name]
+            del tensors[entry.name]  # a large model's memory is better not held twice
             its_slots.encode(writer, weight)
+            stored = its_slots.stored(weight)
+            held[entry.name] = _summary(list(stored.cores.values()), stored.method)
         else:
             leftovers.encode(writer, {entries[i].name: tensors[entries[i].name] for i in group}, entry.kind)
         _share(bits, entries, group, writer.bits - before)
     tag, content = directory.encode(entries) if names else directory.encode_nameless(entries)
     data = container.pack({tag: content, _SYMBOLS: writer.finish()})
-    stored = {name: its_slots.stored(weight) for name, (its_slots, weight) in compressed.items()}
-    return data, _report(entries, tensors, bits, writer.streams, data, stored, _layer_types(model))
+    return data, _report(entries, bits, writer.streams, data, held, _layer_types(model))
 
 
 def load(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> dict[str, Tensor]:
@@ -134,7 +137,7 @@ def load_stored(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> dic
     Raises:
         ArtifactError: as `load`.
     """
-    return _read(path, max_bytes).stored
+    return _decode(*_open(container.read(path, max_bytes + _SLACK)), max_bytes, keep=True).stored
 
 
 def verify(path: str | os.PathLike[str]) -> None:
@@ -153,8 +156,10 @@ def inspect(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Report:
         ArtifactError: as `load`.
     """
     data = container.read(path, max_bytes + _SLACK)
-    content = _decode(*_open(data), max_bytes)
-    return _report(content.entries, content.tensors, content.bits, content.streams, data, content.stored, {})
+    content = _decode(*_open(data), max_bytes, keep=True)
+    held = {name: _summary([tensor]) for name, tensor in content.tensors.items() if name not in content.stored}
+    held |= {name: _summary(list(one.cores.values()), one.method) for name, one in content.stored.items()}
+    return _report(content.entries, content.bits, content.streams, data, held, {})
 
 
 @torch.no_grad()
@@ -202,7 +207,7 @@ def _read(path: str | os.PathLike[str], max_bytes: int) -> _Content:
     return _decode(*_open(container.read(path, max_bytes + _SLACK)), max_bytes)
 
 
-def _decode(entries: Sequence[Entry], payload: bytes, max_bytes: int) -> _Content:
+def _decode(entries: Sequence[Entry], payload: bytes, max_bytes: int, keep: bool = False) -> _Content:
     needed = sum(_room(entry.shape) * entry.dtype.itemsize for entry in entries if entry.alias is None)
     if needed > max_bytes:
         raise ArtifactError(
@@ -218,11 +223,13 @@ def _decode(entries: Sequence[Entry], payload: bytes, max_bytes: int) -> _Conten
         entry = entries[group[0]]
         if entry.kind is Kind.SLOTS:
             try:
-                stored[entry.name] = decode(reader, entry.shape, entry.dtype)
+                one = decode(reader, entry.shape, entry.dtype)
             except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
                 # Every number was in its range, but together they make no tensor; torch says so in many ways.
                 raise ArtifactError(f"{entry.name}: {error}") from error
-            tensors[group[0]] = stored[entry.name].weight
+            tensors[group[0]] = one.weight
+            if keep:
+                stored[entry.name] = one
         else:
             parts = leftovers.decode(reader, [entries[i] for i in group])
             tensors.update(zip(group, parts, strict=True))
@@ -308,13 +315,30 @@ def _levels(tensor: Tensor) -> int:
     return 1 + int((ordered[:, 1:] != ordered[:, :-1]).sum(1).max())
 
 
+@dataclass(frozen=True)
+class _Summary:
+    """What the report says of a tensor; only compressed ones have levels."""
+
+    method: str
+    core_shapes: tuple[tuple[int, ...], ...]
+    sparsity: float
+    levels: int | None
+
+
+def _summary(cores: Sequence[Tensor], method: str | None = None) -> _Summary:
+    entries = sum(core.numel() for core in cores)
+    zeros = entries - sum(int(core.count_nonzero()) for core in cores)
+    shapes = tuple(tuple(core.shape) for core in cores)
+    levels = None if method is None else max(map(_levels, cores))
+    return _Summary(method or "plain", shapes, zeros / entries if entries else 0.0, levels)
+
+
 def _report(
     entries: Sequence[Entry],
-    tensors: Mapping[str, Tensor],
     bits: Sequence[float],
     streams: Sequence[Stream],
     data: bytes,
-    stored: Mapping[str, Stored],
+    held: Mapping[str, _Summary],
     layer_types: Mapping[str, str],
 ) -> Report:
     rows: list[TensorReport] = []
@@ -324,23 +348,18 @@ def _report(
         # Rounded where the tensors end, not each for itself: the parts add up to the whole.
         size = round(spent / 8) - counted
         counted += size
-        held = stored.get(entry.name)
-        cores = list(held.cores.values()) if held else [tensors[entry.name]]
-        shapes = tuple(tuple(core.shape) for core in cores)
-        entries_in_all = sum(core.numel() for core in cores)
+        one = held[entry.name]
         rows.append(
             TensorReport(
                 name=entry.name,
                 layer_type=layer_types.get(entry.name, ""),
                 shape=entry.shape,
-                core_shape=shapes[0] if len(shapes) == 1 else shapes,
-                method=held.method if held else "shared" if entry.kind is Kind.ALIAS else "plain",
+                core_shape=one.core_shapes[0] if len(one.core_shapes) == 1 else one.core_shapes,
+                method="shared" if entry.kind is Kind.ALIAS else one.method,
                 dense_bytes=0 if entry.alias is not None else entry.nbytes,
                 stored_bytes=size,
-                sparsity=1 - sum(int(core.count_nonzero()) for core in cores) / entries_in_all
-                if entries_in_all
-                else 0.0,
-                levels=max(map(_levels, cores)) if held else None,
+                sparsity=one.sparsity,
+                levels=one.levels,
             )
         )
     dense = sum(row.dense_bytes for row in rows)

@@ -85,14 +85,18 @@ class Levels(nn.Module):
 
 def write_codes(writer: Writer, codes: Tensor, keep: Tensor, lowest: int, size: int) -> None:
     """Store the codes of the kept entries, counted from `lowest`."""
-    writer.symbols((codes[keep] - lowest).to(torch.int32).cpu(), size, keep)
+    # NumPy picks without a list of places, which would be four times as large as the codes.
+    kept = torch.from_numpy(codes.detach().cpu().numpy()[keep.cpu().numpy()])
+    writer.symbols((kept - lowest).to(torch.int32), size, keep)
 
 
 def read_codes(reader: Reader, keep: Tensor, lowest: int, size: int, dtype: torch.dtype) -> Tensor:
     """Read them into the core's shape, `lowest` elsewhere."""
-    codes = torch.full(keep.shape, lowest, dtype=dtype)
-    codes[keep] = (reader.symbols(int(keep.sum()), size, keep) + lowest).to(dtype)
-    return codes
+    number = int(keep.sum())
+    symbols = reader.symbols(number, size, keep).add_(lowest).to(dtype)
+    if number == keep.numel():
+        return symbols.reshape(keep.shape)
+    return torch.full(keep.shape, lowest, dtype=dtype).masked_scatter_(keep, symbols)
 
 
 def write_group(writer: Writer, group: Group) -> None:
