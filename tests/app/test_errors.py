@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+from psc_lightning.app.models import LeNet5
 
 Command = Callable[..., tuple[int, str]]
 
@@ -49,3 +52,23 @@ def test_a_folder_that_cannot_be_made(cli: Command, tmp_path: Path) -> None:
     assert status == 1
     assert "file/run: Not a directory" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "compression.threshold=1.5",
+        "compression.targets=nothing.*",
+        "model.checkpoint=other.pt",
+        "trainer.precision=7",
+        "resume=run",
+    ],
+)
+def test_a_wrong_setting_costs_no_older_run(cli: Command, tmp_path: Path, wrong: str) -> None:
+    torch.save(LeNet5().state_dict(), tmp_path / "other.pt")
+    tiny = ["baseline.max_epochs=2", "trainer.max_epochs=1", "logger=none", "data.batch_size=256"]
+    assert cli("compression=binary", "hydra.run.dir=run", *tiny)[0] == 0
+    names = ("model.psc", "report.json", "config.yaml", "run.json", "checkpoints/last.ckpt")
+    before = [(tmp_path / "run" / name).read_bytes() for name in names]
+    assert cli("compression=binary", "hydra.run.dir=run", *tiny, "seed=1", wrong)[0] == 1
+    assert [(tmp_path / "run" / name).read_bytes() for name in names] == before
