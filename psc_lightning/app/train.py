@@ -360,10 +360,8 @@ def job(cfg: DictConfig, full: bool) -> float:
     except Exception as error:
         message = one_line(error)
         overrides = list(hydra_config.overrides.task)
-        if (
-            hydra_config.mode == RunMode.MULTIRUN or not this.finished
-        ):  # a finished run that this left alone is no failure
-            with contextlib.suppress(OSError):  # where the folder itself is what is wrong
+        with contextlib.suppress(OSError):  # where the folder itself is what is wrong
+            if hydra_config.mode == RunMode.MULTIRUN or not this.finished:  # else it is an older run's, left alone
                 this.note(status="failed", overrides=overrides, error=message or f"{type(error).__name__}: {error}")
         if hydra_config.mode == RunMode.MULTIRUN:
             log.error(message or "the job failed", exc_info=None if message and not full else error)

@@ -26,6 +26,7 @@ Command = Callable[..., tuple[int, str]]
         (["model.checkpoint=none.pt"], ["model.checkpoint=none.pt", "no such file"]),
         (["model.net._target_=torch.zeros", "~model.net.classes", "+model.net.size=[1]"], ["model.net", "Tensor"]),
         (["model=custom"], ["model.net._target_"]),
+        (["data=custom"], ["data._target_"]),
         (["model.decay=linear"], ["decay", "cosine", "linear"]),
         (["optimizer.lr=abc"], ["optimizer"]),
         (["leftovers=int8"], ["leftovers=int8", "float16"]),

@@ -11,9 +11,10 @@ import onnxruntime
 import pytest
 import torch
 from hydra.utils import instantiate
-from lightning import LightningModule
+from lightning import LightningDataModule, LightningModule
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import psc_lightning
 from psc_lightning.app.models import DigitsCNN
@@ -43,6 +44,32 @@ class OwnModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+class OwnNet(nn.Sequential):
+    """A user's plain network."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 3))
+
+
+class OwnData(LightningDataModule):
+    """A user's: random images of three kinds."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.randint(0, 3, (n,), generator=generator)
+        self.samples = TensorDataset(torch.randn(n, 1, 8, 8, generator=generator) + labels.view(-1, 1, 1, 1), labels)
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(self.samples, 32, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(self.samples, 64)
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(self.samples, 64)
 
 
 PRESETS = ["none", "float", "binary", "ternary", "mask", "cross_channel", "row", "column", "separable", "low_rank"]
@@ -157,3 +184,25 @@ def test_a_users_lightning_module_is_used_as_it_is(cli: Command, tmp_path: Path)
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert [tensor["name"] for tensor in report["tensors"]][:1] == ["layer.weight"]
     assert {*report["metrics"]["compressed"]} == {"error"}
+
+
+def test_a_users_network_and_data_from_command_to_file(cli: Command, tmp_path: Path) -> None:
+    status, said = cli(
+        "compression=ternary",
+        "model=custom",
+        f"model.net._target_={OwnNet.__module__}.OwnNet",
+        "+model.net.width=16",
+        "model.classes=3",
+        "data=custom",
+        f"data._target_={OwnData.__module__}.OwnData",
+        "+data.n=128",
+        "hydra.run.dir=run",
+        *TINY[:3],
+    )
+    assert status == 0, said
+    own = OwnNet(16)
+    state = psc_lightning.load(tmp_path / "run/model.psc")
+    own.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
+    images, labels = OwnData(128).samples.tensors
+    accuracy = json.loads((tmp_path / "run/report.json").read_text())["metrics"]["compressed"]["accuracy"]
+    assert accuracy == pytest.approx((own(images).argmax(1) == labels).float().mean().item())
