@@ -37,7 +37,8 @@ def test_errors_name_the_file_and_the_keys(tmp_path: Path) -> None:
         read_checkpoint(path, module)
     torch.save(LeNet5().state_dict(), path)
     with pytest.raises(
-        UsageError, match=r"another architecture.*conv1\.weight is \(20, 1, 5, 5\).*missing bn1\.weight"
+        UsageError,
+        match=r"another architecture.*conv1\.weight is \(20, 1, 5, 5\).*missing bn1\.weight.*; give a checkpoint of this model",
     ):
         read_checkpoint(path, module)
     state = DigitsCNN().state_dict()
@@ -46,7 +47,7 @@ def test_errors_name_the_file_and_the_keys(tmp_path: Path) -> None:
         read_checkpoint(path, module)
     state["conv2.weight"][3, 2, 1, 0] = float("nan")
     torch.save(state, path)
-    with pytest.raises(UsageError, match=r"NaN or infinity in net\.conv2\.weight"):
+    with pytest.raises(UsageError, match=r"NaN or infinity in net\.conv2\.weight; give one from before"):
         read_checkpoint(path, module)
     torch.save(DigitsCNN(), path)  # a pickled object
     with pytest.raises(UsageError, match="weights_only=True"):

@@ -23,6 +23,7 @@ Command = Callable[..., tuple[int, str]]
         (["compression=binary", "compression.bits=3"], ["compression.bits", "threshold"]),
         (["nonsense=3"], ["nonsense", "compression"]),
         (["trainer.max_epoch=3"], ["trainer.max_epoch", "max_epochs"]),
+        (["clipping.max_norm=1"], ["clipping.max_norm", "keys there: none"]),
         (["model.checkpoint=none.pt"], ["model.checkpoint=none.pt", "no such file"]),
         (["model.net._target_=torch.zeros", "~model.net.classes", "+model.net.size=[1]"], ["model.net", "Tensor"]),
         (["model=custom"], ["model.net._target_"]),
