@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from itertools import islice
@@ -121,6 +122,30 @@ def test_binary_is_good_and_small(cli: Command, tmp_path: Path) -> None:
     (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(out), plain.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_reported_numbers_are_those_of_the_rounded_file(cli: Command, tmp_path: Path) -> None:
+    """Leftovers are rounded only when written: the numbers of the model in memory differ."""
+    assert cli("compression=float", "leftovers=float16", "hydra.run.dir=run", *TINY)[0] == 0
+    state = psc_lightning.load(tmp_path / "run/model.psc")
+    assert torch.equal(state["net.bn1.bias"], state["net.bn1.bias"].half().float())
+    plain = DigitsCNN()
+    plain.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
+    data = instantiate(OmegaConf.load(tmp_path / "run/config.yaml").data, _convert_="all")
+    data.setup("test")
+    ((images, labels),) = data.test_dataloader()
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(plain.eval()(images), labels)
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["metrics"]["compressed"]["loss"] == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_clipping_clips_and_logs(cli: Command, tmp_path: Path) -> None:
+    small = ["clipping=layer", "clipping.max_norm=1e-6", "logger=csv", "trainer.log_every_n_steps=1"]
+    assert cli("compression=binary", "hydra.run.dir=run", *TINY, *small)[0] == 0
+    with (tmp_path / "run/logs/version_0/metrics.csv").open() as file:
+        shares = [row["grad_norm/clipped_share"] for row in csv.DictReader(file)]
+    assert {float(share) for share in shares if share} == {1.0}
 
 
 def test_batchnorm_statistics_are_those_of_the_final_weights(cli: Command, tmp_path: Path) -> None:
