@@ -176,6 +176,7 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> None:
+    Path(options.file).stat()  # where nothing is, the other arguments are not what is wrong
     folder = Path(options.file) if Path(options.file).is_dir() else None
     file = folder / "model.psc" if folder else Path(options.file)
     if not options.onnx and not options.safetensors:

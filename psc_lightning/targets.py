@@ -231,9 +231,9 @@ def _nothing(argument: str, pattern: str, model: nn.Module, everything: list[Tar
     types = sorted({type(layer).__name__ for layer in model.modules() if layer._parameters})
     modules = {name.rpartition(".")[0] for name in names}
     near = difflib.get_close_matches(pattern, [*names, *modules, *types], n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}? " if near else ""
+    hint = f"; did you mean {', '.join(near)}?" if near else "."
     listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
     return (
-        f"{argument}: {pattern!r} matches no tensor, module or layer type; {hint}"
+        f"{argument}: {pattern!r} matches no tensor, module or layer type{hint} "
         f"The tensors are {listed or '(none)'}; the layer types {', '.join(types) or '(none)'}."
     )

@@ -254,6 +254,12 @@ def test_export_says_what_is_missing(
     assert list(file.parent.iterdir()) == [file]  # nothing is written before all is known
 
 
+def test_export_of_nothing_is_what_inspect_says_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    assert main(["export", nowhere, "--onnx", "m.onnx", "--example", "1,3,8,8"]) == 1
+    assert capsys.readouterr().err == f"psc export: {nowhere}: No such file or directory\n"
+
+
 def words() -> nn.Module:
     return nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 4))
 

@@ -95,7 +95,7 @@ def test_a_pattern_that_matches_nothing_is_named_with_what_comes_near(argument: 
     assert "Conv2d" in message
     with pytest.raises(ValueError, match=r"targets: 'Conv3d' matches no.*did you mean Conv2d"):
         select(Net(), targets=["Conv3d"])
-    with pytest.raises(ValueError, match="'table' matches no"):
+    with pytest.raises(ValueError, match=r"'table' matches no tensor, module or layer type\. The tensors are "):
         select(Net(), targets=["table"])
 
 

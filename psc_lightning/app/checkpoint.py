@@ -56,10 +56,13 @@ def match(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], key: str) -
     wrong += [f"unexpected {plain}" for plain in by_name]
     if wrong:
         more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise UsageError(f"{key}: another architecture than the model: {'; '.join(wrong[:6])}{more}")
+        raise UsageError(
+            f"{key}: another architecture than the model: {'; '.join(wrong[:6])}{more}; "
+            "give a checkpoint of this model, or choose the model it is of (model=…)"
+        )
     broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
-        raise UsageError(f"{key}: NaN or infinity in {', '.join(broken)}")
+        raise UsageError(f"{key}: NaN or infinity in {', '.join(broken)}; give one from before training diverged")
     return state
 
 

@@ -49,7 +49,7 @@ def one_line(error: BaseException) -> str | None:
         if cause is not error and isinstance(cause, OmegaConfBaseException):
             parts.append(str(cause))
         if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
-            parts.append(f"keys there: {', '.join(sorted(map(str, cause.parent_node)))}")
+            parts.append(f"keys there: {', '.join(sorted(map(str, cause.parent_node))) or 'none'}")
     if not parts:
         return None
     text = " ".join(" ".join(parts).split())

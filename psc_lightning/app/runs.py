@@ -72,6 +72,11 @@ class Run:
             git=git_state(),
         )
 
+    def clear(self) -> None:
+        """Delete what says that an older run in this folder is finished, and where it stood."""
+        self.report.unlink(missing_ok=True)
+        (self.checkpoints / "last.ckpt").unlink(missing_ok=True)
+
     def note(self, **entries: Any) -> None:
         """Add entries to run.json."""
         record = json.loads(self.record.read_text()) if self.record.is_file() else {}

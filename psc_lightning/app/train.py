@@ -80,10 +80,20 @@ def run(cfg: DictConfig, folder: Path) -> float:
     data = build_data(cfg)
     fresh = build_module(cfg)
     check_plan(fresh, callbacks)
+    given = None if cfg.model.checkpoint is None else read_checkpoint(Path(cfg.model.checkpoint).expanduser(), fresh)
+    curve = Curve()
+    trainer = build_trainer(
+        cfg,
+        callbacks=[*callbacks, curve, ResumePoint(this.checkpoints, cfg.checkpoint.every_n_steps)],
+        logger=build_logger(cfg, folder),
+        default_root_dir=folder,
+    )
     if is_main():
+        if cfg.resume is None:
+            this.clear()  # not before: a wrong setting costs no older run
         this.begin(cfg, list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [])
 
-    dense = dense_state(cfg, fresh, data)
+    dense = baseline(cfg, fresh, data) if given is None else given
     metrics: dict[str, dict[str, float]] = {}
     if is_main():  # in a distributed run, the other processes only help to fit
         fresh.load_state_dict(dense)
@@ -96,13 +106,6 @@ def run(cfg: DictConfig, folder: Path) -> float:
 
     module = build_module(cfg)
     module.load_state_dict(dense)
-    curve = Curve()
-    trainer = build_trainer(
-        cfg,
-        callbacks=[*callbacks, curve, ResumePoint(this.checkpoints, cfg.checkpoint.every_n_steps)],
-        logger=build_logger(cfg, folder),
-        default_root_dir=folder,
-    )
     seed(cfg)
     with processes():
         trainer.fit(module, datamodule=data, ckpt_path=this.checkpoint, weights_only=True)
@@ -153,10 +156,8 @@ def is_main() -> bool:
 
 
 def resumed(cfg: DictConfig, this: Run) -> DictConfig:
-    """Return the configuration to run: the run's own where `resume` is all that was said; clear away an older run."""
+    """Return the configuration to run: the run's own where `resume` is all that was said."""
     if cfg.resume is None:
-        this.report.unlink(missing_ok=True)
-        (this.checkpoints / "last.ckpt").unlink(missing_ok=True)
         return cfg
     named = this.folder if cfg.resume == "auto" else Path(cfg.resume).resolve()
     if named not in (this.folder, this.folder.resolve(), this.folder.resolve().parent):  # the parent: a multirun
@@ -269,10 +270,8 @@ def check_finite(state: Mapping[str, Tensor], what: str, key: str) -> None:
         raise UsageError(f"{what}: NaN or infinity in {', '.join(broken[:3])}{' and more' * (len(broken) > 3)}{hint}")
 
 
-def dense_state(cfg: DictConfig, fresh: LightningModule, data: LightningDataModule) -> dict[str, Tensor]:
-    """Return the dense weights that fine-tuning starts from: a checkpoint's, or a baseline's, trained once."""
-    if cfg.model.checkpoint is not None:
-        return read_checkpoint(Path(cfg.model.checkpoint).expanduser(), fresh)
+def baseline(cfg: DictConfig, fresh: LightningModule, data: LightningDataModule) -> dict[str, Tensor]:
+    """Return the dense weights that fine-tuning starts from where no checkpoint gives them, trained once."""
 
     def train(work: Path) -> LightningModule:
         module = build_module(cfg, lr=cfg.baseline.lr)
@@ -370,9 +369,10 @@ def job(cfg: DictConfig, full: bool) -> float:
         sys.exit(130)
     except Exception as error:
         message = one_line(error)
+        overrides = list(hydra_config.overrides.task)
         with contextlib.suppress(OSError):  # where the folder itself is what is wrong
-            overrides = list(hydra_config.overrides.task)
-            this.note(status="failed", overrides=overrides, error=message or f"{type(error).__name__}: {error}")
+            if hydra_config.mode == RunMode.MULTIRUN or not this.finished:  # else it is an older run's, left alone
+                this.note(status="failed", overrides=overrides, error=message or f"{type(error).__name__}: {error}")
         if hydra_config.mode == RunMode.MULTIRUN:
             log.error(message or "the job failed", exc_info=None if message and not full else error)
         elif message and not full:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Event, Thread
+from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
+from psc_lightning.app import baseline
 from psc_lightning.app.baseline import cached, fingerprint
 from psc_lightning.app.checkpoint import read_checkpoint
 from psc_lightning.app.errors import UsageError
@@ -37,7 +41,8 @@ def test_errors_name_the_file_and_the_keys(tmp_path: Path) -> None:
         read_checkpoint(path, module)
     torch.save(LeNet5().state_dict(), path)
     with pytest.raises(
-        UsageError, match=r"another architecture.*conv1\.weight is \(20, 1, 5, 5\).*missing bn1\.weight"
+        UsageError,
+        match=r"another architecture.*conv1\.weight is \(20, 1, 5, 5\).*missing bn1\.weight.*; give a checkpoint of",
     ):
         read_checkpoint(path, module)
     state = DigitsCNN().state_dict()
@@ -46,7 +51,7 @@ def test_errors_name_the_file_and_the_keys(tmp_path: Path) -> None:
         read_checkpoint(path, module)
     state["conv2.weight"][3, 2, 1, 0] = float("nan")
     torch.save(state, path)
-    with pytest.raises(UsageError, match=r"NaN or infinity in net\.conv2\.weight"):
+    with pytest.raises(UsageError, match=r"NaN or infinity in net\.conv2\.weight; give one from before"):
         read_checkpoint(path, module)
     torch.save(DigitsCNN(), path)  # a pickled object
     with pytest.raises(UsageError, match="weights_only=True"):
@@ -59,7 +64,7 @@ def test_errors_name_the_file_and_the_keys(tmp_path: Path) -> None:
         read_checkpoint(path, module)
 
 
-def test_a_baseline_is_trained_once_for_the_same_setting(tmp_path: Path) -> None:
+def test_a_baseline_is_trained_once_for_the_same_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = classifier()
     trained = []
 
@@ -76,6 +81,38 @@ def test_a_baseline_is_trained_once_for_the_same_setting(tmp_path: Path) -> None
     with torch.no_grad():
         module.net.conv1.weight += 1
     assert fingerprint({"seed": 0}, module) != key
+    key = fingerprint({"seed": 0}, module)
+    monkeypatch.setattr(torch, "__version__", "another")
+    assert fingerprint({"seed": 0}, module) != key
+
+
+def test_two_at_once_train_a_baseline_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second asks while the first trains, and gets what that has trained."""
+    trained, found = [], []
+    asked = Event()
+
+    class Lock(FileLock):
+        def acquire(self, *args: Any, **settings: Any) -> Any:
+            if trained:
+                asked.set()
+            return super().acquire(*args, **settings)
+
+    def train(work: Path) -> Classifier:
+        trained.append(work)
+        if len(trained) == 1:
+            second.start()
+            assert asked.wait(60)
+        return classifier()
+
+    def ask() -> None:
+        found.append(cached(tmp_path, "key", train))
+
+    second = Thread(target=ask)
+    monkeypatch.setattr(baseline, "FileLock", Lock)
+    ask()
+    second.join(60)
+    assert len(trained) == 1
+    assert torch.equal(*(state["net.conv1.weight"] for state in found))
 
 
 def test_a_baseline_that_fails_leaves_no_file(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ def composed(*overrides: str) -> DictConfig:
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_each_file_composes_and_resolves(path: Path) -> None:
     group, name = path.parent.name, path.name
-    extra = ["model.net._target_=torch.nn.Identity"] if path == Path("model/custom") else []
-    cfg = composed(f"{group}={name}", *extra)
+    own = {"model": "model.net._target_=torch.nn.Identity", "data": "data._target_=lightning.LightningDataModule"}
+    cfg = composed(f"{group}={name}", *([own[group]] if name == "custom" else []))
     OmegaConf.to_container(cfg, resolve=True)
 
 

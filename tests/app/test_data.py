@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import struct
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +34,11 @@ def write_mnist(folder: Path, packed: bool) -> dict[str, np.ndarray]:
     return arrays
 
 
+@pytest.mark.parametrize("read", [sources.mnist, sources.fashion_mnist])
 @pytest.mark.parametrize("packed", [True, False])
-def test_mnist_files_packed_and_not(tmp_path: Path, packed: bool) -> None:
+def test_mnist_files_packed_and_not(tmp_path: Path, packed: bool, read: Callable[[str], Splits]) -> None:
     arrays = write_mnist(tmp_path, packed)
-    splits = sources.mnist(str(tmp_path))
+    splits = read(str(tmp_path))
     assert splits.train_images.shape == (7, 1, 28, 28)
     assert torch.equal(splits.train_images[:, 0], torch.from_numpy(arrays["train-images-idx3-ubyte"]))
     assert splits.test_labels.tolist() == arrays["t10k-labels-idx1-ubyte"].tolist()
@@ -113,12 +115,17 @@ def test_a_download_with_another_md5_is_not_kept(tmp_path: Path) -> None:
     assert not (target / "x.gz").exists()
 
 
-def test_no_internet_says_which_files_go_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nowhere = tuple(remote._replace(base="http://127.0.0.1:1/") for remote in sources.MNIST_FILES)
-    monkeypatch.setattr(sources, "MNIST_FILES", nowhere)
+@pytest.mark.parametrize(("name", "files"), [("mnist", "MNIST_FILES"), ("fashion_mnist", "FASHION_FILES")])
+def test_no_internet_says_which_files_go_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, files: str
+) -> None:
+    base = f"http://127.0.0.1:1/{name}/"
+    nowhere = tuple(remote._replace(base=base) for remote in getattr(sources, files))
+    monkeypatch.setattr(sources, files, nowhere)
     with pytest.raises(UsageError) as caught:
-        sources.mnist(str(tmp_path))
+        getattr(sources, name)(str(tmp_path))
     assert str(tmp_path) in str(caught.value)
+    assert base in str(caught.value)
     assert all(remote.name in str(caught.value) for remote in nowhere)
 
 

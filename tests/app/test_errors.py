@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+from psc_lightning.app.models import LeNet5
 
 Command = Callable[..., tuple[int, str]]
 
@@ -20,9 +23,11 @@ Command = Callable[..., tuple[int, str]]
         (["compression=binary", "compression.bits=3"], ["compression.bits", "threshold"]),
         (["nonsense=3"], ["nonsense", "compression"]),
         (["trainer.max_epoch=3"], ["trainer.max_epoch", "max_epochs"]),
+        (["clipping.max_norm=1"], ["clipping.max_norm", "keys there: none"]),
         (["model.checkpoint=none.pt"], ["model.checkpoint=none.pt", "no such file"]),
         (["model.net._target_=torch.zeros", "~model.net.classes", "+model.net.size=[1]"], ["model.net", "Tensor"]),
         (["model=custom"], ["model.net._target_"]),
+        (["data=custom"], ["data._target_"]),
         (["model.decay=linear"], ["decay", "cosine", "linear"]),
         (["optimizer.lr=abc"], ["optimizer"]),
         (["leftovers=int8"], ["leftovers=int8", "float16"]),
@@ -49,3 +54,23 @@ def test_a_folder_that_cannot_be_made(cli: Command, tmp_path: Path) -> None:
     assert status == 1
     assert "file/run: Not a directory" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "compression.threshold=1.5",
+        "compression.targets=nothing.*",
+        "model.checkpoint=other.pt",
+        "trainer.precision=7",
+        "resume=run",
+    ],
+)
+def test_a_wrong_setting_costs_no_older_run(cli: Command, tmp_path: Path, wrong: str) -> None:
+    torch.save(LeNet5().state_dict(), tmp_path / "other.pt")
+    tiny = ["baseline.max_epochs=2", "trainer.max_epochs=1", "logger=none", "data.batch_size=256"]
+    assert cli("compression=binary", "hydra.run.dir=run", *tiny)[0] == 0
+    names = ("model.psc", "report.json", "config.yaml", "run.json", "checkpoints/last.ckpt")
+    before = [(tmp_path / "run" / name).read_bytes() for name in names]
+    assert cli("compression=binary", "hydra.run.dir=run", *tiny, "seed=1", wrong)[0] == 1
+    assert [(tmp_path / "run" / name).read_bytes() for name in names] == before

@@ -36,6 +36,26 @@ def test_jobs_that_fail_or_diverge_are_reported_and_the_others_go_on(cli: Comman
     assert "job 2: error" in said
 
 
+def test_the_table_has_a_row_for_each_job(cli: Command, tmp_path: Path) -> None:
+    status, said = cli("-m", "compression=none,binary", *TINY)
+    assert status == 0
+    jobs = json.loads((tmp_path / "sweep/sweep.json").read_text())["jobs"]
+    table = said[said.rindex("jobs ") :].splitlines()
+    assert "trainer.max_epochs=1" in table[0]  # said of all jobs, and said once
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table if line.startswith("│")]
+    assert rows == [
+        [
+            str(number),
+            f"compression={name}",
+            f"{job['file_bytes']:,}",
+            f"{job['compression_ratio']:.1f}",
+            *(f"{job['metrics'][stage]['accuracy']:.4f}" for stage in ("dense", "one_shot", "compressed")),
+            "completed",
+        ]
+        for number, (name, job) in enumerate(zip(("none", "binary"), jobs, strict=True))
+    ]
+
+
 def test_a_sweep_goes_on_where_it_was_stopped(cli: Command, tmp_path: Path) -> None:
     command = [
         "-m",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from itertools import islice
@@ -11,9 +12,10 @@ import onnxruntime
 import pytest
 import torch
 from hydra.utils import instantiate
-from lightning import LightningModule
+from lightning import LightningDataModule, LightningModule
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import psc_lightning
 from psc_lightning.app.models import DigitsCNN
@@ -43,6 +45,32 @@ class OwnModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+class OwnNet(nn.Sequential):
+    """A user's plain network."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 3))
+
+
+class OwnData(LightningDataModule):
+    """A user's: random images of three kinds."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.randint(0, 3, (n,), generator=generator)
+        self.samples = TensorDataset(torch.randn(n, 1, 8, 8, generator=generator) + labels.view(-1, 1, 1, 1), labels)
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(self.samples, 32, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(self.samples, 64)
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(self.samples, 64)
 
 
 PRESETS = ["none", "float", "binary", "ternary", "mask", "cross_channel", "row", "column", "separable", "low_rank"]
@@ -94,6 +122,30 @@ def test_binary_is_good_and_small(cli: Command, tmp_path: Path) -> None:
     (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(out), plain.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_reported_numbers_are_those_of_the_rounded_file(cli: Command, tmp_path: Path) -> None:
+    """Leftovers are rounded only when written: the numbers of the model in memory differ."""
+    assert cli("compression=float", "leftovers=float16", "hydra.run.dir=run", *TINY)[0] == 0
+    state = psc_lightning.load(tmp_path / "run/model.psc")
+    assert torch.equal(state["net.bn1.bias"], state["net.bn1.bias"].half().float())
+    plain = DigitsCNN()
+    plain.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
+    data = instantiate(OmegaConf.load(tmp_path / "run/config.yaml").data, _convert_="all")
+    data.setup("test")
+    ((images, labels),) = data.test_dataloader()
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(plain.eval()(images), labels)
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["metrics"]["compressed"]["loss"] == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_clipping_clips_and_logs(cli: Command, tmp_path: Path) -> None:
+    small = ["clipping=layer", "clipping.max_norm=1e-6", "logger=csv", "trainer.log_every_n_steps=1"]
+    assert cli("compression=binary", "hydra.run.dir=run", *TINY, *small)[0] == 0
+    with (tmp_path / "run/logs/version_0/metrics.csv").open() as file:
+        shares = [row["grad_norm/clipped_share"] for row in csv.DictReader(file)]
+    assert {float(share) for share in shares if share} == {1.0}
 
 
 def test_batchnorm_statistics_are_those_of_the_final_weights(cli: Command, tmp_path: Path) -> None:
@@ -173,3 +225,25 @@ def test_batchnorm_is_folded_and_leftovers_are_on_a_grid(cli: Command, tmp_path:
     assert status == 1
     assert "LogLevels cannot take a factor" in output
     assert not list((tmp_path / "refused/checkpoints").glob("*"))
+
+
+def test_a_users_network_and_data_from_command_to_file(cli: Command, tmp_path: Path) -> None:
+    status, said = cli(
+        "compression=ternary",
+        "model=custom",
+        f"model.net._target_={OwnNet.__module__}.OwnNet",
+        "+model.net.width=16",
+        "model.classes=3",
+        "data=custom",
+        f"data._target_={OwnData.__module__}.OwnData",
+        "+data.n=128",
+        "hydra.run.dir=run",
+        *TINY[:3],
+    )
+    assert status == 0, said
+    own = OwnNet(16)
+    state = psc_lightning.load(tmp_path / "run/model.psc")
+    own.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
+    images, labels = OwnData(128).samples.tensors
+    accuracy = json.loads((tmp_path / "run/report.json").read_text())["metrics"]["compressed"]["accuracy"]
+    assert accuracy == pytest.approx((own(images).argmax(1) == labels).float().mean().item())

@@ -328,6 +328,31 @@ def test_a_failing_disk_leaves_the_old_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["model.psc"]
 
 
+_watched: list[str] | None = None
+
+
+def _note(event: str, arguments: tuple[object, ...]) -> None:
+    codes = ("import", "exec", "compile", "pickle.find_class", "marshal.loads", "subprocess.Popen", "os.system")
+    if _watched is not None and event in codes:
+        _watched.append(f"{event} {arguments!r}"[:200])
+
+
+sys.addaudithook(_note)  # cannot be taken back
+
+
+@pytest.mark.parametrize("slots", EVERY_METHOD, ids=lambda slots: "+".join(map(str, slots.values())))
+def test_reading_imports_unpickles_and_runs_nothing(
+    slots: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(compressed(**slots), tmp_path / "model.psc")
+    load(tmp_path / "model.psc")  # what this package imports late is there from now on
+    events: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "_watched", events)
+        load(tmp_path / "model.psc")
+    assert events == []
+
+
 def test_reading_needs_no_lightning() -> None:
     code = (
         "import sys, psc_lightning.artifact\n"

@@ -110,6 +110,19 @@ def test_the_table_says_it_all() -> None:
     assert "magnitude+binary" in lines[1]
     assert "25.0" in lines[1]
     assert "1,152" in lines[1]
+    row = report.tensors[0]
+    assert lines[1].split() == [
+        "0",
+        row.name,
+        "Conv2d",
+        "8x4x3x3",
+        row.method,
+        "25.0",
+        "3",
+        "1,152",
+        f"{row.stored_bytes:,}",
+    ]
+    assert lines[-4].split() == ["names,", "header,", "checksum", f"{report.overhead_bytes:,}"]
     assert f"{report.file_bytes:,}" in lines[-3]
     assert f"{report.dense_bytes:,}" in lines[-3]
     assert lines[-2:] == ["dense: accuracy 0.975", "compressed: accuracy 0.97, loss 0.1235"]
@@ -119,7 +132,14 @@ def test_the_table_says_it_all() -> None:
 def test_many_plain_tensors_share_a_row() -> None:
     model = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(5)))
     report = to_bytes(model)[1]
-    assert "25 others" in str(report)
+    (line,) = (line for line in str(report).splitlines() if "25 others" in line)
+    assert line.split() == [
+        "25",
+        "others",
+        "plain",
+        f"{report.dense_bytes:,}",
+        f"{sum(r.stored_bytes for r in report.tensors):,}",
+    ]
     assert "0.running_mean" not in str(report)
     assert "0.running_mean" in report.table(all_tensors=True)
 

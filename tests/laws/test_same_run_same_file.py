@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from training import COMBINATIONS, QUIET, fit
 
+from psc_lightning import GradientClipping
 from psc_lightning.artifact import to_bytes
 
 pytestmark = QUIET
@@ -50,8 +51,8 @@ def test_two_processes_write_the_same_bytes(tmp_path):
 @pytest.mark.parametrize("name", ["separable_lsq", "cross_channel", "low_rank"])
 def test_any_order_of_the_callbacks(name):
     files = set()
-    for order in permutations(range(3)):
-        callbacks = COMBINATIONS[name](RAMP)
+    for order in permutations(range(4)):
+        callbacks = [*COMBINATIONS[name](RAMP), GradientClipping(max_norm=0.1, scope="layer")]
         model, _ = fit([callbacks[i] for i in order], max_epochs=1)
         files.add(to_bytes(model)[0])
     assert len(files) == 1
