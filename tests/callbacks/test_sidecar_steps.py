@@ -140,7 +140,7 @@ def test_each_networks_sidecars_learn_from_its_own_loss(plugins):
 
 def test_sidecars_of_weights_frozen_for_good_learn_beside_two_optimizers():
     """Although an optimizer holds the weight: that it is frozen now is no toggling."""
-    model = Adversaries()
+    model = Adversaries(second=2.0)
     model.net[2].weight.requires_grad_(False)
     callback = M("movement", schedule="constant")
     fit([callback], model, max_epochs=1, limit_val_batches=0)
