@@ -409,6 +409,13 @@ class SlotCallback(Callback):
 def _steps(trainer: Trainer, pl_module: LightningModule) -> float:
     """How far `global_step` will go: under manual optimisation it counts each optimizer, taken to step once a batch."""
     steps = trainer.estimated_stepping_batches
+    schedulers = [callback for callback in callbacks_of(trainer) if bears(callback, "GradientAccumulationScheduler")]
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if schedulers and epochs is not None and epochs >= 0 and math.isfinite(batches):
+        # Lightning takes the factor of now for that of every epoch.
+        factors = [schedulers[0].get_accumulate_grad_batches(epoch) for epoch in range(epochs)]  # type: ignore[attr-defined]
+        steps = sum(math.ceil(batches / factor) for factor in factors)
+        steps = min(steps, trainer.max_steps) if trainer.max_steps >= 0 else steps
     if not pl_module.automatic_optimization:
         steps *= max(1, len(trainer.optimizers))
         steps = min(steps, trainer.max_steps) if trainer.max_steps >= 0 else steps

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from training import QUIET, Net, fit
 
 from psc_lightning import GradientClipping, MaskLearning, WeightSharing
+from psc_lightning.view import views
 
 pytestmark = QUIET
 
@@ -158,3 +160,20 @@ def test_labels_of_trained_factors_are_unscaled_whatever_the_order(first):
     assert totals[0]
     assert all(total.any() for total in totals[0])
     torch.testing.assert_close(*totals, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("factors", "steps"), [({0: 1, 1: 3}, 16), ({0: 3, 1: 1}, 16), ({0: 2, 1: 4}, 9)])
+@pytest.mark.parametrize("limit", [-1, 8])
+def test_a_ramp_ends_with_training_whatever_accumulates_when(factors, steps, limit):
+    steps = steps if limit < 0 else limit
+    strengths = []
+
+    class Strengths(Callback):
+        def on_train_batch_start(self, made, model, *args):
+            strengths.append(float(next(slots for _, slots, _ in views(model)).strength[1]))
+
+    callback = M(schedule={"kind": "linear", "begin": 0.1, "end": 0.7})
+    others = [Strengths(), GradientAccumulationScheduler(factors)]
+    made = fit([callback, *others], Net("sgd"), max_steps=limit, limit_val_batches=0)[1]
+    assert made.global_step == callback.state_dict()["total_steps"] == steps
+    assert strengths[-1] == 1
