@@ -80,8 +80,9 @@ class SlotCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Class, targets and method: what tells two of our callbacks in one checkpoint apart."""
-        return self._generate_state_key(targets=self.targets, method=self.method)
+        """Class, targets, method and what is ignored: what tells two of our callbacks in one checkpoint apart."""
+        ignored = {"ignore": self.ignore} if self.ignore else {}
+        return self._generate_state_key(targets=self.targets, method=self.method, **ignored)
 
     def spec(self) -> Spec:
         """What this callback puts into a slot."""
@@ -377,15 +378,25 @@ class SlotCallback(Callback):
                 slots.set_strength(self.slot, 1.0, weight)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so where training was too short for the slot to begin; an average may take the model's place now."""
+        """Say so where training was too short for the slot's schedule; an average may take the model's place now."""
         self._give_way(trainer, pl_module)
         index = SLOTS.index(self.slot)
         dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # as `callbacks`: assigned, declared nowhere
-        if not dry and self.held and all(slots.phase[index] != HARD for _, slots, _ in self.held):
+        if dry or not self.held:
+            return
+        assert self._total is not None
+        strength = self.schedule.strength(trainer.global_step, self._total)
+        if all(slots.phase[index] != HARD for _, slots, _ in self.held):
             rank_zero_warn(
                 f"{type(self).__name__}({self.method!r}) never began: training ended at step {trainer.global_step}, the "
                 f"slot begins at step {self.begins(trainer)}. The model is uncompressed in this slot; train longer, or give "
                 "an earlier begin."
+            )
+        elif strength < 1 and self.slot != "tying":  # which knows no ramp
+            rank_zero_warn(
+                f"{type(self).__name__}({self.method!r}) was hardened in mid-ramp: training ended at step "
+                f"{trainer.global_step}, at strength {strength:.2f}. What the rest of the ramp would have brought in gently "
+                "came at once; train longer, or give an earlier end."
             )
 
     # -------------------------------------------------------------------------------------------- resuming

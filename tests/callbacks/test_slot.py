@@ -466,6 +466,17 @@ def test_two_callbacks_on_different_tensors():
     }
 
 
+def test_two_callbacks_told_apart_by_what_they_ignore():
+    callbacks = [
+        M("magnitude", threshold=0.25, ignore="Linear", schedule="constant"),
+        M("magnitude", threshold=0.75, ignore="Conv2d", schedule="constant"),
+    ]
+    model, _ = fit(callbacks)
+    assert [int(model.net[i].weight.eq(0).sum()) for i in (0, 3, 7)] == [36, 144, 384]
+    assert len({callback.state_key for callback in callbacks}) == 2
+    assert "ignore" not in M().state_key
+
+
 def test_frozen_weights_stay_while_their_slots_act():
     """Mask and levels apply to a frozen layer, its scores learn, its Parameter keeps every bit."""
     model = Net("sgd")
