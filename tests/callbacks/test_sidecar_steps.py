@@ -8,9 +8,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
-from training import QUIET, Net, fit
+from training import COMBINATIONS, QUIET, Net, fit
 
-from psc_lightning import GradientClipping, MaskLearning, WeightSharing
+from psc_lightning import GradientClipping, MaskLearning, WeightSharing, load, save
 from psc_lightning.view import views
 
 pytestmark = QUIET
@@ -177,3 +177,38 @@ def test_a_ramp_ends_with_training_whatever_accumulates_when(factors, steps, lim
     made = fit([callback, *others], Net("sgd"), max_steps=limit, limit_val_batches=0)[1]
     assert made.global_step == callback.state_dict()["total_steps"] == steps
     assert strengths[-1] == 1
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-3, 1e-2])
+def test_factors_are_stepped_at_their_own_rate(rate):
+    """AdamW's first step is the rate, whatever the gradient: of the factors' rate, not of the weights'."""
+    before, after = [], []
+
+    class Factors(Callback):
+        def on_before_optimizer_step(self, made, model, optimizer):
+            before.append([p.detach().clone() for p in callback._optimizer.param_groups[0]["params"]])
+
+        def on_train_batch_end(self, made, model, *args):
+            after.append([p.detach().clone() for p in callback._optimizer.param_groups[0]["params"]])
+
+    class Alive(Net):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.05)
+
+    callback = W("low_rank", factor_lr=rate, schedule="constant")
+    fit([Factors(), callback, Factors()], Alive(), max_steps=1, limit_val_batches=0)
+    steps = torch.cat([(old - new).abs().flatten() for old, new in zip(before[0], after[-1])])
+    assert steps.numel() > 100
+    assert steps.max().item() == pytest.approx(rate, rel=1e-3, abs=1e-9)
+    assert steps.median().item() == pytest.approx(rate, rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["separable_lsq", "deep", "cross_channel", "saliency", "low_rank"])
+def test_a_model_trained_in_real_fp16_is_what_its_file_holds(name, tmp_path):
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    ramp = {"kind": "linear", "begin": 4, "end": 12}
+    model, _ = fit(COMBINATIONS[name](ramp), Net("sgd"), plugins=[scaled])
+    save(model, tmp_path / "model.psc")
+    state = load(tmp_path / "model.psc")
+    assert all(torch.equal(state[name], slots(weight)) for name, slots, weight in views(model))
+    assert all(value.isfinite().all() for value in state.values())
