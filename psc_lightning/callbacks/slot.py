@@ -16,6 +16,7 @@ from torch.optim import AdamW, Optimizer
 from psc_lightning.callbacks.arguments import positive, whole
 from psc_lightning.callbacks.company import bears, callbacks_of, reorder
 from psc_lightning.callbacks.plain import builds_late, make_plain
+from psc_lightning.callbacks.sidecars import Gradients
 from psc_lightning.schedule import Schedule
 from psc_lightning.sharding import gather, is_sharded, reshard, scatter, sharded_modules
 from psc_lightning.slots import HARD, SLOTS, Slots, Spec
@@ -69,6 +70,7 @@ class SlotCallback(Callback):
         #: what it fills: tensor name, slots, raw Parameter
         self.held: list[tuple[str, Slots, nn.Parameter]] = []
         self._optimizer: AdamW | None = None
+        self._gradients = Gradients([])
         self._total: float | None = None
         self._base_lr: float | None = None
         self._seen_step = 0
@@ -78,8 +80,9 @@ class SlotCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Class, targets and method: what tells two of our callbacks in one checkpoint apart."""
-        return self._generate_state_key(targets=self.targets, method=self.method)
+        """Class, targets, method and what is ignored: what tells two of our callbacks in one checkpoint apart."""
+        ignored = {"ignore": self.ignore} if self.ignore else {}
+        return self._generate_state_key(targets=self.targets, method=self.method, **ignored)
 
     def spec(self) -> Spec:
         """What this callback puts into a slot."""
@@ -200,14 +203,15 @@ class SlotCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Verify that every target is attached; take over the sidecars."""
         self.attach(pl_module)
-        sidecars = [p for _, slots, _ in self.held for p in slots.sidecars(self.slot)]
+        pairs = [(weight, p) for _, slots, weight in self.held for p in slots.sidecars(self.slot)]
+        self._gradients = Gradients(pairs)
         self._release(trainer)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         first = groups[0] if groups else {}
         self._base_lr = first.get("max_lr") or first.get("initial_lr") or first.get("lr")
-        if sidecars:
+        if pairs:
             # Not fused: which kernel a device offers must not change the numbers of a resumed run.
-            self._optimizer = AdamW(sidecars, lr=self.lr, weight_decay=0.0)
+            self._optimizer = AdamW([sidecar for _, sidecar in pairs], lr=self.lr, weight_decay=0.0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on where a checkpoint was (sharded ones are read after `on_fit_start`); count the steps of the run.
@@ -279,13 +283,18 @@ class SlotCallback(Callback):
                     slots.refresh(weight)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Collect labels; follow the user's learning rate, and gradient scaler, which passes the sidecars by."""
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None and self._optimizer is not None:
-            for parameter in self._optimizer.param_groups[0]["params"]:
-                if parameter.grad is not None and not getattr(parameter.grad, "_psc_unscaled", False):
-                    parameter.grad.div_(scaler.get_scale())
-                    parameter.grad._psc_unscaled = True
+        """Collect labels; follow the user's learning rate and steps: the first of our callbacks does it for all."""
+        company = self._company(trainer)
+        if self is not company[0]:
+            return
+        for callback in company:
+            callback._gradients.unscale(trainer)
+        for callback in company:  # a mask's labels may be gradients of what a tying trains
+            callback._follow(trainer, optimizer)
+        for callback in company:
+            callback._gradients.put_aside(trainer, optimizer)
+
+    def _follow(self, trainer: Trainer, optimizer: Optimizer) -> None:
         if self._optimizer is not None and self._base_lr:
             # Now: at the batch's end the user's schedulers have moved on already.
             users = trainer.optimizers[0].param_groups[0]["lr"]
@@ -322,20 +331,13 @@ class SlotCallback(Callback):
     def _step(self, trainer: Trainer) -> None:
         if self._optimizer is None:
             return
-        group = self._optimizer.param_groups[0]
         asleep = {
             id(p)
             for _, slots, _ in self.held
             if not slots.phase[SLOTS.index(self.slot)]
             for p in slots.sidecars(self.slot)
         }
-        grads = [p.grad for p in group["params"] if p.grad is not None and id(p) not in asleep]
-        if grads and all(bool(gather(grad.isfinite().all())) for grad in grads):
-            for parameter in group["params"]:
-                if id(parameter) in asleep:
-                    parameter.grad = None
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._gradients.step(trainer, self._optimizer, asleep)
 
     def _give_way(self, trainer: Trainer, pl_module: LightningModule, swap: bool = True) -> None:
         """Get ready for an average of the weights, which takes the model's place (`swap`) or is saved beside it.
@@ -376,15 +378,25 @@ class SlotCallback(Callback):
                 slots.set_strength(self.slot, 1.0, weight)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so where training was too short for the slot to begin; an average may take the model's place now."""
+        """Say so where training was too short for the slot's schedule; an average may take the model's place now."""
         self._give_way(trainer, pl_module)
         index = SLOTS.index(self.slot)
         dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # as `callbacks`: assigned, declared nowhere
-        if not dry and self.held and all(slots.phase[index] != HARD for _, slots, _ in self.held):
+        if dry or not self.held:
+            return
+        assert self._total is not None
+        strength = self.schedule.strength(trainer.global_step, self._total)
+        if all(slots.phase[index] != HARD for _, slots, _ in self.held):
             rank_zero_warn(
                 f"{type(self).__name__}({self.method!r}) never began: training ended at step {trainer.global_step}, the "
                 f"slot begins at step {self.begins(trainer)}. The model is uncompressed in this slot; train longer, or give "
                 "an earlier begin."
+            )
+        elif strength < 1 and self.slot != "tying":  # which knows no ramp
+            rank_zero_warn(
+                f"{type(self).__name__}({self.method!r}) was hardened in mid-ramp: training ended at step "
+                f"{trainer.global_step}, at strength {strength:.2f}. What the rest of the ramp would have brought in gently "
+                "came at once; train longer, or give an earlier end."
             )
 
     # -------------------------------------------------------------------------------------------- resuming
@@ -408,6 +420,13 @@ class SlotCallback(Callback):
 def _steps(trainer: Trainer, pl_module: LightningModule) -> float:
     """How far `global_step` will go: under manual optimisation it counts each optimizer, taken to step once a batch."""
     steps = trainer.estimated_stepping_batches
+    schedulers = [callback for callback in callbacks_of(trainer) if bears(callback, "GradientAccumulationScheduler")]
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if schedulers and epochs is not None and epochs >= 0 and math.isfinite(batches):
+        # Lightning takes the factor of now for that of every epoch.
+        factors = [schedulers[0].get_accumulate_grad_batches(epoch) for epoch in range(epochs)]  # type: ignore[attr-defined]
+        steps = sum(math.ceil(batches / factor) for factor in factors)
+        steps = min(steps, trainer.max_steps) if trainer.max_steps >= 0 else steps
     if not pl_module.automatic_optimization:
         steps *= max(1, len(trainer.optimizers))
         steps = min(steps, trainer.max_steps) if trainer.max_steps >= 0 else steps

@@ -78,7 +78,7 @@ class Mask(nn.Module):
     #: which labels (gradients of the user's loss) choose the mask: `none`, those `before` it begins, those `during` training
     labels: ClassVar[str] = "none"
 
-    keep: Tensor
+    kept: Tensor
 
     def __init__(
         self,
@@ -93,7 +93,13 @@ class Mask(nn.Module):
         kernel_row = granularity == "row" and len(shape) > 2 and shape[-1] > 1
         wanted = block or (shape[-1] if kernel_row else 4)
         self.block = min(wanted, shape[0] if granularity == "column" else max(1, prod(shape[1:])))
-        self.register_buffer("keep", torch.ones(shape, dtype=torch.bool))
+        # No bool: averaging callbacks subtract all buffers, which torch refuses to do with those.
+        self.register_buffer("kept", torch.ones(shape, dtype=torch.uint8))
+
+    @property
+    def keep(self) -> Tensor:
+        """Which entries survive, as a boolean view."""
+        return self.kept.view(torch.bool)
 
     def units(self) -> Shape:
         """Shape of the matrix of units."""

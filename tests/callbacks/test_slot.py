@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from training import (
@@ -341,7 +341,7 @@ class Late(Net):
 def test_sidecars_stay_float32(precision, cls, name):
     model, _ = fit(COMBINATIONS[name](RAMP), cls(), precision=precision)
     ours = {key: value for key, value in model.state_dict().items() if ".psc." in key}
-    assert {value.dtype for value in ours.values()} <= {torch.float32, torch.bool, torch.int32}
+    assert {value.dtype for value in ours.values()} <= {torch.float32, torch.uint8, torch.int32}
     expected = torch.bfloat16 if precision == "bf16-true" else torch.float32
     assert {weight.dtype for _, _, weight in views(model)} == {expected}
     assert {slots(weight).dtype for _, slots, weight in views(model)} == {expected}
@@ -466,6 +466,17 @@ def test_two_callbacks_on_different_tensors():
     }
 
 
+def test_two_callbacks_told_apart_by_what_they_ignore():
+    callbacks = [
+        M("magnitude", threshold=0.25, ignore="Linear", schedule="constant"),
+        M("magnitude", threshold=0.75, ignore="Conv2d", schedule="constant"),
+    ]
+    model, _ = fit(callbacks)
+    assert [int(model.net[i].weight.eq(0).sum()) for i in (0, 3, 7)] == [36, 144, 384]
+    assert len({callback.state_key for callback in callbacks}) == 2
+    assert "ignore" not in M().state_key
+
+
 def test_frozen_weights_stay_while_their_slots_act():
     """Mask and levels apply to a frozen layer, its scores learn, its Parameter keeps every bit."""
     model = Net("sgd")
@@ -530,6 +541,18 @@ def test_an_average_after_us_is_compressed_too(name, tmp_path):
     assert torch.equal(logits(plain), logits(model))
     save(model, tmp_path / "model.psc")
     assert torch.equal(load(tmp_path / "model.psc")["net.3.weight"], state["net.3.weight"])
+    single, _ = fit(COMBINATIONS[name](RAMP))
+    assert not torch.equal(single.net[3].bias, model.net[3].bias)
+
+
+@pytest.mark.parametrize("name", ["float", "row", "deep"])
+def test_a_running_mean_takes_in_every_buffer(name, tmp_path):
+    """Lightning's default: a mean of all steps, formed by subtraction, buffers included."""
+    model, made = fit([*COMBINATIONS[name](RAMP), WeightAveraging()])
+    hard(made, model)
+    save(model, tmp_path / "model.psc")
+    state = load(tmp_path / "model.psc")
+    assert all(torch.equal(state[name], slots(weight)) for name, slots, weight in views(model))
     single, _ = fit(COMBINATIONS[name](RAMP))
     assert not torch.equal(single.net[3].bias, model.net[3].bias)
 

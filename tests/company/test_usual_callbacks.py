@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EarlyStopping,
@@ -125,6 +126,24 @@ def test_finders_try_and_put_everything_back(name, tmp_path, monkeypatch):
                 24 - 5
             }  # a ramp is at 0 when it begins
     is_its_file(model, tmp_path)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", ["ternary_movement", "separable_lsq"])
+@pytest.mark.filterwarnings("ignore:.*find.*")
+def test_the_run_after_a_finder_is_the_run_with_what_it_found(name, first, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seed_everything(0, verbose=False)
+    finder = LearningRateFinder(num_training_steps=60, early_stop_threshold=None)
+    model, callbacks = Tuned(), COMBINATIONS[name](RAMP)
+    trainer([finder, *callbacks] if first else [*callbacks, finder], limit_val_batches=1).fit(model)
+    assert model.lr != 1e-3
+    again = Tuned()
+    again.lr = model.lr
+    seed_everything(0, verbose=False)
+    trainer(COMBINATIONS[name](RAMP), limit_val_batches=1).fit(again)
+    assert differences(dict(again.state_dict()), dict(model.state_dict())) == []
+    assert to_bytes(again)[0] == to_bytes(model)[0]
 
 
 def test_channels_last_and_activation_checkpointing(tmp_path):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.utils.prune
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, StochasticWeightAveraging
 from torch import nn
 from training import QUIET, Net, fit
 
@@ -133,6 +133,13 @@ def test_a_slot_that_never_began_is_told(callback, step):
     made = callback()
     with pytest.warns(UserWarning, match=rf"{type(made).__name__}.* never began.* begins at step {step}"):
         fit([made])
+
+
+def test_a_run_that_ends_in_mid_ramp_is_told():
+    stop = EarlyStopping("val", mode="max", patience=1, min_delta=9.0)
+    with pytest.warns(UserWarning, match=r"MaskLearning.* hardened in mid-ramp: .* step 24, at strength 0\.57"):
+        fit([M(schedule={"kind": "linear", "begin": 0.0, "end": 0.7}), stop], max_epochs=5, min_epochs=1)
+    fit([M(schedule={"kind": "linear", "begin": 0.0, "end": 1.0})])  # a ramp to the very end is none of it
 
 
 # ------------------------------------------------------------------------------------------------- constructors
