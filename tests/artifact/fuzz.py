@@ -124,7 +124,12 @@ def seeds(step: int = 1) -> list[bytes]:
     models += [ordered(mask=("magnitude", {"threshold": 0.5}), levels=levels) for levels in ("binary", "uniform")]
     models += [ordered(levels="ternary"), ordered(levels=("codebook", {"k": 8}))]
     models += [compressed(mask="magnitude", levels="ternary"), everything(), nn.Linear(2, 1, bias=False)]
+    models += [
+        compressed(levels=("codebook", {"scales": "log8"})),
+        compressed(levels=("uniform", {"scales": "float32"})),
+    ]
     files = [to_bytes(model)[0] for model in models]
+    files.append(to_bytes(everything(), leftovers="log8")[0])
     files.append(to_bytes(everything(), leftovers="float16")[0])
     files.append(sealed(files[-1][8:] + b"\x80\x03xyz"))
     return files
