@@ -12,12 +12,20 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, Stoch
 from torch import nn
 from training import QUIET, Net, fit
 
-from psc_lightning import MaskLearning, Schedule, StraightThroughQuantization, WeightSharing, load, save
+from psc_lightning import (
+    GradientClipping,
+    MaskLearning,
+    Schedule,
+    StraightThroughQuantization,
+    WeightSharing,
+    load,
+    save,
+)
 from psc_lightning.view import views
 
 pytestmark = QUIET
 
-Q, M, W = StraightThroughQuantization, MaskLearning, WeightSharing
+Q, M, W, C = StraightThroughQuantization, MaskLearning, WeightSharing, GradientClipping
 
 
 class Untouched(Net):
@@ -202,7 +210,12 @@ def test_random_constructions_work_or_name_the_argument(tmp_path):
     taken = []
     for _ in range(500):
         kind = chance.randrange(3)
-        common = {"schedule": pick("constant", {"kind": "constant", "begin": 0}), "min_size": pick(0, 64, 100)}
+        ramps = ({"kind": "cubic", "begin": 0, "end": 2}, {"kind": "cosine", "end": 0.5})  # three steps are trained
+        common = {
+            "schedule": pick("constant", "linear", {"kind": "constant", "begin": 0}, *ramps),
+            "min_size": pick(0, 64, 100),
+            "targets": pick(None, "net.*", ["Linear", "re:net[.]3[.]weight"]),
+        }
         if kind == 0:
             options = {
                 "method": pick("magnitude", "movement", "saliency"),
@@ -229,6 +242,10 @@ def test_random_constructions_work_or_name_the_argument(tmp_path):
             options |= {key: others[key] for key in chance.sample(sorted(others), chance.randrange(3))}
             if options["method"] == "cross_channel":
                 options["calibration_steps"] = 1
+        rate = ("score_lr", "step_lr", "factor_lr")[kind]
+        common |= chance.choice([{}, {rate: pick(0.0, 1e-3, 0.1)}])
+        if kind < 2:
+            common |= chance.choice([{}, {"refresh": pick(1, 2, 5)}])
         options |= common
         cls = (M, Q, W)[kind]
         try:
@@ -239,7 +256,8 @@ def test_random_constructions_work_or_name_the_argument(tmp_path):
     assert 150 < len(taken) < 350
     for callback, options in taken:
         try:
-            model, _ = fit([callback], max_steps=3, limit_val_batches=0)
+            clipping = chance.choice([[], [C(max_norm=0.1, scope="layer")], [C(max_value=0.01)], [C(adaptive=0.05)]])
+            model, _ = fit([callback, *clipping], max_steps=3, limit_val_batches=0)
         except ValueError as error:
             named = any(str(error).startswith(name) or f"{name}=" in str(error) for name in options)
             assert named, f"{options}: {error}"  # noqa: PT017
