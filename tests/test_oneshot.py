@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from training import COMBINATIONS, QUIET, Net, fit
 
 import psc_lightning
 from psc_lightning import (
@@ -18,6 +19,7 @@ from psc_lightning import (
     config_dir,
     plan,
 )
+from psc_lightning.artifact import to_bytes
 from psc_lightning.view import plain_state, views
 
 PRESETS = sorted(path.stem for path in (config_dir() / "compression").glob("*.yaml"))
@@ -420,6 +422,19 @@ def test_the_plan_refuses_what_training_would():
         plan(net(), [MaskLearning("magnitude"), MaskLearning("movement")])
     with pytest.raises(ValueError, match="matches no"):
         plan(net(), MaskLearning(targets="nowhere"))
+
+
+@pytest.mark.filterwarnings(*(mark.args[0] for mark in QUIET))
+@pytest.mark.parametrize("name", ["float", "binary", "row"])
+def test_the_plan_foresees_the_bytes(name):
+    """Of what it compresses; BatchNorm has still to learn its numbers."""
+
+    def compressed(report):
+        return sum(tensor.stored_bytes for tensor in report.tensors if tensor.method != "plain")
+
+    expected = compressed(plan(Net(), COMBINATIONS[name]("constant")).report)
+    model, _ = fit(COMBINATIONS[name]("constant"), max_epochs=1)
+    assert compressed(to_bytes(model)[1]) == pytest.approx(expected, rel=0.1)
 
 
 def test_plan_takes_one_callback_too():

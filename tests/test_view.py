@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from psc_lightning import MaskLearning, StraightThroughQuantization
 from psc_lightning.layout import Layout
 from psc_lightning.levels import LEVELS
 from psc_lightning.masks import MASKS
@@ -44,6 +45,11 @@ LAYERS = {
     "LSTM": (lambda: nn.LSTM(4, 3, num_layers=2), ("weight_ih_l0", "weight_hh_l1"), (5, 2, 4)),
     "GRU": (lambda: nn.GRU(4, 3), ("weight_ih_l0", "weight_hh_l0"), (5, 2, 4)),
     "RNN": (lambda: nn.RNN(4, 3), ("weight_hh_l0",), (5, 2, 4)),
+    "Conv1d": (lambda: nn.Conv1d(3, 4, 3), ("weight",), (2, 3, 7)),
+    "Conv3d": (lambda: nn.Conv3d(2, 3, 2), ("weight",), (2, 2, 3, 3, 3)),
+    "depthwise": (lambda: nn.Conv2d(6, 6, 3, groups=6), ("weight",), (2, 6, 5, 5)),
+    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(4, 3, 3), ("weight",), (2, 4, 5)),
+    "ConvTranspose3d": (lambda: nn.ConvTranspose3d(3, 2, 2), ("weight",), (1, 3, 3, 3, 3)),
     "GRUCell": (lambda: nn.GRUCell(4, 3), ("weight_ih",), (2, 4)),
 }
 
@@ -64,10 +70,40 @@ def test_a_layer_computes_with_the_effective_weight(kind: str, same_bits):
         out = output(layer.train(training), x)
         assert same_bits(out, output(plain.train(training), x))
         assert not torch.equal(out, before)
+        if not isinstance(layer, nn.RNNBase):  # these multiply otherwise without gradients, plain ones too: see below
+            with torch.no_grad():
+                assert same_bits(output(layer, x), out.detach())
     out.sum().backward()
     for name in names:
         assert layer._parameters[name].grad.isfinite().all()
         assert layer._parameters[name].grad.any()
+
+
+def test_an_embedding_gives_out_its_effective_rows(same_bits):
+    layer, rows = nn.Embedding(11, 8), torch.tensor([[3, 0], [10, 3]])
+    view(layer)
+    out = layer(rows)
+    assert same_bits(out, baked(layer)(rows))
+    out.sum().backward()
+    assert layer._parameters["weight"].grad.abs().sum(1).nonzero().flatten().tolist() == [0, 3, 10]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_the_whole_encoder_with_padding():
+    """In eval torch packs padded batches into a nested tensor and calls one kernel with all weights."""
+    torch.manual_seed(0)
+    one = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(one, 2).eval()
+    for callback in (MaskLearning(threshold=0.4, min_size=16), StraightThroughQuantization("ternary", min_size=16)):
+        callback.attach(encoder)
+    for _, slots, weight in views(encoder):
+        slots.harden(weight)
+    plain, x, pad = baked(encoder), torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
+    pad[0, 3:] = True
+    with torch.no_grad():
+        assert torch.equal(encoder(x, src_key_padding_mask=pad), plain(x, src_key_padding_mask=pad))
+    encoder.train()(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in encoder.parameters())
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])

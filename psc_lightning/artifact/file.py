@@ -76,6 +76,7 @@ def to_bytes(
     Raises:
         ValueError: as `save`.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped bears the plain names
     if fold_batchnorm:
         model = folding.fold_batchnorm(model, None if fold_batchnorm is True else fold_batchnorm)
     with torch.no_grad(), whole(model):
@@ -172,6 +173,7 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     if sharded_modules(model):
         raise ValueError("load_into: the model is sharded already: load into it before fully_shard")
+    model = getattr(model, "_orig_mod", model)
     state = {name: value for name, value in view.plain_state(model).items() if isinstance(value, Tensor)}
     expected = {name: tuple(value.shape) for name, value in state.items()}
     # The file's types may be wider than the model's, but no more than eight bytes an entry.

@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hydra.types import RunMode
 
+from psc_lightning.app import train
 from psc_lightning.app.errors import UsageError
 from psc_lightning.app.runs import unique_name
 from psc_lightning.app.train import check_sweeper
@@ -54,6 +56,22 @@ def test_the_table_has_a_row_for_each_job(cli: Command, tmp_path: Path) -> None:
         ]
         for number, (name, job) in enumerate(zip(("none", "binary"), jobs, strict=True))
     ]
+
+
+def test_a_sweeper_sees_the_objective(cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each job's own number: what `accuracy` of the compressed model is in its report, or `file_bytes`."""
+    seen: list[float] = []
+    run = train.run
+
+    def spy(*arguments: Any) -> float:
+        seen.append(run(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(train, "run", spy)
+    assert cli("-m", "compression=binary,float", "objective=accuracy,file_bytes", *TINY)[0] == 0
+    jobs = json.loads((tmp_path / "sweep/sweep.json").read_text())["jobs"]
+    accuracy = [job["metrics"]["compressed"]["accuracy"] for job in jobs]
+    assert seen == [accuracy[0], jobs[1]["file_bytes"], accuracy[2], jobs[3]["file_bytes"]]
 
 
 def test_a_sweep_goes_on_where_it_was_stopped(cli: Command, tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ import copy
 import pytest
 import torch
 from torch import nn
-from training import INPUTS, LABELS, RUNS, Net
+from training import INPUTS, LABELS, QUIET, RUNS, Net, differences, fit
 
+from psc_lightning import load, load_into, save
 from psc_lightning.slots import SLOTS
 from psc_lightning.view import views
 
 # Dynamo itself makes an instance of each autograd.Function that it traces.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")]
 
 
 def viewed(name: str) -> Net:
@@ -81,3 +82,35 @@ def test_an_annealed_strength_is_compiled_once(name):
         model.eval()
         expected = model(INPUTS[:8])
         assert torch.equal(compiled(INPUTS[:8]), expected)
+
+
+@pytest.mark.parametrize("name", ["float", "separable_lsq", "deep", "cross_channel"])
+def test_a_run_compiles_once_for_each_phase(name):
+    """Off, ramp, hard: three graphs, however many steps; and what is trained is what an eager run trains."""
+    torch.compiler.reset()
+    graphs = []
+
+    class Compiled(Net):
+        def on_fit_start(self):
+            self.__dict__["fast"] = torch.compile(
+                self.net, backend=lambda graph, _: graphs.append(graph) or graph.forward
+            )
+
+        def forward(self, inputs):
+            return self.fast(inputs)
+
+    ramp = {"kind": "linear", "begin": 2, "end": 14}
+    model, _ = fit(RUNS[name](ramp), Compiled("sgd"), max_steps=20, limit_val_batches=0)
+    assert 1 < len(graphs) <= 3
+    eager, _ = fit(RUNS[name](ramp), Net("sgd"), max_steps=20, limit_val_batches=0)
+    assert differences(dict(eager.state_dict()), dict(model.state_dict())) == []
+
+
+def test_a_compiled_model_is_saved_under_its_plain_names(tmp_path):
+    model = viewed("float")
+    strengthen(model, 1.0)
+    save(torch.compile(model, backend="eager"), tmp_path / "model.psc")
+    plain = Net()
+    plain.load_state_dict(load(tmp_path / "model.psc"))
+    load_into(torch.compile(Net(), backend="eager"), tmp_path / "model.psc")
+    assert torch.equal(plain.eval()(INPUTS), model.eval()(INPUTS))

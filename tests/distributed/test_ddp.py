@@ -33,7 +33,7 @@ def test_two_processes_are_one_with_the_double_batch(runs):
     # Factors take a weight's place; DDP wants a gradient for it all the same, and momentum goes on moving it, unused.
     unused = {key.split(".psc.")[0] + ".weight" for key in one if ".psc.weight.tying." in key and key[-6:] != ".total"}
     far = [
-        key for key, value in one.items() if not torch.allclose(two[key].double(), value.double(), rtol=1e-4, atol=1e-5)
+        key for key, value in one.items() if not torch.allclose(two[key].double(), value.double(), rtol=1e-5, atol=1e-5)
     ]
     # The range of a batch's inputs is no mean of those of its halves.
     assert {key for key in far if not key.startswith("nets.of_integers")} <= unused

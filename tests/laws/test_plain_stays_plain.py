@@ -5,21 +5,23 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import OmegaConf
 from torch import Tensor, nn
-from training import COMBINATIONS, INPUTS, QUIET, RUNS, Loader, Net, differences, fit, layers, trainer
+from training import COMBINATIONS, INPUTS, LABELS, QUIET, RUNS, Loader, Net, differences, fit, layers, trainer
 
-from psc_lightning import MaskLearning, StraightThroughQuantization, detach, save
+from psc_lightning import GradientClipping, MaskLearning, StraightThroughQuantization, detach, save
 from psc_lightning.cli import main
 from psc_lightning.view import plain_state
 
 pytestmark = QUIET
 
 RAMP = {"kind": "cubic", "begin": 0.25, "end": 0.75}
-WITHOUT_US = """
+BLOCKED = """
 import sys
 
 class Nobody:
@@ -28,7 +30,10 @@ class Nobody:
             raise ImportError("psc_lightning is not installed here")
 
 sys.meta_path.insert(0, Nobody())
-import torch
+"""
+WITHOUT_US = (
+    BLOCKED
+    + """import torch
 from torch import nn
 
 torch.set_num_threads(1)
@@ -48,6 +53,42 @@ try:
 except ImportError:
     torch.save(logits, out)
 """
+)
+
+
+LIGHTNING_WITHOUT_US = (
+    BLOCKED
+    + """
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+torch.set_num_threads(1)
+
+class Own(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
+            nn.Flatten(), nn.Identity(), nn.Linear(128, 4),
+        )
+
+    def test_step(self, batch, batch_idx):
+        self.log("test", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+data, path, out = sys.argv[1:]
+inputs, labels = torch.load(data, weights_only=True)
+model = Own.load_from_checkpoint(path, weights_only=True).eval()
+with torch.no_grad():
+    logits = model.net(inputs)
+made = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, num_nodes=1)
+loader = DataLoader(TensorDataset(inputs, labels), 8)
+(result,) = made.test(Own(), loader, ckpt_path=path, weights_only=True, verbose=False)
+assert "psc_lightning" not in sys.modules
+torch.save({"logits": logits, "test": result["test"]}, out)
+"""
+)
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -74,6 +115,33 @@ def test_checkpoints_load_where_we_are_not_installed(tmp_path):
     command = [sys.executable, "-c", WITHOUT_US, str(tmp_path / "inputs"), str(tmp_path / "out"), *expected]
     subprocess.run(command, check=True, cwd=tmp_path)
     assert differences(expected, torch.load(tmp_path / "out", weights_only=True)) == []
+
+
+@pytest.mark.parametrize("name", ["deep", "separable_lsq"])
+def test_lightning_loads_and_tests_them_where_we_are_not_installed(name, tmp_path):
+    model, made = fit(RUNS[name](RAMP))
+    path = str(tmp_path / "last.ckpt")
+    made.save_checkpoint(path)
+    torch.save((INPUTS, LABELS), tmp_path / "data")
+    command = [sys.executable, "-c", LIGHTNING_WITHOUT_US, str(tmp_path / "data"), path, str(tmp_path / "out")]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    found = torch.load(tmp_path / "out", weights_only=True)
+    assert torch.equal(found["logits"], logits(model))
+    (result,) = made.test(model, Loader(), verbose=False)
+    assert found["test"] == result["test"]
+
+
+def test_a_configuration_leaks_nothing_into_a_checkpoint(tmp_path):
+    """What Hydra and NumPy hand to callbacks is no part of a file that is read with `weights_only`."""
+    schedule = {"kind": "linear", "begin": 4, "end": 12}
+    cfg = OmegaConf.create({"targets": ["net.*"], "schedule": schedule, "threshold": 0.5})
+    mask = MaskLearning(
+        "movement", cfg.threshold, targets=cfg.targets, schedule=cfg.schedule, score_lr=np.float64(0.01)
+    )
+    levels = StraightThroughQuantization("ternary", targets=cfg.targets, schedule=cfg.schedule)
+    _, made = fit([mask, levels, GradientClipping(max_norm=np.float64(1))])
+    made.save_checkpoint(tmp_path / "model.ckpt")
+    only_primitives(torch.load(tmp_path / "model.ckpt", weights_only=True)["callbacks"])
 
 
 def only_primitives(state, path="checkpoint"):
