@@ -50,7 +50,7 @@ def test_the_measured_loss_is_the_files(trained, tmp_path):
 def test_saving_in_mid_ramp_hardens_first_and_says_so(tmp_path):
     """Between steps a model that has begun is hard already; what has not begun is stored as it is."""
     ramp = {"kind": "linear", "begin": 0, "end": 1000}
-    with pytest.warns(UserWarning):  # training says that it ended in mid-ramp
+    with pytest.warns(UserWarning, match="hardened in mid-ramp"):
         model, _ = fit(COMBINATIONS["float"](ramp), max_steps=4)
     psc_lightning.save(model, tmp_path / "model.psc")  # no warning, which would be an error here
     assert psc_lightning.load(tmp_path / "model.psc")["net.3.weight"].eq(0).sum() == 288
