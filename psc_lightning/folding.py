@@ -18,14 +18,17 @@ from torch.fx import Graph, Tracer
 
 from psc_lightning.layout import Layout
 from psc_lightning.sharding import sharded_modules
-from psc_lightning.view import slots_of
+from psc_lightning.view import plain_class, slots_of
 
 __all__ = ["fold_batchnorm"]
 
 M = TypeVar("M", bound=nn.Module)
 
+# Torch's own only: what another class makes of its weight (standardises it, say) nobody knows.
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# Tracing knows no shapes, and of three axes BatchNorm takes another one for channels than Linear does.
+_LAYERS = (*_CONVOLUTIONS, nn.Linear)
 
 
 def fold_batchnorm(model: M, pairs: Mapping[str, str] | None = None) -> M:
@@ -36,11 +39,12 @@ def fold_batchnorm(model: M, pairs: Mapping[str, str] | None = None) -> M:
 
     Args:
         model: any module; compressed layers stay compressed.
-        pairs: layer name → name of the BatchNorm behind it; None: all that tracing the model (`torch.fx`) finds.
+        pairs: layer name → name of the BatchNorm behind it, a convolution or a Linear of two-axis inputs; None: all
+            convolutions that tracing the model (`torch.fx`) finds.
 
     Raises:
-        ValueError: the model cannot be traced, no pair is found, a name is no such layer, BatchNorm keeps no statistics, or
-            a layer's levels have no scale of its own for each output channel.
+        ValueError: the model cannot be traced, no pair is found, a name is no such layer, other layers share its weight,
+            BatchNorm keeps no statistics, or a layer's levels have no scale of its own for each output channel.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1)).eval()
     >>> _ = model[0].weight.data.fill_(3.0), model[1].weight.data.fill_(-2.0), model[1].running_mean.fill_(0.5)
@@ -56,7 +60,7 @@ def fold_batchnorm(model: M, pairs: Mapping[str, str] | None = None) -> M:
     if pairs is None:
         pairs = dict(_traced(model))
         if not pairs:
-            raise ValueError("fold_batchnorm: found no convolution or linear layer that BatchNorm alone follows")
+            raise ValueError("fold_batchnorm: found no convolution that BatchNorm alone follows")
     for layer, norm in pairs.items():
         _fold(model, layer, norm)
     return model
@@ -66,11 +70,11 @@ class _Leaves(Tracer):
     """Looks into containers only: layers are taken as they are."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (*_LAYERS, *_NORMS)) or super().is_leaf_module(m, module_qualified_name)
+        return _is(m, (*_LAYERS, *_NORMS)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _traced(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Layers that only one BatchNorm reads, each called once."""
+    """Convolutions that only one BatchNorm reads, each called once."""
     try:
         graph: Graph = _Leaves().trace(model)
     except Exception as error:  # of the user's own code, or torch's about it
@@ -86,8 +90,8 @@ def _traced(model: nn.Module) -> Iterator[tuple[str, str]]:
             and before.op == "call_module"
             and len(before.users) == 1
             and calls[node.target] == calls[before.target] == 1
-            and isinstance(model.get_submodule(str(node.target)), _NORMS)
-            and isinstance(model.get_submodule(str(before.target)), _LAYERS)
+            and _is(model.get_submodule(str(node.target)), _NORMS)
+            and _is(model.get_submodule(str(before.target)), _CONVOLUTIONS)
         ):
             yield str(before.target), str(node.target)
 
@@ -99,6 +103,15 @@ def _fold(model: nn.Module, layer_name: str, norm_name: str) -> None:
     assert isinstance(eps, float)
     if not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
         raise ValueError(f"fold_batchnorm: {norm_name} keeps no running statistics: what it computes is not fixed")
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        raise ValueError(
+            f"fold_batchnorm: {layer_name}: its weight is no Parameter (parametrized, weight-normed, pruned)"
+        )
+    if sum(one is weight for module in model.modules() for one in module._parameters.values()) > 1:
+        raise ValueError(f"fold_batchnorm: {layer_name}: other layers share its weight")
+    if Layout.of(layer).shape(tuple(weight.shape))[0] != len(mean):
+        raise ValueError(f"fold_batchnorm: {norm_name} has {len(mean)} channels, {layer_name} gives another number")
     gain = norm.weight if isinstance(norm.weight, Tensor) else torch.ones_like(mean)
     shift = norm.bias if isinstance(norm.bias, Tensor) else torch.zeros_like(mean)
     slope = gain.double() / (variance.double() + eps).sqrt()
@@ -108,7 +121,7 @@ def _fold(model: nn.Module, layer_name: str, norm_name: str) -> None:
         layer.bias.zero_()
     factor = torch.where(slope == 0, 1.0, slope.abs())
     try:
-        _scale(layer, factor)
+        _scale(layer, weight, factor)
     except ValueError as error:
         raise ValueError(f"fold_batchnorm: {layer_name}: {error}") from error
     for name, values in (("weight", slope.sign()), ("bias", offset)):
@@ -119,9 +132,13 @@ def _fold(model: nn.Module, layer_name: str, norm_name: str) -> None:
     variance.fill_(1 - eps)
 
 
+def _is(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    return plain_class(type(module)) in kinds
+
+
 def _named(model: nn.Module, name: str, kinds: tuple[type[nn.Module], ...]) -> nn.Module:
-    found = dict(model.named_modules()).get(name)
-    if not isinstance(found, kinds):
+    found: nn.Module | None = dict(model.named_modules()).get(name)
+    if found is None or not _is(found, kinds):
         what = "nothing" if found is None else type(found).__name__
         raise ValueError(
             f"fold_batchnorm: expected {name} to be one of {', '.join(kind.__name__ for kind in kinds)}, found {what}"
@@ -129,12 +146,9 @@ def _named(model: nn.Module, name: str, kinds: tuple[type[nn.Module], ...]) -> n
     return found
 
 
-def _scale(layer: nn.Module, factor: Tensor) -> None:
+def _scale(layer: nn.Module, weight: nn.Parameter, factor: Tensor) -> None:
     """Multiply what a layer gives, a factor an output channel."""
     slots = slots_of(layer, "weight")
-    weight = layer._parameters["weight"]
-    if weight is None:
-        raise ValueError("its weight is no Parameter (parametrized, weight-normed or pruned)")
     if slots is not None and slots.begun:
         slots.harden(weight)
         slots.rescale(weight, factor)

@@ -421,7 +421,7 @@ def read(data: bytes, model: list[tuple[str, str, tuple[int, ...]]] | None = Non
     together: dict[Any, list[int]] = {}
     for i, (name, kind, dtype, shape) in enumerate(tensors):
         if kind in (1, 2, 4):
-            stored = dtype if kind == 1 else kind
+            stored = {2: "float16", 4: "grid"}.get(kind, dtype)
             key = (stored, name.split(".")[-1]) if prod(shape) <= 4096 else i
         else:
             key = i

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from psc_lightning import StraightThroughQuantization, compress, fold_batchnorm, load_into, save
 from psc_lightning.app.models import ResNet20
@@ -36,6 +37,9 @@ def net() -> nn.Module:
     return shaken(nn.Sequential(*layers, nn.Flatten(), nn.Linear(6 * 36, 12, bias=False), nn.BatchNorm1d(12)))
 
 
+PAIRS = {"0": "1", "3": "4", "6": "7"}
+
+
 def inputs() -> torch.Tensor:
     return torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 
@@ -62,11 +66,11 @@ def test_the_same_function_and_its_file(name, options, near, tmp_path):
     compress(model, name, threshold=0.2, **options)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     expected = model(inputs())
-    folded = fold_batchnorm(model)
+    folded = fold_batchnorm(model, PAIRS)
     found = folded(inputs())
     assert float((found - expected).detach().abs().max() / expected.detach().abs().max()) < near
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())  # not touched
-    report = save(model, tmp_path / "model.psc", fold_batchnorm=True)
+    report = save(model, tmp_path / "model.psc", fold_batchnorm=PAIRS)
     plain = net()
     load_into(plain, tmp_path / "model.psc")
     assert torch.equal(plain(inputs()), found)
@@ -140,10 +144,23 @@ def test_what_cannot_be_traced_is_named():
     torch.testing.assert_close(folded(inputs()), model(inputs()), rtol=1e-4, atol=1e-5)
 
 
+class Standardised(nn.Conv1d):
+    """Makes something else of its weight: a factor on it would be lost."""
+
+    def forward(self, x):
+        return nn.functional.conv1d(x, self.weight / self.weight.std(), self.bias)
+
+
+def tied():
+    first, second = nn.Conv1d(3, 3, 1), nn.Conv1d(3, 3, 1)
+    second.weight = first.weight
+    return nn.Sequential(first, nn.BatchNorm1d(3), second)
+
+
 @pytest.mark.parametrize(
     ("model", "pairs", "message"),
     [
-        (nn.Sequential(nn.Linear(3, 3)), None, "found no convolution or linear layer"),
+        (nn.Sequential(nn.Linear(3, 3)), None, "found no convolution"),
         (
             nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)),
             {"0": "2"},
@@ -152,12 +169,25 @@ def test_what_cannot_be_traced_is_named():
         (
             nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)),
             {"1": "1"},
-            "expected 1 to be one of Linear.*found BatchNorm1d",
+            "expected 1 to be one of Conv1d.*found BatchNorm1d",
         ),
-        (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False)), None, "no running statistics"),
-        (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False)), None, "not affine"),
+        (
+            nn.Sequential(nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3, track_running_stats=False)),
+            None,
+            "no running statistics",
+        ),
+        (nn.Sequential(nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3, affine=False)), None, "not affine"),
+        (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(4)), {"0": "1"}, "1 has 4 channels, 0 gives another number"),
+        (
+            nn.Sequential(weight_norm(nn.Conv1d(3, 3, 1)), nn.BatchNorm1d(3)),
+            {"0": "1"},
+            "expected 0 to be one of|no Parameter",
+        ),
+        (nn.Sequential(Standardised(3, 3, 1), nn.BatchNorm1d(3)), None, "found no convolution"),
+        (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), None, "found no convolution"),
+        (tied(), {"0": "1"}, "0: other layers share its weight"),
     ],
-    ids=["none", "name", "kind", "statistics", "affine"],
+    ids=["none", "name", "kind", "statistics", "affine", "channels", "weight_norm", "subclass", "linear", "tied"],
 )
 def test_what_cannot_be_folded_is_refused(model, pairs, message):
     with pytest.raises(ValueError, match=message):

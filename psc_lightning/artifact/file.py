@@ -111,7 +111,8 @@ def _to_bytes(model: nn.Module, precisions: Precisions, names: bool) -> tuple[by
             stored = its_slots.stored(weight)
             held[entry.name] = _summary(list(stored.cores.values()), stored.method)
         else:
-            leftovers.encode(writer, {entries[i].name: tensors[entries[i].name] for i in group}, entry.kind)
+            together = {entries[i].name: tensors[entries[i].name] for i in group}
+            leftovers.encode(writer, together, leftovers.stored_as(entry))
         _share(bits, entries, group, writer.bits - before)
     tag, content = directory.encode(entries) if names else directory.encode_nameless(entries)
     data = container.pack({tag: content, _SYMBOLS: writer.finish()})
@@ -174,11 +175,12 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if sharded_modules(model):
         raise ValueError("load_into: the model is sharded already: load into it before fully_shard")
     model = getattr(model, "_orig_mod", model)
-    state = {name: value for name, value in view.plain_state(model).items() if isinstance(value, Tensor)}
-    expected = {name: tuple(value.shape) for name, value in state.items()}
+    state = view.plain_state(model)
+    expected = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
     # The file's types may be wider than the model's, but no more than eight bytes an entry.
     limit = 8 * sum(map(_room, expected.values()))
-    like = [Entry(name, Kind.SLOTS, value.dtype, tuple(value.shape)) for name, value in state.items()]
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    like = [Entry(name, Kind.SLOTS, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
     entries, payload = _open(container.read(path, limit + _SLACK), like)
     _compare({entry.name: entry.shape for entry in entries}, expected)
     model.load_state_dict(_decode(entries, payload, limit).tensors)

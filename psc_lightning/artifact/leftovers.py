@@ -14,7 +14,7 @@ from psc_lightning.bits import read_bits, write_bits
 from psc_lightning.precision import PRECISIONS, power_of_two
 from psc_lightning.symbols import Reader, Writer
 
-__all__ = ["LEFTOVERS", "Precisions", "check", "decode", "encode", "groups", "kind_of"]
+__all__ = ["LEFTOVERS", "Precisions", "check", "decode", "encode", "groups", "kind_of", "stored_as"]
 
 #: one for all, or globs over tensor names → one each: the first that matches counts, what none matches is float32
 Precisions = str | Mapping[str, str]
@@ -24,7 +24,8 @@ LEFTOVERS = {"float32": Kind.LEFTOVER, "float16": Kind.HALF, "log8": Kind.LOG}
 # Small leftovers are stored together: on its own, a bias of ten entries has nothing to learn a distribution from.
 _SMALL = 4096
 _LOG = PRECISIONS["log8"]
-_HIGHEST = {Kind.HALF: 65504.0, Kind.LOG: 2.0**100}
+_HIGHEST: dict[torch.dtype | Kind, float] = {torch.float16: 65504.0, Kind.LOG: 2.0**100}
+_NAMES: dict[torch.dtype | Kind, str] = {torch.float16: "float16", Kind.LOG: "log8"}
 
 
 def check(precisions: Precisions, names: Sequence[str]) -> None:
@@ -59,48 +60,50 @@ def groups(entries: Sequence[Entry]) -> Iterator[list[int]]:
         if entry.kind is Kind.ALIAS:
             continue
         together = entry.kind is not Kind.SLOTS and entry.numel <= _SMALL
-        stored = entry.dtype if entry.kind is Kind.LEFTOVER else entry.kind
-        key = (stored, entry.name.rpartition(".")[2]) if together else index
+        key = (stored_as(entry), entry.name.rpartition(".")[2]) if together else index
         found.setdefault(key, []).append(index)
     return iter(found.values())
 
 
-def encode(writer: Writer, tensors: Mapping[str, Tensor], kind: Kind = Kind.LEFTOVER) -> None:
-    """Store tensors of one stored type, one after the other; on the grid each has a unit of its own.
+def stored_as(entry: Entry) -> torch.dtype | Kind:
+    """The type of its numbers in the file: a float16 of the model's and a float32 rounded to it are the same there."""
+    if entry.kind is Kind.LOG:
+        return Kind.LOG
+    return torch.float16 if entry.kind is Kind.HALF else entry.dtype
+
+
+def encode(writer: Writer, tensors: Mapping[str, Tensor], stored: torch.dtype | Kind) -> None:
+    """Store tensors as one type, one after the other; on the grid each has a unit of its own.
 
     Raises:
-        ValueError: a number that the kind cannot hold; its tensor is named.
+        ValueError: a number that the type cannot hold; its tensor is named.
     """
     parts = [tensor.detach().cpu().reshape(-1) for tensor in tensors.values()]
-    if kind in _HIGHEST:
-        narrow = torch.float16 if kind is Kind.HALF else torch.float32
-        rounded = [part.to(narrow) for part in parts]
-        for name, part, whole in zip(tensors, rounded, parts, strict=True):
-            if part.numel() and not float(part.abs().max()) <= _HIGHEST[kind]:
-                asked = next(key for key, value in LEFTOVERS.items() if value is kind)
-                raise ValueError(
-                    f"{name}: expected numbers up to {_HIGHEST[kind]:g} for leftovers={asked!r}, found "
-                    f"{float(whole.abs().max()):g}: use leftovers='float32'"
-                )
-        parts = rounded
-    if kind is Kind.LOG:
-        units = [power_of_two(part) for part in parts]
+    rounded = [part.to(torch.float32 if isinstance(stored, Kind) else stored) for part in parts]
+    for name, part, whole in zip(tensors, rounded, parts, strict=True):
+        narrowed = stored in _HIGHEST and whole.dtype != stored and part.numel()
+        if narrowed and not float(part.abs().max()) <= _HIGHEST[stored]:
+            raise ValueError(
+                f"{name}: expected numbers up to {_HIGHEST[stored]:g} for leftovers={_NAMES[stored]!r}, found "
+                f"{float(whole.abs().max()):g}: use leftovers='float32'"
+            )
+    if isinstance(stored, Kind):
+        units = [power_of_two(part) for part in rounded]
         for unit in units:
             writer.integer(math.frexp(unit)[1] - 1)
-        _LOG.write(writer, torch.cat([part / unit for part, unit in zip(parts, units, strict=True)]), 1.0)
+        _LOG.write(writer, torch.cat([part / unit for part, unit in zip(rounded, units, strict=True)]), 1.0)
     else:
-        write_bits(writer, torch.cat(parts))
+        write_bits(writer, torch.cat(rounded))
 
 
 def decode(reader: Reader, entries: Sequence[Entry]) -> list[Tensor]:
     """Read what was stored together."""
-    numbers, kind = [entry.numel for entry in entries], entries[0].kind
-    if kind is Kind.LOG:
+    numbers, stored = [entry.numel for entry in entries], stored_as(entries[0])
+    if isinstance(stored, Kind):
         units = [math.ldexp(1.0, reader.integer(-100, 100)) for _ in entries]
         joined = _LOG.read(reader, sum(numbers), 1.0)
         parts = [part * unit for part, unit in zip(torch.split(joined, numbers), units, strict=True)]
     else:
-        joined = read_bits(reader, sum(numbers), torch.float16 if kind is Kind.HALF else entries[0].dtype)
-        parts = list(torch.split(joined, numbers))
+        parts = list(torch.split(read_bits(reader, sum(numbers), stored), numbers))
     # Own memory for each: a caller who keeps one bias should not keep all of them.
     return [part.reshape(entry.shape).to(entry.dtype, copy=True) for part, entry in zip(parts, entries, strict=True)]

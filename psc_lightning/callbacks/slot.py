@@ -423,8 +423,9 @@ def _steps(trainer: Trainer, pl_module: LightningModule) -> float:
     schedulers = [callback for callback in callbacks_of(trainer) if bears(callback, "GradientAccumulationScheduler")]
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
     if schedulers and epochs is not None and epochs >= 0 and math.isfinite(batches):
-        # Lightning takes the factor of now for that of every epoch.
-        factors = [schedulers[0].get_accumulate_grad_batches(epoch) for epoch in range(epochs)]  # type: ignore[attr-defined]
+        # Lightning takes the factor of now for that of every epoch. (Known by its name: pytorch_lightning's is another.)
+        scheduler: Any = schedulers[0]
+        factors = [scheduler.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
         steps = sum(math.ceil(batches / factor) for factor in factors)
         steps = min(steps, trainer.max_steps) if trainer.max_steps >= 0 else steps
     if not pl_module.automatic_optimization:

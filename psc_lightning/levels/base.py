@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from psc_lightning.functional import Group, straight_through
-from psc_lightning.precision import PRECISIONS
+from psc_lightning.precision import PRECISIONS, power_of_two
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["Levels"]
@@ -60,6 +60,12 @@ class Levels(nn.Module):
             ValueError: the scales are no such.
         """
         raise ValueError(f"{type(self).__name__} cannot take a factor for each output channel")
+
+    def _settle(self, values: Tensor, into: str = "scale", unit: str = "unit", positive: bool = True) -> None:
+        """Round values to what the file holds, and keep them and their power of two in the tensors of these names."""
+        power: Tensor = getattr(self, unit)
+        power.fill_(power_of_two(values))
+        getattr(self, into).copy_(self.precision.round(values, power, positive))
 
     def _by_channel(self) -> None:
         if self.group != "channel":

@@ -13,7 +13,7 @@ from psc_lightning.functional import (
     survivor_mean,
 )
 from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, write_codes, write_group
-from psc_lightning.precision import power_of_two, read_numbers, write_numbers
+from psc_lightning.precision import read_numbers, write_numbers
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["FORMS", "BinaryLevels"]
@@ -81,10 +81,8 @@ class BinaryLevels(Levels):
             low = survivor_mean(values, kept & ~upper)
             scale = torch.where((upper & kept).any(1), survivor_mean(values, kept & upper) - low, 0.0)
             self.middle.copy_(middle)
-            self.offset_unit.fill_(power_of_two(low))
-            self.offset.copy_(self.precision.round(low, self.offset_unit, positive=False))
-        self.unit.fill_(power_of_two(scale))
-        self.scale.copy_(self.precision.round(scale, self.unit))
+            self._settle(low, "offset", "offset_unit", positive=False)
+        self._settle(scale)
 
     def code(self, core: Tensor) -> Tensor:
         """1 for the upper level, 0 for the lower."""
@@ -103,13 +101,9 @@ class BinaryLevels(Levels):
     def rescale(self, code: Tensor, factor: Tensor) -> Tensor:
         """Multiply s (and the offset)."""
         self._by_channel()
-        scale = self.scale * factor
-        self.unit.fill_(power_of_two(scale))
-        self.scale.copy_(self.precision.round(scale, self.unit))
+        self._settle(self.scale * factor)
         if self.form == "01":
-            offset = self.offset * factor
-            self.offset_unit.fill_(power_of_two(offset))
-            self.offset.copy_(self.precision.round(offset, self.offset_unit, positive=False))
+            self._settle(self.offset * factor, "offset", "offset_unit", positive=False)
             self.middle.copy_(self.offset + self.scale / 2)
         return self.value(code)
 

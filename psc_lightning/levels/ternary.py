@@ -13,7 +13,7 @@ from psc_lightning.functional import (
     survivor_mean,
 )
 from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, write_codes, write_group
-from psc_lightning.precision import power_of_two, read_numbers, write_numbers
+from psc_lightning.precision import read_numbers, write_numbers
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["TernaryLevels"]
@@ -59,8 +59,7 @@ class TernaryLevels(Levels):
         limit = 0.7 * survivor_mean(values, kept)
         scale = survivor_mean(values, kept & (values > limit[:, None]))
         self.limit.copy_(limit)
-        self.unit.fill_(power_of_two(scale))
-        self.scale.copy_(self.precision.round(scale, self.unit))
+        self._settle(scale)
 
     def code(self, core: Tensor) -> Tensor:
         """-1, 0, 1."""
@@ -74,9 +73,7 @@ class TernaryLevels(Levels):
     def rescale(self, code: Tensor, factor: Tensor) -> Tensor:
         """Multiply s."""
         self._by_channel()
-        scale = self.scale * factor
-        self.unit.fill_(power_of_two(scale))
-        self.scale.copy_(self.precision.round(scale, self.unit))
+        self._settle(self.scale * factor)
         self.limit.copy_(self.scale / 2)
         return self.value(code)
 

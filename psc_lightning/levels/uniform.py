@@ -69,8 +69,7 @@ class UniformLevels(Levels):
         """Set the learned step and its power of two."""
         if self.learned_step:
             step = 2 * survivor_mean(split(core.abs(), self.group), split(keep, self.group)) / self.top**0.5
-            self.unit.fill_(power_of_two(step))
-            self.step.copy_(self.precision.round(step, self.unit))
+            self._settle(step, "step")
 
     @torch.no_grad()
     def refresh(self, core: Tensor, keep: Tensor) -> None:
@@ -80,8 +79,7 @@ class UniformLevels(Levels):
             return
         values, kept = split(core.abs(), self.group), split(keep, self.group)
         scale = survivor_mean(values, kept) if self.bits == 1 else torch.where(kept, values, 0.0).amax(1) / self.top
-        self.unit.fill_(power_of_two(scale))
-        self.scale.copy_(self.precision.round(scale, self.unit))
+        self._settle(scale)
 
     def _scale(self) -> Tensor:
         return (
@@ -116,9 +114,7 @@ class UniformLevels(Levels):
     def rescale(self, code: Tensor, factor: Tensor) -> Tensor:
         """Multiply s."""
         self._by_channel()
-        scale = self._scale() * factor
-        self.unit.fill_(power_of_two(scale))
-        (self.step if self.learned_step else self.scale).copy_(self.precision.round(scale, self.unit))
+        self._settle(self._scale() * factor, "step" if self.learned_step else "scale")
         return self.value(code)
 
     def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from models import bag, fill
@@ -52,11 +53,15 @@ def every_type() -> nn.Module:
     return bag({**tensors, "none": torch.zeros(0, 3), "one": torch.tensor(7)})
 
 
+#: these are one array where they are written as float16
+HALVES = {"a": torch.float32, "b": torch.float16, "c": torch.float32}
+
 NETWORKS = {
     "plain": lambda: bag(
         {"fc.weight": torch.tensor([[1.0, -2.5]]), "fc.bias": torch.tensor([0.5]), "n": torch.tensor(7)}
     ),
     "every_type": every_type,
+    "halves": lambda: bag({f"{name}.bias": numbers(5).to(dtype) for name, dtype in HALVES.items()}),
     "none": lambda: network(mask=MASK),
     "float16": lambda: network(levels="float16"),
     "bfloat16": lambda: network(levels="bfloat16", mask=MASK),
@@ -75,6 +80,10 @@ NETWORKS = {
     "separable": lambda: network(tying=("separable", {"rank": 2}), levels="uniform"),
     "low_rank": lambda: network(tying=("low_rank", {"rank": 2}), mask=MASK, levels="binary"),
 }
+
+
+#: how a network is written, where it is not the default
+OPTIONS: dict[str, dict[str, Any]] = {"halves": {"leftovers": "float16"}}
 
 
 def generations(name: str) -> list[Path]:
@@ -96,7 +105,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     for name, build in NETWORKS.items():
         model = build()
-        data, before = to_bytes(model)[0], generations(name)
+        data, before = to_bytes(model, **OPTIONS.get(name, {}))[0], generations(name)
         if not before or before[-1].read_bytes() != data:
             path = FOLDER / f"{name}.{len(before)}.psc"
             path.write_bytes(data)

@@ -24,7 +24,10 @@ def test_every_file_of_version_1_is_read(path: Path) -> None:
 @pytest.mark.parametrize("name", golden.NETWORKS)
 def test_the_writer_writes_the_newest_file(name: str) -> None:
     """If it is on purpose: python tests/artifact/golden.py, which adds a file and keeps the old ones."""
-    assert to_bytes(golden.NETWORKS[name]())[0].hex() == golden.generations(name)[-1].read_bytes().hex()
+    assert (
+        to_bytes(golden.NETWORKS[name](), **golden.OPTIONS.get(name, {}))[0].hex()
+        == golden.generations(name)[-1].read_bytes().hex()
+    )
 
 
 def test_every_method_has_a_file() -> None:

@@ -45,7 +45,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def encode(writer: Planes | SymbolWriter, tensors: Sequence[Tensor], kind: Kind = Kind.LEFTOVER) -> None:
-    leftovers.encode(writer, {str(number): tensor for number, tensor in enumerate(tensors)}, kind)
+    stored = leftovers.stored_as(Entry("", kind, tensors[0].dtype, ()))
+    leftovers.encode(writer, {str(number): tensor for number, tensor in enumerate(tensors)}, stored)
 
 
 def decode(
