@@ -58,6 +58,8 @@ def studies(args: argparse.Namespace) -> dict[str, Study]:
         {
             "none": (["compression=none", "optimizer.lr=0.001"], 3),
             "binary": (binary, 3),
+            "binary, float16 leftovers": ([*binary, "leftovers=float16"], 3),
+            "binary, folded, log8 leftovers": ([*binary, "fold_batchnorm=true", "leftovers=log8"], 3),
             "ternary": (["compression=ternary", "schedule=constant"], 3),
             "codebook": (["compression=codebook", "schedule=constant"], 2),
             "mask 0.8": (["compression=mask", "compression.threshold=0.8"], 2),
