@@ -46,7 +46,7 @@ def studies(args: argparse.Namespace) -> dict[str, Study]:
     for model in ("lenet_300_100", "lenet5"):
         for name in ("none", "float", "binary", "mask", "deep"):
             overrides = [f"experiment=mnist_{model}", f"compression={name}"] + (at if name != "none" else [])
-            mnist.rows[f"{model} {name}"] = (overrides, 3 if model == "lenet_300_100" else 1)
+            mnist.rows[f"{model} {name}"] = (overrides, 3)
     binary = ["compression=binary", "schedule=constant", "batchnorm=391"]  # all of the training images
     cifar10 = Study(
         "ResNet-20 on CIFAR-10 from the 91.73 % checkpoint, 3 epochs",
