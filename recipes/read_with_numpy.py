@@ -104,9 +104,9 @@ class Ans:
             value, left = value << piece | self.symbol(list(range(0, TOTAL + 1, TOTAL >> piece))), left - piece
         return value
 
-    def integer(self) -> int:
+    def integer(self, context: str = "integer") -> int:
         """What a method stores: 0, -1, 1, -2, … are 0, 1, 2, 3, …"""
-        code = self.unsigned("integer")
+        code = self.unsigned(context)
         return -(code + 1) // 2 if code % 2 else code // 2
 
     def array(self, number: int, size: int, grid: Any = None) -> list[int]:
@@ -125,7 +125,8 @@ class Ans:
         if low == top:
             return np.full(number, low)
         size = top - low + 1
-        coding = (self.uniform, self.adaptive, self.lines, self.split)[self.unsigned("coding")]
+        codings = (self.uniform, self.adaptive, self.lines, self.split, self.diagonals)
+        coding = codings[self.unsigned("coding")]
         return low + np.array(coding(number, size, grid), np.int64)
 
     def uniform(self, number: int, size: int, grid: Any) -> list[int]:
@@ -192,6 +193,50 @@ class Ans:
             out[~first] = self.plane(int((~first).sum()), t, no)
             out[first] += self.plane(int(first.sum()), size - t, yes)
         return out
+
+    def diagonals(self, number: int, size: int, grid: Any) -> np.ndarray[Any, Any]:
+        """Bits of a matrix by diagonals, each at the odds that its row, its column and its neighbours make."""
+        neighbours = self.unsigned("diagonals")
+        bias, by_row, by_column = (self.integer("diagonals") for _ in range(3))
+        beside = [
+            (self.unsigned("diagonals"), self.unsigned("diagonals"), self.integer("diagonals"))
+            for _ in range(neighbours)
+        ]
+        first = []
+        for c in range(-24, 24):
+            zero, one = 8 << max(0, -(c // 4)), (9 + 2 * (c % 4)) << max(0, c // 4)
+            first.append([1 + 96 * zero // (zero + one), 1 + 96 * one // (zero + one)])
+        counts, due, tables = [[0, 0] for _ in first], [8] * 48, [table(weights) for weights in first]
+        bits: dict[tuple[int, int], int] = {}
+        rows, columns = ([[0, 0] for _ in range(length)] for length in grid.shape)
+
+        def log2(x: int) -> int:
+            exponent = x.bit_length() - 1
+            return 16 * exponent + (16 * x >> exponent) - 16
+
+        def evidence(seen: list[int]) -> int:
+            return log2(8 * seen[1] + 4) - log2(8 * seen[0] + 4)
+
+        def context(i: int, j: int) -> int:
+            odds = 16 * bias + by_row * evidence(rows[i]) + by_column * evidence(columns[j])
+            for up, left, weight in beside:
+                odds += 16 * weight * {None: 0, 0: -1, 1: 1}[bits.get((i - up, j - left))]
+            return 24 + max(-24, min(23, odds // 64))
+
+        diagonals: dict[int, list[tuple[int, int]]] = {}
+        for i, j in np.argwhere(grid).tolist():
+            diagonals.setdefault(i + j, []).append((i, j))
+        for _, places in sorted(diagonals.items()):
+            for c, count in enumerate(counts):
+                if sum(count) >= due[c]:
+                    due[c] = sum(count) + max(8, sum(count) // 4)
+                    tables[c] = table([first[c][bit] + 32 * count[bit] for bit in (0, 1)])
+            read = [(c, i, j, self.symbol(tables[c])) for c, i, j in sorted((context(i, j), i, j) for i, j in places)]
+            for c, i, j, bit in read:
+                bits[i, j] = bit
+                for seen in (counts[c], rows[i], columns[j]):
+                    seen[bit] += 1
+        return np.array([bits[i, j] for i, j in np.argwhere(grid).tolist()], np.int64)
 
     def entries(self, number: int, kind: str) -> np.ndarray[Any, Any]:
         """Entries of a type, bit for bit: a byte of their words an array, the highest first."""

@@ -39,6 +39,11 @@ class Choice:
     proposal: Proposal | None = None
 
     @property
+    def toll(self) -> float:
+        """Bits that slow reading counts for."""
+        return 0.0 if self.proposal is None else self.proposal.toll
+
+    @property
     def coding(self) -> str:
         """The coding's name."""
         return CONSTANT if self.code is None else CODINGS[self.code].name
@@ -55,7 +60,7 @@ class Choice:
 
 
 def choose(plane: Plane, encoder: Encoder) -> Choice:
-    """The proposal with the fewest bits, its integers included; the first of equals."""
+    """The proposal with the fewest bits, its integers and its toll included; the first of equals."""
     present = plane.histogram.nonzero()[0]
     low, high = int(present[0]), int(present[-1])
     gap = plane.size - 1 - high
@@ -77,7 +82,7 @@ def choose(plane: Plane, encoder: Encoder) -> Choice:
         for code, coding in enumerate(CODINGS)
         for proposal in coding.propose(trimmed, encoder)
     )
-    return min(choices, key=lambda choice: choice.bits)  # uniform always offers
+    return min(choices, key=lambda choice: choice.bits + choice.toll)  # uniform always offers
 
 
 def read(decoder: Decoder, number: int, size: int, grid: Grid | None) -> tuple[Tensor, str]:

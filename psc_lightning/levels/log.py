@@ -116,4 +116,8 @@ class LogLevels(Levels):
         levels = cls(tuple(keep.shape), bits, read_group(reader, keep), root)
         lowest = reader.integer(_LOWEST * root, 126 * root)
         levels.highest = (reader.symbols(levels.highest.numel(), 4096) + lowest).to(torch.int32)
-        return levels.value(read_codes(reader, keep, -levels.top, 2 * levels.top + 1, dtype)).to(dtype)
+        code = read_codes(reader, keep, -levels.top, 2 * levels.top + 1, dtype)
+        position = (code.abs() - levels.top + spread(levels.highest, levels.shape, levels.group))[code != 0]
+        if position.numel() and not _LOWEST * root <= position.min() <= position.max() <= 126 * root:
+            raise ValueError("expected powers of two from 2^-126 to 2^126, found others")
+        return levels.value(code).to(dtype)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from psc_lightning.artifact.ans import Decoder, Encoder, Ints, bits, count, table
 from psc_lightning.artifact.codings.coding import Grid, Plane, Proposal
+from psc_lightning.artifact.codings.contexts import UNIT
 
 __all__ = ["Adaptive", "spans", "weights"]
 
-UNIT = 32  # weight of one symbol seen
 PRIORS = (1, 4, 16, 64)  # weight of each symbol before any was seen, in the same unit
 RADII = (0, 1, 2, 4, 8, 16)  # how far a symbol seen speaks for its neighbours
 _SMOOTH_FROM = 9  # alphabets smaller than this have no neighbours worth asking

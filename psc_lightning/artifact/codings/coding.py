@@ -14,7 +14,7 @@ from torch import Tensor
 
 from psc_lightning.artifact.ans import Decoder, Encoder, Ints, count
 
-__all__ = ["Coding", "Grid", "Plane", "Proposal", "full", "inside"]
+__all__ = ["Coding", "Grid", "Plane", "Proposal", "full", "inside", "matrix"]
 
 #: where the symbols lie in a matrix: marked entries, row by row
 Grid = npt.NDArray[np.bool_]
@@ -52,11 +52,13 @@ class Proposal:
         bits: cost of the symbols, without the parameters.
         parameters: what the reader has to know, non-negative integers.
         write: puts the symbols (not the parameters) into an encoder.
+        toll: bits that it must save beside another that is read at once.
     """
 
     bits: float
     parameters: tuple[int, ...]
     write: Callable[[Encoder], None]
+    toll: float = 0.0
 
 
 class Coding(Protocol):
@@ -70,6 +72,14 @@ class Coding(Protocol):
 
     def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], grid: Grid | None) -> Tensor:
         """Read `number` symbols as a 1-D int32 tensor."""
+
+
+def matrix(plane: Plane) -> npt.NDArray[np.uint8]:
+    """A plane's symbols at their places, 0 where there is none."""
+    assert plane.grid is not None
+    symbols = np.zeros(plane.grid.shape, dtype=np.uint8)
+    symbols[plane.grid] = plane.symbols.numpy()
+    return symbols
 
 
 def full(rows: int, columns: int) -> Grid:

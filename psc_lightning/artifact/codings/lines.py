@@ -9,24 +9,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from psc_lightning.artifact.ans import PRECISION, Decoder, Encoder, Ints, table
-from psc_lightning.artifact.codings.adaptive import UNIT
-from psc_lightning.artifact.codings.coding import Grid, Plane, Proposal
+from psc_lightning.artifact.ans import Decoder, Encoder, Ints
+from psc_lightning.artifact.codings.coding import Grid, Plane, Proposal, matrix
+from psc_lightning.artifact.codings.contexts import Bytes, Contexts, runs
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
 
-__all__ = ["Lines", "Places", "direction"]
+__all__ = ["Lines", "direction", "entropy"]
 
-Bytes = npt.NDArray[np.uint8]
+Here = npt.NDArray[np.intp] | slice  # places of a line
 
 _PRIOR = 16  # weight of each bit before any was seen, in thirty-seconds of a bit
-_FIRST = 8  # bits that a context sees before its first table, and at least between two
 # The borders a/b of seven classes: how often something is 1, beside the average.
 _BORDERS = ((1, 4), (1, 2), (3, 4), (4, 3), (2, 1), (4, 1))
 _CLASSES = len(_BORDERS) + 1
 _RUNS = 4 * _CLASSES  # contexts within a line
 _LINES = 8192  # a line costs a reader some 100 µs
 _GAIN = 0.01  # the share of all bits that a glance must promise before the whole is tried
-_ENTRIES = 1 << 20  # larger matrices are not even glanced at
+_ENTRIES = 1 << 18  # of larger matrices with holes only the places are looked at
 _WORTH = 1 << 16  # and a bit a line for so many entries of the matrix: large ones are to be read fast
 
 
@@ -48,52 +47,42 @@ class Places:
         self._marks = np.zeros(length, dtype=np.int64)
         self._recent = np.zeros(length, dtype=np.uint8)  # 2 · last + the one before
         self._lines = [(0, 0), (0, 0)]
-        self._histograms = np.zeros((_CLASSES * _RUNS, 2), dtype=np.int64)
-        self._due = np.full(_CLASSES * _RUNS, _FIRST)
-        first = table(np.full(2, _PRIOR))
-        #: the table of each context; an array is replaced, never changed
-        self.tables: list[Ints] = [first] * len(self._due)
-        self._costs = np.tile(PRECISION - np.log2(first), (len(self._due), 1))
+        self.contexts = Contexts(np.full((_CLASSES * _RUNS, 2), _PRIOR, dtype=np.int64))
 
-    def next(self, here: npt.NDArray[np.intp]) -> tuple[Bytes, int]:
+    def next(self, here: Here) -> tuple[Bytes, int]:
         """For the entries at these places of the next line: contexts within the line, and what to add to them."""
         f, e = 1 + self._ones, 2 + self._all
         own = self._marks[here] * e + 2 * f
         average = (self._seen[here] + 2) * f
-        contexts = np.zeros(len(here), dtype=np.uint8)
+        contexts = np.zeros(len(own), dtype=np.uint8)
         for a, b in _BORDERS:
             contexts += b * own >= a * average
         contexts <<= 2
         contexts += self._recent[here]
         k, n = (sum(values) for values in zip(*self._lines))
         line = _RUNS * sum(b * (n * e + 2 * f) >= a * (k + 2) * f for a, b in _BORDERS)
-        seen = self._histograms[line : line + _RUNS].sum(1)
-        for c in (line + (seen >= self._due[line : line + _RUNS]).nonzero()[0]).tolist():
-            seen_here = int(self._histograms[c].sum())
-            self._due[c] = seen_here + max(_FIRST, seen_here // 4)
-            self.tables[c] = table(_PRIOR + UNIT * self._histograms[c])
-            self._costs[c] = PRECISION - np.log2(self.tables[c])
+        self.contexts.renew(line, _RUNS)
         return contexts, line
 
-    def learn(self, here: npt.NDArray[np.intp], bits: Bytes, contexts: Bytes, line: int) -> float:
+    def learn(self, here: Here, bits: Bytes, contexts: Bytes, line: int) -> float:
         """Take a line's entries in; what they cost, in bits."""
         found = np.bincount(2 * contexts + bits, minlength=2 * _RUNS).reshape(_RUNS, 2)
-        self._histograms[line : line + _RUNS] += found
         self._marks[here] += bits
         self._seen[here] += 1
         self._recent[here] = self._recent[here] >> 1 | bits << 1
         ones = int(bits.sum())
-        self._all += len(here)
+        self._all += len(bits)
         self._ones += ones
-        self._lines = [self._lines[1], (len(here), ones)]
-        return float((found * self._costs[line : line + _RUNS]).sum())
+        self._lines = [self._lines[1], (len(bits), ones)]
+        return self.contexts.learn(found, line)
 
 
-def _runs(contexts: Bytes) -> tuple[npt.NDArray[np.intp], list[int], list[int]]:
-    """A line's entries sorted by context, which contexts there are, and how many entries each has."""
-    numbers = np.bincount(contexts, minlength=_RUNS)
-    present = numbers.nonzero()[0]
-    return np.argsort(contexts, kind="stable"), present.tolist(), numbers[present].tolist()
+def _places(marked: Grid) -> Here | None:
+    """Where a line has entries; None if nowhere. A slice, which is read faster, where they are everywhere."""
+    if marked.all():
+        return slice(None)
+    here: npt.NDArray[np.intp] = marked.nonzero()[0]
+    return here if len(here) else None
 
 
 class Lines:
@@ -115,20 +104,18 @@ class Lines:
         by = direction(plane)
         if by is None:
             return
-        bits = np.zeros(plane.grid.shape, dtype=np.uint8)
-        bits[plane.grid] = plane.symbols.numpy()
-        grid, bits = (plane.grid.T, bits.T) if by else (plane.grid, bits)
+        grid, bits = (np.ascontiguousarray(view.T if by else view) for view in (plane.grid, matrix(plane)))
         places = Places(grid.shape[1])
         parts: list[tuple[Bytes, list[int], list[Ints]]] = []
         cost = 0.0
         for marked, line in zip(grid, bits, strict=True):
-            here = marked.nonzero()[0]
-            if not len(here):
+            here = _places(marked)
+            if here is None:
                 continue
             contexts, first = places.next(here)
-            order, present, numbers = _runs(contexts)
+            order, present, numbers = runs(contexts, _RUNS)
             symbols = line[here]
-            parts.append((symbols[order], numbers, [places.tables[first + c] for c in present]))
+            parts.append((symbols[order], numbers, [places.contexts.tables[first + c] for c in present]))
             cost += places.learn(here, symbols, contexts, first)
 
         def write(encoder: Encoder) -> None:
@@ -142,52 +129,66 @@ class Lines:
         """Read `number` symbols."""
         if size != 2 or grid is None or grid.shape[parameters[0]] > _LINES:
             raise ArtifactError(f"expected bits of a matrix of at most {_LINES} lines, found others: {ADVICE}")
-        out = np.zeros(grid.shape, dtype=np.uint8)
-        view = (grid.T, out.T) if parameters[0] else (grid, out)
-        places = Places(view[0].shape[1])
-        for marked, line in zip(*view, strict=True):
-            here = marked.nonzero()[0]
-            if not len(here):
+        turned = np.ascontiguousarray(grid.T if parameters[0] else grid)
+        out = np.zeros(turned.shape, dtype=np.uint8)
+        places = Places(turned.shape[1])
+        for marked, line in zip(turned, out, strict=True):
+            here = _places(marked)
+            if here is None:
                 continue
             contexts, first = places.next(here)
-            order, present, numbers = _runs(contexts)
-            symbols = np.empty(len(here), dtype=np.uint8)
-            symbols[order] = decoder.take_runs(numbers, [places.tables[first + c] for c in present])
+            order, present, numbers = runs(contexts, _RUNS)
+            symbols = np.empty(len(contexts), dtype=np.uint8)
+            symbols[order] = decoder.take_runs(numbers, [places.contexts.tables[first + c] for c in present])
             line[here] = symbols
             decoder.bits += places.learn(here, symbols, contexts, first)
-        return torch.from_numpy(out[grid].astype(np.int32))
+        return torch.from_numpy((out.T if parameters[0] else out)[grid].astype(np.int32))
 
 
 def direction(plane: Plane) -> int | None:
     """Whether bits had better be read by rows (0) or by columns (1); None if a glance promises too little of either."""
     assert plane.grid is not None
-    if min(plane.grid.shape) < 2 or plane.grid.size > _ENTRIES:
+    if min(plane.grid.shape) < 2:
         return None
-    bits = np.zeros(plane.grid.shape, dtype=np.uint8)
-    bits[plane.grid] = plane.symbols.numpy()
-    total = _entropy(plane.histogram[1], plane.histogram.sum())
+    bits = matrix(plane)
+    total = entropy(plane.histogram[1], plane.histogram.sum())
     promised = {}
     for by, grid, view in ((0, plane.grid, bits), (1, plane.grid.T, bits.T)):
         if len(grid) <= _LINES:
-            gain = _glance(np.ascontiguousarray(grid), np.ascontiguousarray(view))
+            gain = _glance(grid, view)
             if gain > max(_GAIN * total, len(grid) * bits.size / _WORTH):
                 promised[by] = gain
     return max(promised, key=lambda by: promised[by], default=None)
 
 
-def _entropy(ones: Ints, of: Ints) -> float:
+def entropy(ones: Ints, of: Ints) -> float:
+    """Bits that groups of `of` bits cost together, `ones` of each being 1, if that is known."""
     share = np.clip(ones / np.maximum(of, 1), 1e-9, 1 - 1e-9)
     return float(-(of * (share * np.log2(share) + (1 - share) * np.log2(1 - share))).sum())
 
 
 def _glance(grid: Grid, bits: Bytes) -> float:
-    """Bits that knowing the last bit at a place, or how often it is 1 there, would save; about."""
+    """Bits that knowing how often a bit is 1 at its place, or the last one there, would save; about."""
+    ones, of = bits.sum(0, dtype=np.int64), grid.sum(0, dtype=np.int64)
+    coded = entropy(ones, of) + float(np.log2(of + 1).sum()) / 2
+    if grid.all():
+        coded = min(coded, _in_the_context_of(bits[:-1], bits[1:]))
+    elif grid.size <= _ENTRIES:
+        coded = min(coded, _by_the_last(np.ascontiguousarray(grid), np.ascontiguousarray(bits)))
+    return entropy(ones.sum(), of.sum()) - coded
+
+
+def _by_the_last(grid: Grid, bits: Bytes) -> float:
+    """What the bits cost, each in the context of the last one at its place."""
     lines = np.arange(1, len(grid) + 1, dtype=np.int32)[:, None]
     last = np.maximum.accumulate(np.where(grid, lines, 0), axis=0)[:-1]
     before = np.where(last > 0, np.take_along_axis(bits, np.maximum(last - 1, 0), 0), 0)
     now = grid[1:]
-    found = np.bincount(2 * before[now] + bits[1:][now], minlength=4).reshape(2, 2)
-    ones, of = bits.sum(0, dtype=np.int64), grid.sum(0, dtype=np.int64)
-    whole = _entropy(ones.sum(), of.sum())
-    by_place = _entropy(ones, of) + float(np.log2(of + 1).sum()) / 2
-    return whole - min(_entropy(found[:, 1], found.sum(1)), by_place)
+    return _in_the_context_of(before[now], bits[1:][now])
+
+
+def _in_the_context_of(before: Bytes, bits: Bytes) -> float:
+    """What bits cost, each in the context of another bit."""
+    ones, both = int(before.sum(dtype=np.int64)), int((before & bits).sum(dtype=np.int64))
+    found = np.array([int(bits.sum(dtype=np.int64)) - both, both])
+    return entropy(found, np.array([before.size - ones, ones]))

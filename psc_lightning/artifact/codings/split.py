@@ -10,7 +10,8 @@ from torch import Tensor
 
 from psc_lightning.artifact.ans import Decoder, Encoder
 from psc_lightning.artifact.codings.coding import Grid, Plane, Proposal, inside
-from psc_lightning.artifact.codings.lines import direction
+from psc_lightning.artifact.codings.diagonals import Diagonals
+from psc_lightning.artifact.codings.lines import Lines
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
 
 __all__ = ["Split"]
@@ -46,15 +47,22 @@ class Split:
             below = Plane(s[~upper].to(torch.uint8), t, inside(plane.grid, ~upper))
             above = Plane((s[upper] - t).to(torch.uint8), size - t, inside(plane.grid, upper))
             planes = [_bits(upper, plane.grid), below, above]
-        if all(direction(part) is None for part in planes if part.size == 2 and len(part.symbols)):
-            return  # nothing hangs on places: then the symbols are better off together, and sooner read
-        parts = [choose(part, encoder) for part in planes if len(part.symbols) and part.size > 1]
+        # Bits first: if none of them hangs on places, the symbols are better off together, and sooner read.
+        chosen = {i: choose(part, encoder) for i, part in enumerate(planes) if part.size == 2 and len(part.symbols)}
+        if not any(choice.coding in (Lines.name, Diagonals.name) for choice in chosen.values()):
+            return
+        parts = [
+            chosen.get(i) or choose(part, encoder)
+            for i, part in enumerate(planes)
+            if len(part.symbols) and part.size > 1
+        ]
 
         def write(encoder: Encoder) -> None:
             for part in parts:
                 part.write(encoder)
 
-        yield Proposal(sum(part.bits for part in parts), (1 - plane.around, t), write)
+        toll = sum(part.toll for part in parts)
+        yield Proposal(sum(part.bits for part in parts), (1 - plane.around, t), write, toll)
 
     def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], grid: Grid | None) -> Tensor:
         """Read `number` symbols."""
