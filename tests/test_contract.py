@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import pickle
-import random
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any
@@ -297,23 +296,19 @@ def test_odd_shapes(shape: tuple[int, ...], tape, same_bits):
 # --------------------------------------------------------------------------------------------- laws 3, 7, and files
 
 
-def model(choice: dict[str, Choice], draw: random.Random) -> nn.Module:
-    """Some layers in one model, some steps into training."""
-    built = {f"l{i}": build(list(LAYERS)[i], choice, seed=i) for i in sorted(draw.sample(range(len(LAYERS)), 5))}
+def model(choice: dict[str, Choice]) -> nn.Module:
+    """All layers in one model, some steps into training."""
+    built = {f"l{i}": build(layer, choice, seed=i) for i, layer in enumerate(LAYERS)}
     return nn.ModuleDict({key: found[0] for key, found in built.items() if found is not None})
 
 
-def some_company() -> list[dict[str, Choice]]:
-    """Every method alone; a fixed draw of pairs and triples."""
-    together = [choice for choice in company() if sum(part is not None for part in choice.values()) > 1]
-    single = [choice for choice in company() if sum(part is not None for part in choice.values()) == 1]
-    return single + random.Random(0).sample(together, 12)
-
-
-def test_size_sum_and_sameness_of_the_file(tmp_path, same_bits):
-    draw = random.Random(2)
-    for choice in some_company():
-        whole, why = model(choice, draw), label("a model", choice)
+@pytest.mark.parametrize("first", [None, *TYINGS])
+@pytest.mark.parametrize("second", [None, *MASKS])
+def test_size_sum_and_sameness_of_the_file(first, second, tmp_path, same_bits):
+    for choice in company():
+        if [part and part[0] for part in (choice["tying"], choice["mask"])] != [first, second]:
+            continue
+        whole, why = model(choice), label("a model", choice)
         before = deepcopy(whole)
         data, report = to_bytes(whole)
         assert report.file_bytes == len(data), why
@@ -407,14 +402,12 @@ def test_strength_between_blends_levels_and_scales_the_share_of_a_mask(strength:
 # ---------------------------------------------------------------------------------------- copies, pickles, state dicts
 
 
-def each(number: int = 3) -> Iterator[tuple[str, dict[str, Choice], nn.Module, str, Slots]]:
-    """Some layers under every single method and a draw of companies."""
-    draw = random.Random(1)
-    for choice in some_company():
-        for layer in draw.sample(list(LAYERS), number):
-            built = build(layer, choice)
-            if built is not None:
-                yield layer, choice, *built
+def each(layer: str) -> Iterator[tuple[dict[str, Choice], nn.Module, str, Slots]]:
+    """A layer under every single, pair and triple of methods that applies to it."""
+    for choice in company():
+        built = build(layer, choice)
+        if built is not None:
+            yield choice, *built
 
 
 def step(module: nn.Module, name: str) -> Tensor:
@@ -430,8 +423,9 @@ def step(module: nn.Module, name: str) -> Tensor:
     return getattr(module, name).detach()
 
 
-def test_a_copy_is_independent(same_bits):
-    for layer, choice, module, name, _ in each():
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_copy_is_independent(layer, same_bits):
+    for choice, module, name, _ in each(layer):
         why = label(layer, choice)
         control, baked = deepcopy(module), deepcopy(module)
         assert slots_of(control, name) is not slots_of(module, name)
@@ -447,8 +441,9 @@ def test_a_copy_is_independent(same_bits):
             assert same_bits(step(module, name), step(control, name)), why
 
 
-def test_pickle_gives_the_same_layer(same_bits):
-    for layer, choice, module, name, _ in each(2):
+@pytest.mark.parametrize("layer", LAYERS)
+def test_pickle_gives_the_same_layer(layer, same_bits):
+    for choice, module, name, _ in each(layer):
         again = pickle.loads(pickle.dumps(module))
         why = label(layer, choice)
         assert type(again) is type(module), why
@@ -456,8 +451,9 @@ def test_pickle_gives_the_same_layer(same_bits):
         assert same_bits(step(again, name), step(module, name)), why
 
 
-def test_state_dict_has_the_plain_names_in_their_order_and_ours_by_themselves(same_bits):
-    for layer, choice, module, name, _ in each():
+@pytest.mark.parametrize("layer", LAYERS)
+def test_state_dict_has_the_plain_names_in_their_order_and_ours_by_themselves(layer, same_bits):
+    for choice, module, name, _ in each(layer):
         why = label(layer, choice)
         plain = LAYERS[layer][0]()
         keys = list(module.state_dict())
@@ -470,8 +466,9 @@ def test_state_dict_has_the_plain_names_in_their_order_and_ours_by_themselves(sa
         assert to_bytes(other)[0] == to_bytes(module)[0], f"resumed: {why}"
 
 
-def test_plain_checkpoints_load_strictly_and_misspelt_ones_do_not(same_bits):
-    for layer, choice, module, name, _ in each():
+@pytest.mark.parametrize("layer", LAYERS)
+def test_plain_checkpoints_load_strictly_and_misspelt_ones_do_not(layer, same_bits):
+    for choice, module, name, _ in each(layer):
         why = label(layer, choice)
         plain = LAYERS[layer][0]()
         state = plain.state_dict()
@@ -492,8 +489,9 @@ def test_plain_checkpoints_load_strictly_and_misspelt_ones_do_not(same_bits):
         assert getattr(fresh, name) is fresh._parameters[name], f"not begun: {why}"
 
 
-def test_sidecars_stay_float32_in_half_precision(tape, same_bits):
-    for layer, choice, module, name, slots in each():
+@pytest.mark.parametrize("layer", LAYERS)
+def test_sidecars_stay_float32_in_half_precision(layer, tape, same_bits):
+    for choice, module, name, slots in each(layer):
         why = label(layer, choice)
         types = {key: value.dtype for key, value in slots.state_dict().items()}
         for dtype in (torch.bfloat16, torch.float64, torch.float32):
