@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,8 +40,10 @@ def one_line(error: BaseException) -> str | None:
     True
     """
     parts: list[str] = []
-    if isinstance(error, UsageError) or (isinstance(error, ValueError) and ours(error)):
+    if isinstance(error, UsageError) or (isinstance(error, ValueError) and raised_in(error, "psc_lightning")):
         parts = [str(error)]
+    elif isinstance(error, ValueError) and raised_in(error, "hydra"):  # of an override, which it does not name
+        parts = [str(error), "in", *sys.argv[1:]]
     elif isinstance(error, OSError) and error.filename is not None:
         parts = [f"{error.filename}: {error.strerror}"]
     elif isinstance(error, HydraException | OmegaConfBaseException):
@@ -57,9 +60,9 @@ def one_line(error: BaseException) -> str | None:
     return f"error: {text}"
 
 
-def ours(error: BaseException) -> bool:
-    """Whether psc_lightning itself raised it: its messages are written for users."""
+def raised_in(error: BaseException, package: str) -> bool:
+    """Whether the package itself raised it: the messages of ours are written for users."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("psc_lightning.")
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith(f"{package}.")
