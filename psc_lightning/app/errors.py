@@ -40,12 +40,13 @@ def one_line(error: BaseException) -> str | None:
     True
     """
     parts: list[str] = []
+    unopened = error if isinstance(error, OSError) else error.__cause__  # of what logging says of a log file
     if isinstance(error, UsageError) or (isinstance(error, ValueError) and raised_in(error, "psc_lightning")):
         parts = [str(error)]
     elif isinstance(error, ValueError) and raised_in(error, "hydra"):  # of an override, which it does not name
         parts = [str(error), "in", *sys.argv[1:]]
-    elif isinstance(error, OSError) and error.filename is not None:
-        parts = [f"{error.filename}: {error.strerror}"]
+    elif isinstance(unopened, OSError) and unopened.filename is not None:
+        parts = [f"{unopened.filename}: {unopened.strerror}"]
     elif isinstance(error, HydraException | OmegaConfBaseException):
         cause = error.__cause__ or error
         parts = [str(error).partition("Config search path:")[0]]
@@ -56,7 +57,7 @@ def one_line(error: BaseException) -> str | None:
     if not parts:
         return None
     text = " ".join(" ".join(parts).split())
-    text = re.sub(r" object_type=\w+|\w+ raised while resolving interpolation: ", "", text)
+    text = re.sub(r" object_type=\w+| full_key: hydra\.\S+|\w+ raised while resolving interpolation: ", "", text)
     return f"error: {text}"
 
 

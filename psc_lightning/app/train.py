@@ -184,7 +184,7 @@ def resumed(cfg: DictConfig, this: Run) -> DictConfig:
     """Return the configuration to run: the run's own where `resume` is all that was said."""
     if cfg.resume is None:
         return cfg
-    named = this.folder if cfg.resume == "auto" else Path(cfg.resume).resolve()
+    named = this.folder if cfg.resume == "auto" else Path(str(cfg.resume)).resolve()
     if named not in (this.folder, this.folder.resolve(), this.folder.resolve().parent):  # the parent: a multirun
         raise UsageError(f"resume={cfg.resume}: no run there, or hydra.run.dir names another folder ({this.folder})")
     if not this.config.is_file():

@@ -33,6 +33,7 @@ Command = Callable[..., tuple[int, str]]
         (["leftovers=int8"], ["leftovers=int8", "float16"]),
         (["data.validation=2"], ["validation", "2"]),
         (["data._target_=torch.nn.Identity"], ["data"]),
+        (["resume=true"], ["resume=True", "no run there"]),
         (["resume=nowhere"], ["resume=nowhere", "no run there"]),
         (["clipping=layer", "clipping.max_norm=-1"], ["clipping", "max_norm"]),
         (["+seed.x=1"], ["seed", "whole number", "{'x': 1}"]),
@@ -81,6 +82,17 @@ def test_a_folder_that_cannot_be_made(cli: Command, tmp_path: Path) -> None:
     assert status == 1
     assert "file/run: Not a directory" in said
     assert "Traceback" not in said
+
+
+def test_a_folder_that_cannot_be_written(cli: Command, tmp_path: Path) -> None:
+    """Before Hydra's log of the run is open. (A folder in the log's place, for root may write anywhere.)"""
+    (tmp_path / "run/psc-train.log").mkdir(parents=True)
+    (tmp_path / "run/train.log").mkdir()
+    status, said = cli("hydra.run.dir=run")
+    assert status == 1
+    assert said.startswith("error: ")
+    assert said.rstrip().endswith(".log: Is a directory")
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
