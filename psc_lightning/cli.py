@@ -12,13 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from psc_lightning.artifact import ArtifactError, inspect, load, load_into, load_stored, verify
+from psc_lightning.artifact import ArtifactError, NamelessError, inspect, load, load_into, load_stored
 from psc_lightning.artifact.difference import difference_dict, difference_table, differences
 from psc_lightning.checkpoint import bare, read_tensors
 
 __all__ = ["main"]
 
 _DTYPES = ("float32", "float64", "int64", "int32", "bool")
+
+_FACTORY = "PACKAGE.MODULE:FACTORY"
+_FACTORY_HELP = "what makes the plain model, called without arguments"
 
 _NAMED = 6  # tensors that a message names
 
@@ -29,6 +32,7 @@ examples:
   psc verify model.psc && deploy     checksum, structure and every symbol
   psc verify model.psc --against last.ckpt    and bit for bit the weights of a checkpoint
   psc verify model.psc --sha256 8c4f…         and the file that was meant
+  psc verify model.psc --model package.module:factory    and that it goes into this model
   psc diff old.psc new.psc           which tensors differ, how much, in how many bytes
   psc export runs/RUN --onnx model.onnx --example 1,1,8,8
   psc export model.psc --onnx model.onnx --model package.module:factory --example 1,3,32,32
@@ -48,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options) or 0)
+    except NamelessError as error:  # the file is good, but this command needs more than is in it
+        print(f"psc {options.command}: {options.file}: {_line(error)}", file=sys.stderr)
+        return 2
     except (ArtifactError, OSError) as error:
         print(f"psc {options.command}: {options.file}: {_line(error)}", file=sys.stderr)
         return 1
@@ -84,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         help="its tensors must be these: a state dict, a Lightning checkpoint, or safetensors",
     )
     one.add_argument("--sha256", metavar="HEX", type=_digest, help="the file's SHA-256, as `psc inspect` prints it")
+    one.add_argument("--model", metavar=_FACTORY, help=f"{_FACTORY_HELP}: the file must go into it")
     one.set_defaults(run=_verify)
 
     one = commands.add_parser("diff", help="compare the tensors of two files; exit status 1 if any differ")
@@ -97,9 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("file", metavar="FILE", help="a .psc file, or the folder of a run, which knows its own model")
     one.add_argument("--onnx", metavar="OUT", help="the ONNX file to write")
     one.add_argument("--safetensors", metavar="OUT", help="the safetensors file to write")
-    one.add_argument(
-        "--model", metavar="PACKAGE.MODULE:FACTORY", help="what makes the plain model, called without arguments"
-    )
+    one.add_argument("--model", metavar=_FACTORY, help=_FACTORY_HELP)
     one.add_argument(
         "--example",
         metavar="SHAPE",
@@ -142,10 +148,19 @@ def _verify(options: argparse.Namespace) -> None:
         found = hashlib.sha256(Path(options.file).read_bytes()).hexdigest()
         if found != options.sha256:
             raise ArtifactError(f"expected SHA-256 {options.sha256}, found {found}: another file, or a damaged one")
-    if options.against is None:
-        verify(options.file)
+    try:
+        tensors = _tensors(options.file, options.model)
+    except NamelessError:
+        if options.against:
+            raise
+        print(
+            f"psc verify: {options.file}: checksum and sections are good; names and shapes are not in this file, so that its "
+            f"symbols can be checked with its model only: give --model {_FACTORY}",
+            file=sys.stderr,
+        )
         return
-    tensors = load(options.file)
+    if not options.against:
+        return
     try:
         checkpoint = read_tensors(options.against)
     except ValueError as error:
@@ -158,6 +173,15 @@ def _verify(options: argparse.Namespace) -> None:
         raise ArtifactError(
             f"differs from {options.against} in {len(unequal)} of {len(held)} tensors: {'; '.join(unequal[:_NAMED])}{more}"
         )
+
+
+def _tensors(file: str, factory: str | None) -> dict[str, Any]:
+    """The tensors of a file, read from end to end, by a model where one is named."""
+    if factory is None:
+        return load(file)
+    model = _made(factory)
+    load_into(model, file)
+    return dict(model.state_dict())
 
 
 def _diff(options: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from models import bag, compressed, net
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from psc_lightning.artifact import inspect, load, save
+from psc_lightning.artifact import container, inspect, load, save
 from psc_lightning.cli import main
 from psc_lightning.view import plain_state
 
@@ -61,6 +61,36 @@ def test_inspect_prints_what_verify_takes(file: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as caught:
         main(["verify", str(file), "--sha256", digest[1:]])
     assert caught.value.code == 2
+
+
+def test_verify_of_a_file_without_names_says_what_it_could_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "model.psc"
+    save(net(), file, names=False)
+    torch.save(net().state_dict(), tmp_path / "own.pt")
+    torch.save(net(seed=1).state_dict(), tmp_path / "other.pt")
+    assert main(["verify", str(file)]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith(f"psc verify: {file}: checksum and sections are good; names and shapes are not in this file")
+    assert "--model" in err
+    assert main(["verify", str(file), "--model", "models:net"]) == 0
+    assert main(["verify", str(file), "--model", "models:net", "--against", str(tmp_path / "own.pt")]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert main(["verify", str(file), "--model", "models:net", "--against", str(tmp_path / "other.pt")]) == 1
+    assert main(["verify", str(file), "--model", "test_cli:small"]) == 1
+    assert "build the model that was saved" in capsys.readouterr().err
+    for arguments in (["verify", "--against", str(tmp_path / "own.pt")], ["inspect"]):
+        assert main([*arguments, str(file)]) == 2  # nothing is wrong with the file
+        assert "saved without (names=False)" in capsys.readouterr().err
+    sections = container.unpack(file.read_bytes(), frozenset({3, 4}))
+    file.write_bytes(container.pack({4: sections[4]}))  # the checksum is right, the symbols are missing
+    assert main(["verify", str(file)]) == 1
+    data = bytearray(container.pack(sections))
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert main(["verify", str(file)]) == 1
+    assert "checksum" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------- verify --against, diff

@@ -15,6 +15,8 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from psc_lightning.callbacks.arguments import one_of, positive, whole
+
 __all__ = ["Epochs", "ImageData", "Images", "Loader", "Splits"]
 
 
@@ -150,7 +152,7 @@ class ImageData(LightningDataModule):
         seed: of order and augmentation.
 
     Raises:
-        ValueError: `validation` or a batch size is out of range.
+        ValueError: an argument is of another type or out of range; in `setup`: the images have other channels.
     """
 
     def __init__(
@@ -166,16 +168,20 @@ class ImageData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 <= validation < 1:
-            raise ValueError(f"validation must be 0 or more and below 1, not {validation}")
-        if min(batch_size, eval_batch_size) < 1:
-            raise ValueError(f"batch_size and eval_batch_size must be 1 or more, not {batch_size}, {eval_batch_size}")
+        if positive("validation", validation) >= 1:
+            raise ValueError(f"validation: expected a number below 1, found {validation}")
+        for name, values in (("mean", mean), ("std", std)):
+            if not isinstance(values, list) or not [positive(name, value) for value in values]:
+                raise ValueError(f"{name}: expected a number for each channel, found {values!r}")
+        if 0 in std:
+            raise ValueError(f"std: expected numbers above 0, found {std}")
         self.source = source
         self.folder = folder
-        self.mean, self.std = list(mean), list(std)
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.mean, self.std = mean, std
+        self.batch_size = whole("batch_size", batch_size, 1)
+        self.eval_batch_size = whole("eval_batch_size", eval_batch_size, 1)
         self.validation = validation
-        self.augment = augment
+        self.augment = one_of("augment", augment, (True, False))
         self.seed = seed
         self.splits: Splits | None = None
 
@@ -183,7 +189,9 @@ class ImageData(LightningDataModule):
         """Read the data, and set the validation images aside."""
         if self.splits is None:
             self.splits = self.source() if self.folder is None else self.source(self.folder)
-            count = len(self.splits.train_images)
+            count, channels = self.splits.train_images.shape[:2]
+            if not len(self.mean) == len(self.std) == channels:
+                raise ValueError(f"data: mean={self.mean}, std={self.std}, but the images have {channels} channels")
             order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
             held = max(1, int(count * self.validation)) if self.validation else 0
             self.validation_indices, self.train_indices = order[:held], order[held:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,10 +40,13 @@ def one_line(error: BaseException) -> str | None:
     True
     """
     parts: list[str] = []
-    if isinstance(error, UsageError) or (isinstance(error, ValueError) and ours(error)):
+    unopened = error if isinstance(error, OSError) else error.__cause__  # of what logging says of a log file
+    if isinstance(error, UsageError) or (isinstance(error, ValueError) and raised_in(error, "psc_lightning")):
         parts = [str(error)]
-    elif isinstance(error, OSError) and error.filename is not None:
-        parts = [f"{error.filename}: {error.strerror}"]
+    elif isinstance(error, ValueError) and raised_in(error, "hydra"):  # of an override, which it does not name
+        parts = [str(error), "in", *sys.argv[1:]]
+    elif isinstance(unopened, OSError) and unopened.filename is not None:
+        parts = [f"{unopened.filename}: {unopened.strerror}"]
     elif isinstance(error, HydraException | OmegaConfBaseException):
         cause = error.__cause__ or error
         parts = [str(error).partition("Config search path:")[0]]
@@ -53,13 +57,13 @@ def one_line(error: BaseException) -> str | None:
     if not parts:
         return None
     text = " ".join(" ".join(parts).split())
-    text = re.sub(r" object_type=\w+|\w+ raised while resolving interpolation: ", "", text)
+    text = re.sub(r" object_type=\w+| full_key: hydra\.\S+|\w+ raised while resolving interpolation: ", "", text)
     return f"error: {text}"
 
 
-def ours(error: BaseException) -> bool:
-    """Whether psc_lightning itself raised it: its messages are written for users."""
+def raised_in(error: BaseException, package: str) -> bool:
+    """Whether the package itself raised it: the messages of ours are written for users."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("psc_lightning.")
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith(f"{package}.")

@@ -132,7 +132,7 @@ def run_dir(root: str, *, _root_: DictConfig) -> str:
         found = (Run(folder) for folder in newest_first(Path(root)) if resume)
         same = (str(run.folder) for run in found if not run.finished and not run.differences(_root_))
         return next(same, None) or str(Path(root) / unique_name())
-    if not Run(Path(resume)).config.is_file():
+    if not Run(Path(str(resume))).config.is_file():
         raise UsageError(f"resume={resume}: no run there (no config.yaml); give a run's folder, or auto")
     return str(resume)
 
@@ -146,7 +146,7 @@ def sweep_dir(root: str, *, _root_: DictConfig) -> str:
     resume = _root_.get("resume")
     if resume is not None:
         wanted = said(_root_)
-        for folder in newest_first(Path(root)) if resume == "auto" else [Path(resume)]:
+        for folder in newest_first(Path(root)) if resume == "auto" else [Path(str(resume))]:
             path = folder / "multirun.yaml"
             if path.is_file() and said(OmegaConf.load(path)) == wanted:
                 return str(folder)

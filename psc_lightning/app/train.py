@@ -38,10 +38,10 @@ from psc_lightning.app.baseline import cached, fingerprint
 from psc_lightning.app.checkpoint import ResumePoint, read_checkpoint
 from psc_lightning.app.errors import UsageError, explain, one_line
 from psc_lightning.app.runs import Run, register_resolvers
+from psc_lightning.app.settings import check_settings
 from psc_lightning.app.sweep import SweepFolder, summarise
 from psc_lightning.app.task import Classifier
 from psc_lightning.artifact import to_bytes
-from psc_lightning.artifact.leftovers import LEFTOVERS
 from psc_lightning.configs import config_dir
 from psc_lightning.report import Curve, draw
 
@@ -66,21 +66,20 @@ def run(cfg: DictConfig, folder: Path) -> float:
     if "resume" not in cfg:  # a run's own config.yaml, which has all but this
         OmegaConf.update(cfg, "resume", None, force_add=True)
     cfg = resumed(cfg, this)
+    check_settings(cfg)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     if cfg.resume is not None and this.finished:
         log.info("%s is finished already", folder)
         return objective(cfg, json.loads(this.report.read_text()))
     writing = {key: to_plain(cfg, key) for key in ("leftovers", "fold_batchnorm")}
-    if isinstance(writing["leftovers"], str) and writing["leftovers"] not in LEFTOVERS:
-        raise UsageError(f"leftovers={cfg.leftovers}: not one of {', '.join(LEFTOVERS)}")
-    if type(cfg.batchnorm) is not int or cfg.batchnorm < 0:
-        raise UsageError(f"batchnorm={cfg.batchnorm}: not a number of batches (0: none)")
     callbacks = build_callbacks(cfg)
     data = build_data(cfg)
     fresh = build_module(cfg)
     check_plan(fresh, callbacks)
     given = None if cfg.model.checkpoint is None else read_checkpoint(Path(cfg.model.checkpoint).expanduser(), fresh)
+    if given is not None:
+        fresh.load_state_dict(given)
     curve = Curve()
     trainer = build_trainer(
         cfg,
@@ -89,6 +88,7 @@ def run(cfg: DictConfig, folder: Path) -> float:
         default_root_dir=folder,
     )
     if is_main():
+        rehearse(cfg, fresh, data, writing)
         if cfg.resume is None:
             this.clear()  # not before: a wrong setting costs no older run
         this.begin(cfg, list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [])
@@ -97,12 +97,7 @@ def run(cfg: DictConfig, folder: Path) -> float:
     metrics: dict[str, dict[str, float]] = {}
     if is_main():  # in a distributed run, the other processes only help to fit
         fresh.load_state_dict(dense)
-        metrics["dense"] = evaluate(cfg, fresh, data)
-        objective(cfg, {"file_bytes": 0, "compression_ratio": 0, "metrics": {"compressed": metrics["dense"]}})
-        compressed = one_shot(cfg, fresh, data)
-        metrics["one_shot"] = evaluate(cfg, compressed, data)
-        with explain("leftovers, fold_batchnorm"):
-            to_bytes(compressed, **writing)  # what cannot be written is found now, not after training
+        metrics = before_training(cfg, fresh, data, writing)
 
     module = build_module(cfg)
     module.load_state_dict(dense)
@@ -125,6 +120,36 @@ def run(cfg: DictConfig, folder: Path) -> float:
     report.save(this.report)
     print(report)
     return objective(cfg, report.to_dict())
+
+
+def rehearse(cfg: DictConfig, module: LightningModule, data: LightningDataModule, writing: Mapping[str, Any]) -> None:
+    """Find with one batch what would fail later, when it has cost a dense baseline, or an older run in the same folder."""
+    try:
+        before_training(cfg, copy.deepcopy(module), data, writing, calibration=1, limit_test_batches=1)
+    except (RuntimeError, IndexError) as error:  # what torch has for tensors that do not fit
+        raise UsageError(f"model, data: a batch fails: {error} (HYDRA_FULL_ERROR=1 shows where)") from error
+
+
+def before_training(
+    cfg: DictConfig,
+    dense: LightningModule,
+    data: LightningDataModule,
+    writing: Mapping[str, Any],
+    calibration: int = CALIBRATION_BATCHES,
+    **limits: Any,
+) -> dict[str, dict[str, float]]:
+    """Return the metrics of the dense module, and of it compressed without training.
+
+    Raises:
+        UsageError: there is no such objective, or the compressed module could not be written.
+    """
+    metrics = {"dense": evaluate(cfg, dense, data, **limits)}
+    objective(cfg, {"file_bytes": 0, "compression_ratio": 0, "metrics": {"compressed": metrics["dense"]}})
+    compressed = one_shot(cfg, dense, data, calibration)
+    metrics["one_shot"] = evaluate(cfg, compressed, data, **limits)
+    with explain("leftovers, fold_batchnorm"):
+        to_bytes(compressed, **writing)
+    return metrics
 
 
 def settle(module: LightningModule, batches: Iterable[Any]) -> None:
@@ -159,7 +184,7 @@ def resumed(cfg: DictConfig, this: Run) -> DictConfig:
     """Return the configuration to run: the run's own where `resume` is all that was said."""
     if cfg.resume is None:
         return cfg
-    named = this.folder if cfg.resume == "auto" else Path(cfg.resume).resolve()
+    named = this.folder if cfg.resume == "auto" else Path(str(cfg.resume)).resolve()
     if named not in (this.folder, this.folder.resolve(), this.folder.resolve().parent):  # the parent: a multirun
         raise UsageError(f"resume={cfg.resume}: no run there, or hydra.run.dir names another folder ({this.folder})")
     if not this.config.is_file():
@@ -177,9 +202,6 @@ def resumed(cfg: DictConfig, this: Run) -> DictConfig:
 
 def build_callbacks(cfg: DictConfig) -> list[Callback]:
     """Return the callbacks of the preset, of the clipping, and the user's own."""
-    for group in ("compression", "clipping", "callbacks"):
-        if not isinstance(cfg[group], DictConfig):
-            raise UsageError(f"{group}: {cfg[group]!r} is not one of the files in conf/{group}, but a plain value")
     nodes = {f"compression.callbacks.{name}": node for name, node in cfg.compression.callbacks.items()}
     if cfg.clipping:
         nodes["clipping"] = cfg.clipping
@@ -301,12 +323,13 @@ def baseline(cfg: DictConfig, fresh: LightningModule, data: LightningDataModule)
     return cached(Path(cfg.cache).expanduser() / "baselines", fingerprint(chosen, fresh), train)
 
 
-def one_shot(cfg: DictConfig, dense: LightningModule, data: LightningDataModule) -> LightningModule:
-    """Return a copy of the dense module, compressed without training."""
+def one_shot(cfg: DictConfig, dense: LightningModule, data: LightningDataModule, calibration: int) -> LightningModule:
+    """Return a copy of the dense module, compressed without training, by labels of so many batches."""
     module = copy.deepcopy(dense)
     if not cfg.compression.callbacks:
         return module
-    batches = list(islice(data.train_dataloader(), CALIBRATION_BATCHES))
+    seed(cfg)  # the same batches whether the baseline was trained just now or lay in the cache
+    batches = list(islice(data.train_dataloader(), calibration))
     with explain("compression"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"You are trying to `self\.log\(\)`")  # a training step without a Trainer
         psc_lightning.compress(module, build_callbacks(cfg), batches=batches, loss=step_loss)
@@ -323,8 +346,8 @@ def step_loss(module: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-def evaluate(cfg: DictConfig, module: LightningModule, data: LightningDataModule) -> dict[str, float]:
-    """Return the test metrics, without `test_` in front of their names."""
+def evaluate(cfg: DictConfig, module: LightningModule, data: LightningDataModule, **limits: Any) -> dict[str, float]:
+    """Return the test metrics, without `test_` in front of their names; `limits` are arguments of the Trainer."""
     trainer = build_trainer(
         cfg,
         devices=1,
@@ -333,6 +356,7 @@ def evaluate(cfg: DictConfig, module: LightningModule, data: LightningDataModule
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
+        **limits,
     )
     results = trainer.test(module, datamodule=data, verbose=False)
     return {

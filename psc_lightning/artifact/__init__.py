@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from psc_lightning.artifact.errors import ArtifactError
+from psc_lightning.artifact.errors import ArtifactError, NamelessError
 from psc_lightning.artifact.file import inspect, load, load_into, load_stored, save, to_bytes, verify
 from psc_lightning.artifact.report import Report, TensorReport
 
 __all__ = [
     "ArtifactError",
+    "NamelessError",
     "Report",
     "TensorReport",
     "inspect",

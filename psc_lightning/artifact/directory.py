@@ -24,7 +24,7 @@ from enum import IntEnum
 import torch
 
 from psc_lightning.artifact.container import Cursor, varint
-from psc_lightning.artifact.errors import ADVICE, ArtifactError
+from psc_lightning.artifact.errors import ADVICE, ArtifactError, NamelessError
 
 __all__ = ["DEFLATED", "DTYPES", "NAMELESS", "PLAIN", "Entry", "Kind", "decode", "encode", "encode_nameless"]
 
@@ -133,7 +133,7 @@ def _plain(entries: Sequence[Entry]) -> bytes:
 
 def _decode_nameless(data: bytes, model: Sequence[Entry] | None) -> list[Entry]:
     if model is None:
-        raise ArtifactError(
+        raise NamelessError(
             "expected names and shapes, found a file that was saved without (names=False): "
             "psc_lightning.load_into(model, path) reads it"
         )

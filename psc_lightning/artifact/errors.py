@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ADVICE", "ArtifactError"]
+__all__ = ["ADVICE", "ArtifactError", "NamelessError"]
 
 #: what ends a message about damage
 ADVICE = "the file is damaged or was not written by psc_lightning; get a fresh copy, or save the model again"
@@ -10,3 +10,7 @@ ADVICE = "the file is damaged or was not written by psc_lightning; get a fresh c
 
 class ArtifactError(ValueError):
     """A .psc file, or the model it should go into, is not what it should be; the message says what to do."""
+
+
+class NamelessError(ArtifactError):
+    """The file is undamaged as far as its checksum and sections tell, but only the model it was saved from can read on."""

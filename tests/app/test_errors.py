@@ -33,8 +33,36 @@ Command = Callable[..., tuple[int, str]]
         (["leftovers=int8"], ["leftovers=int8", "float16"]),
         (["data.validation=2"], ["validation", "2"]),
         (["data._target_=torch.nn.Identity"], ["data"]),
+        (["resume=true"], ["resume=True", "no run there"]),
         (["resume=nowhere"], ["resume=nowhere", "no run there"]),
         (["clipping=layer", "clipping.max_norm=-1"], ["clipping", "max_norm"]),
+        (["+seed.x=1"], ["seed", "whole number", "{'x': 1}"]),
+        (["seed=1.5"], ["seed", "1.5"]),
+        (["threads=0"], ["threads", "0"]),
+        (["batchnorm=true"], ["batchnorm", "True"]),
+        (["baseline=null"], ["baseline", "None"]),
+        (["baseline.max_epochs=abc"], ["baseline.max_epochs", "abc"]),
+        (["baseline.lr=abc"], ["baseline.lr", "abc"]),
+        (["checkpoint.every_n_steps=abc"], ["checkpoint.every_n_steps", "abc"]),
+        (["compression=binary", "compression.callbacks=null"], ["compression.callbacks", "None"]),
+        (["clipping=null"], ["clipping=null", "must be a string"]),
+        (["~clipping"], ["clipping", "None", "conf/clipping"]),
+        (["fold_batchnorm=abc"], ["fold_batchnorm=abc"]),
+        (["leftovers={nothing.*:float16}"], ["leftovers", "nothing.*", "net.bn1.weight"]),
+        (["trainer.max_epochs=abc"], ["trainer.max_epochs", "abc"]),
+        (["trainer.max_epochs=-1"], ["trainer.max_epochs=-1", "no end"]),
+        (["compression=binary", "trainer.max_epochs=0"], ["trainer.max_epochs=0", "nothing compressed"]),
+        (["compression=binary", "trainer.max_steps=0"], ["trainer.max_steps=0", "nothing compressed"]),
+        (["trainer.limit_test_batches=0"], ["trainer.limit_test_batches=0"]),
+        (["objective=nothing"], ["objective=nothing", "accuracy, loss"]),
+        (["data.batch_size=1.5"], ["batch_size", "1.5"]),
+        (["data.validation=abc"], ["validation", "abc"]),
+        (["data.mean=abc"], ["mean", "abc"]),
+        (["data.mean=[0.1,0.2]"], ["mean", "1 channels"]),
+        (["data.std=[0]"], ["std", "above 0"]),
+        (["data.augment=maybe"], ["augment", "maybe"]),
+        (["model.classes=3"], ["model, data", "a batch fails", "HYDRA_FULL_ERROR=1"]),
+        (["model=resnet20"], ["model, data", "3 channels"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -56,6 +84,17 @@ def test_a_folder_that_cannot_be_made(cli: Command, tmp_path: Path) -> None:
     assert "Traceback" not in said
 
 
+def test_a_folder_that_cannot_be_written(cli: Command, tmp_path: Path) -> None:
+    """Before Hydra's log of the run is open. (A folder in the log's place, for root may write anywhere.)"""
+    (tmp_path / "run/psc-train.log").mkdir(parents=True)
+    (tmp_path / "run/train.log").mkdir()
+    status, said = cli("hydra.run.dir=run")
+    assert status == 1
+    assert said.startswith("error: ")
+    assert said.rstrip().endswith(".log: Is a directory")
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -63,6 +102,10 @@ def test_a_folder_that_cannot_be_made(cli: Command, tmp_path: Path) -> None:
         "compression.targets=nothing.*",
         "model.checkpoint=other.pt",
         "trainer.precision=7",
+        "objective=nothing",
+        "baseline.lr=abc",
+        "model.classes=3",
+        "leftovers={nothing.*:float16}",
         "resume=run",
     ],
 )

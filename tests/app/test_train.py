@@ -247,3 +247,14 @@ def test_a_users_network_and_data_from_command_to_file(cli: Command, tmp_path: P
     images, labels = OwnData(128).samples.tensors
     accuracy = json.loads((tmp_path / "run/report.json").read_text())["metrics"]["compressed"]["accuracy"]
     assert accuracy == pytest.approx((own(images).argmax(1) == labels).float().mean().item())
+
+
+def test_the_one_shot_numbers_do_not_depend_on_the_cache(cli: Command, tmp_path: Path) -> None:
+    """A user's loader shuffles by torch's own generator, which training the baseline moves."""
+    own = ["data=custom", f"data._target_={OwnData.__module__}.OwnData", "+data.n=600", "model.classes=3"]
+    said = [
+        cli("compression=mask", "compression.threshold=0.9", *own, f"hydra.run.dir={name}", *TINY[:3]) for name in "ab"
+    ]
+    assert ["training it once" in text for _, text in said] == [True, False]
+    first, again = (json.loads((tmp_path / name / "report.json").read_text())["metrics"] for name in "ab")
+    assert first == again
