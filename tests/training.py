@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from psc_lightning import MaskLearning, StraightThroughQuantization, WeightSharing
@@ -97,6 +98,16 @@ class Net(LightningModule):
         adamw = torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=0.1)
         schedule = torch.optim.lr_scheduler.OneCycleLR(adamw, max_lr=1e-2, total_steps=self.steps)
         return [adamw], [{"scheduler": schedule, "interval": "step"}]
+
+
+class CpuScaler(MixedPrecision):
+    """fp16 with a GradScaler on a CPU, in the arithmetic of float32."""
+
+    def __init__(self) -> None:
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**12))
+
+    def forward_context(self) -> Any:
+        return torch.autocast("cpu", dtype=torch.float32, enabled=False)
 
 
 def trainer(callbacks: Any = (), **options: Any) -> Trainer:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from training import QUIET, RUNS, Net, differences, fit, run_state
+from torch import nn
+from training import QUIET, RUNS, CpuScaler, Net, differences, fit, run_state
 
 from psc_lightning.artifact import to_bytes
 
@@ -44,6 +46,65 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, schedule, steps, tmp_path)
     for step in steps:
         model, made = run(name, schedule, tmp_path / "resumed", resume=tmp_path / "whole" / f"step={step}.ckpt")
         assert differences(expected, run_state(model, made)) == [], f"from step {step}"
+        assert to_bytes(model)[0] == file
+
+
+class Manual(Net):
+    """Two optimizers that step by hand, each for a loss of its own, in turn."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.net[:6].parameters(), 1e-2), torch.optim.SGD(self.net[6:].parameters(), 0.05)
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+
+class Overflowing(Net):
+    """The scaler skips a step, early in each epoch."""
+
+    def __init__(self):
+        super().__init__("sgd")
+        self.extra = nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + self.extra.sum() * (float("inf") if batch_idx == 1 else 0.0)
+
+
+class Keep(Callback):
+    """A checkpoint after each batch."""
+
+    def __init__(self, folder):
+        self.folder, self.batches = folder, 0
+
+    def on_train_batch_end(self, made, *args):
+        self.batches += 1
+        made.save_checkpoint(self.folder / f"{self.batches}.ckpt")
+
+
+@pytest.mark.parametrize("name", ["ternary_movement", "separable_lsq", "saliency"])
+@pytest.mark.parametrize(("net", "plugins"), [(Manual, list), (Overflowing, lambda: [CpuScaler()])])
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step")
+def test_by_hand_and_under_a_scaler(name, net, plugins, tmp_path):
+    """With several optimizers, and with steps that are skipped; from among the labels, in the ramp, after an epoch."""
+
+    def run(folder, resume=None):
+        folder.mkdir(exist_ok=True)
+        return fit([*RUNS[name](SCHEDULES["cubic"]), Keep(folder)], net(), ckpt=resume, plugins=plugins())
+
+    model, made = run(tmp_path / "whole")
+    expected, file = run_state(model, made), to_bytes(model)[0]
+    for batch in (1, 2, 9, 12):
+        model, made = run(tmp_path / "resumed", tmp_path / "whole" / f"{batch}.ckpt")
+        assert differences(expected, run_state(model, made)) == [], f"from batch {batch}"
         assert to_bytes(model)[0] == file
 
 
