@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EarlyStopping,
@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
+    OnExceptionCheckpoint,
     RichProgressBar,
     StochasticWeightAveraging,
 )
@@ -40,21 +41,52 @@ def is_its_file(model: nn.Module, tmp_path, layout: torch.memory_format = torch.
         assert torch.equal(plain.eval()(INPUTS), model.eval()(INPUTS))
 
 
-@pytest.mark.parametrize("which", ["best", "last"])
-def test_resume_from_the_best_and_from_the_last(which, tmp_path):
-    def run(folder, ckpt=None, epochs=4):
-        saver = ModelCheckpoint(folder, monitor="val", save_last=True, save_top_k=1)
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_resume_from_the_best_and_from_the_last(mode, tmp_path):
+    """Of a run that stopped after two of its four epochs; by `min` the best is the last, by `max` another."""
+
+    class Stop(Callback):
+        def on_train_epoch_end(self, made, *args):
+            made.should_stop = made.current_epoch == 1
+
+    def run(folder, ckpt=None, *more):
+        saver = ModelCheckpoint(folder, filename="{step}", monitor="val", mode=mode, save_last=True)
         callbacks = COMBINATIONS["ternary_movement"]({"kind": "linear", "begin": 4, "end": 20})
-        model, made = fit([*callbacks, saver], Net("sgd"), ckpt=ckpt, max_epochs=epochs)
-        return model, made, saver
+        return *fit([*callbacks, *more, saver], Net("sgd"), ckpt=ckpt, max_epochs=4), saver
 
     model, made, _ = run(tmp_path / "whole")
     expected, file = run_state(model, made), to_bytes(model)[0]
-    _, _, saver = run(tmp_path / "half", epochs=4)
-    ckpt = saver.best_model_path if which == "best" else saver.last_model_path
-    model, made, _ = run(tmp_path / which, ckpt=ckpt)
-    assert differences(expected["optimizers"], run_state(model, made)["optimizers"]) == []
-    assert to_bytes(model)[0] == file
+    saver = run(tmp_path / "half", None, Stop())[2]
+    assert saver.best_model_path.endswith("step=24.ckpt" if mode == "min" else "step=12.ckpt")
+    for path in (saver.best_model_path, saver.last_model_path):
+        model, made, _ = run(tmp_path / "resumed", path)
+        assert made.global_step == 48
+        assert differences(expected, run_state(model, made)) == []
+        assert to_bytes(model)[0] == file
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.filterwarnings("ignore:.*was called without a model")  # Lightning's own, where this callback is
+@pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
+def test_a_checkpoint_of_an_interrupted_run_is_hard(error, first, tmp_path):
+    """In mid-ramp, whoever comes first in the list."""
+
+    class Stopped(Net):
+        def training_step(self, batch, batch_idx):
+            if self.trainer.global_step == 7:
+                assert any(1 in slots.phase for _, slots, _ in views(self))
+                raise error("stop")
+            return super().training_step(batch, batch_idx)
+
+    model, ours, saver = Stopped(), COMBINATIONS["ternary_movement"](RAMP), OnExceptionCheckpoint(tmp_path, "stopped")
+    with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
+        fit([saver, *ours] if first else [*ours, saver], model)
+    plain = Net()
+    plain.load_state_dict(torch.load(tmp_path / "stopped.ckpt", weights_only=True)["state_dict"])
+    assert plain.net[3].weight[0].unique().numel() <= 3
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(INPUTS), model.eval()(INPUTS))
 
 
 def test_early_stopping_leaves_a_hard_model(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -9,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from training import QUIET, RUNS, CpuScaler, Net, differences, fit, run_state
 
+from psc_lightning import detach, export_onnx, save
 from psc_lightning.artifact import to_bytes
 
 pytestmark = QUIET
@@ -106,6 +109,28 @@ def test_by_hand_and_under_a_scaler(name, net, plugins, tmp_path):
         model, made = run(tmp_path / "resumed", tmp_path / "whole" / f"{batch}.ckpt")
         assert differences(expected, run_state(model, made)) == [], f"from batch {batch}"
         assert to_bytes(model)[0] == file
+
+
+@pytest.mark.parametrize("name", ["deep", "separable_lsq", "row", "integers"])
+def test_what_is_made_of_a_model_does_not_move_its_run(name, tmp_path):
+    """In the ramp and before: a copy that is baked and spoilt, files, graphs."""
+
+    class Uses(Callback):
+        def on_train_batch_end(self, made, model, *args):
+            twin = copy.deepcopy(model)
+            detach(twin)
+            with torch.no_grad():
+                for parameter in twin.parameters():
+                    parameter.zero_()
+            save(model, tmp_path / "model.psc")
+            if made.global_step == 7 and name != "integers":
+                for net in (model.net, copy.deepcopy(model.net)):
+                    export_onnx(net, tmp_path / "model.onnx", torch.zeros(1, 2, 6, 6))
+
+    callbacks = [RUNS[name](SCHEDULES["cubic"]) for _ in range(2)]
+    untouched = fit(callbacks[0], Net(steps=12), **OPTIONS)
+    used = fit([*callbacks[1], Uses()], Net(steps=12), **OPTIONS)
+    assert differences(run_state(*untouched), run_state(*used)) == []
 
 
 @pytest.mark.parametrize("name", ["deep", "separable_lsq", "row", "integers"])
