@@ -142,8 +142,8 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
     """Paths at which two nested states are not the same bit for bit."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         same = a.dtype == b.dtype and a.shape == b.shape
-        same = same and a.detach().contiguous().numpy().tobytes() == b.detach().contiguous().numpy().tobytes()
-        return [] if same else [path]
+        bits = (tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
+        return [] if same and torch.equal(*bits) else [path]
     if isinstance(a, np.ndarray):
         return [] if np.array_equal(a, b) else [path]
     if isinstance(a, dict) and isinstance(b, dict):

@@ -360,6 +360,15 @@ def test_layers_built_late_are_compressed_alike(where, idempotent):
 
 
 @pytest.mark.parametrize("where", ["setup", "configure_model"])
+def test_layers_built_late_without_a_target_are_told(where):
+    """When they are there, and before training."""
+    with pytest.raises(ValueError, match=r"leave no tensor to compress.* 2 Conv2d, .*fewer than 10000 entries"):
+        fit([M(min_size=10_000)], Late(where))
+    with pytest.raises(ValueError, match=r"targets: 'net\.4\.weight' matches no tensor"):
+        fit([M(targets="net.4.weight")], Late(where))
+
+
+@pytest.mark.parametrize("where", ["setup", "configure_model"])
 @pytest.mark.parametrize("idempotent", [True, False])
 def test_layers_built_late_resume(where, idempotent, tmp_path):
     """They are there, and viewed, before a checkpoint is put into them; which the plain class reads."""

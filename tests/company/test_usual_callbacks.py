@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from training import COMBINATIONS, INPUTS, LABELS, QUIET, Net, differences, fit, run_state, trainer
 
@@ -178,18 +179,23 @@ def test_the_run_after_a_finder_is_the_run_with_what_it_found(name, first, tmp_p
     assert to_bytes(again)[0] == to_bytes(model)[0]
 
 
-def test_channels_last_and_activation_checkpointing(tmp_path):
-    """Neither the layout nor a second forward within the backward changes a slot's arithmetic."""
-    from torch.utils.checkpoint import checkpoint
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["ternary_movement", "separable_lsq", "deep"])
+def test_activation_checkpointing(name, reentrant):
+    """A second forward within the backward changes nothing that is trained."""
 
     class Checkpointed(Net):
         def forward(self, inputs):
-            return checkpoint(self.net, inputs, use_reentrant=False)
+            return checkpoint(self.net, inputs.requires_grad_(self.training), use_reentrant=reentrant)
 
-    plain, _ = fit(COMBINATIONS["ternary_movement"](RAMP), Net("sgd"))
-    model, _ = fit(COMBINATIONS["ternary_movement"](RAMP), Checkpointed("sgd"))
+    plain, _ = fit(COMBINATIONS[name](RAMP), Net("sgd"), limit_val_batches=0)
+    model, _ = fit(COMBINATIONS[name](RAMP), Checkpointed("sgd"), limit_val_batches=0)
     parameters = [dict(net.named_parameters()) for net in (plain, model)]
     assert differences(*parameters) == []  # BatchNorm's statistics see each batch twice
+
+
+def test_channels_last(tmp_path):
+    """A slot's arithmetic does not depend on the layout."""
     striped = Net("sgd").to(memory_format=torch.channels_last)
     fit(COMBINATIONS["ternary_movement"](RAMP), striped)
     is_its_file(striped, tmp_path, torch.channels_last)

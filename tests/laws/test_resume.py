@@ -111,6 +111,17 @@ def test_by_hand_and_under_a_scaler(name, net, plugins, tmp_path):
         assert to_bytes(model)[0] == file
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("name", ["separable_lsq", "saliency", "integers"])
+def test_in_bfloat16(name, precision, tmp_path):
+    """Sidecars are float32 in a checkpoint, too, whatever the weights are."""
+    model, made = run(name, "cubic", tmp_path / "whole", precision=precision)
+    resume = tmp_path / "whole/step=5.ckpt"
+    found = run(name, "cubic", tmp_path / "resumed", resume=resume, precision=precision)
+    assert differences(run_state(model, made), run_state(*found)) == []
+    assert to_bytes(model)[0] == to_bytes(found[0])[0]
+
+
 @pytest.mark.parametrize("name", ["deep", "separable_lsq", "row", "integers"])
 def test_what_is_made_of_a_model_does_not_move_its_run(name, tmp_path):
     """In the ramp and before: a copy that is baked and spoilt, files, graphs."""
