@@ -305,28 +305,32 @@ def test_scaled_gradients_are_brought_back():
 
 
 class Late(Net):
-    """Builds its layers in a hook."""
+    """Builds its layers in a hook, once or at each call."""
 
-    def __init__(self, where="configure_model", idempotent=True, **options):
+    def __init__(self, idempotent=True, **options):
         super().__init__(**options)
-        self.where, self.idempotent = where, idempotent
+        self.idempotent = idempotent
         del self.net
 
-    def build(self, where):
-        if where == self.where and not (self.idempotent and hasattr(self, "net")):
+    def build(self):
+        if not (self.idempotent and hasattr(self, "net")):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 self.net = layers()
 
-    def setup(self, stage):
-        self.build("setup")
 
+class InSetup(Late):
+    def setup(self, stage):
+        self.build()
+
+
+class InConfigureModel(Late):
     def configure_model(self):
-        self.build("configure_model")
+        self.build()
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("cls", [Net, Late])
+@pytest.mark.parametrize("cls", [Net, InConfigureModel])
 @pytest.mark.parametrize("name", ["separable_lsq", "deep", "saliency"])
 def test_sidecars_stay_float32(precision, cls, name):
     model, _ = fit(COMBINATIONS[name](RAMP), cls(), precision=precision)
@@ -349,33 +353,33 @@ def test_a_bf16_model_is_what_its_file_holds(tmp_path):
 # -------------------------------------------------------------------------------------------------- life of a model
 
 
-@pytest.mark.parametrize("where", ["setup", "configure_model"])
+@pytest.mark.parametrize("late", [InSetup, InConfigureModel])
 @pytest.mark.parametrize("idempotent", [True, False])
-def test_layers_built_late_are_compressed_alike(where, idempotent):
+def test_layers_built_late_are_compressed_alike(late, idempotent):
     expected, _ = fit(COMBINATIONS["separable_lsq"](RAMP))
-    model, made = fit(COMBINATIONS["separable_lsq"](RAMP), Late(where, idempotent))
+    model, made = fit(COMBINATIONS["separable_lsq"](RAMP), late(idempotent))
     assert to_bytes(model)[0] == to_bytes(expected)[0]
     (result,) = made.test(model, Loader(count=2), verbose=False) if idempotent else ({"test": 0.0},)
     assert result["test"] >= 0
 
 
-@pytest.mark.parametrize("where", ["setup", "configure_model"])
-def test_layers_built_late_without_a_target_are_told(where):
+@pytest.mark.parametrize("late", [InSetup, InConfigureModel])
+def test_layers_built_late_without_a_target_are_told(late):
     """When they are there, and before training."""
     with pytest.raises(ValueError, match=r"leave no tensor to compress.* 2 Conv2d, .*fewer than 10000 entries"):
-        fit([M(min_size=10_000)], Late(where))
+        fit([M(min_size=10_000)], late())
     with pytest.raises(ValueError, match=r"targets: 'net\.4\.weight' matches no tensor"):
-        fit([M(targets="net.4.weight")], Late(where))
+        fit([M(targets="net.4.weight")], late())
 
 
-@pytest.mark.parametrize("where", ["setup", "configure_model"])
+@pytest.mark.parametrize("late", [InSetup, InConfigureModel])
 @pytest.mark.parametrize("idempotent", [True, False])
-def test_layers_built_late_resume(where, idempotent, tmp_path):
+def test_layers_built_late_resume(late, idempotent, tmp_path):
     """They are there, and viewed, before a checkpoint is put into them; which the plain class reads."""
 
     def run(folder, ckpt=None):
         saver = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-        return fit([*COMBINATIONS["separable_lsq"](RAMP), saver], Late(where, idempotent), ckpt=ckpt)
+        return fit([*COMBINATIONS["separable_lsq"](RAMP), saver], late(idempotent), ckpt=ckpt)
 
     model, made = run(tmp_path / "whole")
     for step in (3, 9):
