@@ -78,6 +78,10 @@ def _float32() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def _finite(gradient: Tensor | None) -> Tensor | None:
+    return gradient if gradient is not None and bool(gradient.isfinite().all()) else None
+
+
 class Chain(nn.Module):
     """Mask and levels of one core."""
 
@@ -247,9 +251,13 @@ class Slots(nn.Module):
         self.unborn = self.unborn and not levelling
 
     def observe(self, slot: str, weight: Tensor) -> None:
-        """Let a labelled method of a slot take in the weight's gradient (its factors', where these are trained)."""
+        """Let a labelled method of a slot take in the weight's gradient (its factors', where these are trained).
+
+        One that is not finite says nothing, and would be all that the labels ever say.
+        """
         with torch.no_grad(), whole(self, weight, gradients=True) as weight:
-            gradient = None if weight.grad is None else self._matrix(weight.grad)
+            found = _finite(weight.grad)
+            gradient = None if found is None else self._matrix(found)
             if slot == "tying" and self.tying is not None and gradient is not None:
                 self.tying.observe(self._matrix(weight), gradient)
             elif slot == "mask" and (self.tying is None or self.phase[0]):
@@ -258,7 +266,7 @@ class Slots(nn.Module):
                     reduced = self.tying.reduce(gradient)
                 for name, core in self._reduce(weight).items():
                     mask = self._chain(name).mask
-                    own = core.grad if isinstance(core, nn.Parameter) else reduced.get(name)
+                    own = _finite(core.grad) if isinstance(core, nn.Parameter) else reduced.get(name)
                     if mask is not None and own is not None:
                         mask.observe(core, own)
 

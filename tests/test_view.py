@@ -73,6 +73,9 @@ def test_a_layer_computes_with_the_effective_weight(kind: str, same_bits):
         if not isinstance(layer, nn.RNNBase):  # these multiply otherwise without gradients, plain ones too: see below
             with torch.no_grad():
                 assert same_bits(output(layer, x), out.detach())
+        else:
+            with torch.no_grad():
+                torch.testing.assert_close(output(layer, x), out.detach(), rtol=1e-6, atol=1e-6)
     out.sum().backward()
     for name in names:
         assert layer._parameters[name].grad.isfinite().all()
@@ -84,12 +87,42 @@ def test_an_embedding_gives_out_its_effective_rows(same_bits):
     view(layer)
     out = layer(rows)
     assert same_bits(out, baked(layer)(rows))
+    with torch.no_grad():
+        assert same_bits(layer.eval()(rows), out.detach())
     out.sum().backward()
     assert layer._parameters["weight"].grad.abs().sum(1).nonzero().flatten().tolist() == [0, 3, 10]
 
 
+@pytest.mark.parametrize("weights", [True, False])
+def test_attention_by_itself_in_every_mode(weights: bool, same_bits):
+    """With and without the weights of its answer, which take different ways; both projections are seen."""
+    torch.manual_seed(0)
+    layer, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 5, 8)
+
+    def attend(net: nn.Module) -> torch.Tensor:
+        return net(x, x, x, need_weights=weights)[0]
+
+    before = attend(layer).detach()
+    for name in ("in_proj_weight", "out_proj.weight"):
+        MaskLearning("movement", threshold=0.4, targets=name).attach(layer)
+        StraightThroughQuantization("codebook", targets=name).attach(layer)
+    for _, slots, weight in views(layer):
+        slots.harden(weight)
+    plain = baked(layer)
+    for training in (True, False):
+        out = attend(layer.train(training))
+        assert same_bits(out, attend(plain.train(training)))
+        with torch.no_grad():
+            torch.testing.assert_close(attend(layer), out.detach(), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(attend(plain), attend(layer), rtol=0, atol=0)
+    assert not torch.allclose(out, before, atol=1e-3)
+    attend(layer.train()).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in layer.parameters() if p.dim() > 1)
+    assert len([name for name, _ in layer.named_parameters() if "psc" in name]) == 4
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
-def test_the_whole_encoder_with_padding():
+def test_the_whole_encoder_with_padding(monkeypatch: pytest.MonkeyPatch):
     """In eval torch packs padded batches into a nested tensor and calls one kernel with all weights."""
     torch.manual_seed(0)
     one = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
@@ -100,8 +133,15 @@ def test_the_whole_encoder_with_padding():
         slots.harden(weight)
     plain, x, pad = baked(encoder), torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
     pad[0, 3:] = True
+    calls, fast = [], torch._transformer_encoder_layer_fwd
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *a: calls.append(1) or fast(*a))
     with torch.no_grad():
         assert torch.equal(encoder(x, src_key_padding_mask=pad), plain(x, src_key_padding_mask=pad))
+    assert len(calls) == 4  # two layers each: neither has lost the fast way
+    slow = encoder(x, src_key_padding_mask=pad).detach()
+    assert len(calls) == 4
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(x, src_key_padding_mask=pad)[~pad], slow[~pad], rtol=1e-5, atol=1e-6)
     encoder.train()(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in encoder.parameters())
 

@@ -22,11 +22,12 @@ class Gradients:
 
     Args:
         pairs: a weight and what is trained beside it.
+        weights: all that are looked at; those that are frozen now are taken to be frozen for good.
     """
 
-    def __init__(self, pairs: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    def __init__(self, pairs: list[tuple[nn.Parameter, nn.Parameter]], weights: list[nn.Parameter]) -> None:
         self.pairs = pairs
-        self.frozen = {weight for weight, _ in pairs if not weight.requires_grad}
+        self.frozen = {weight for weight in weights if not weight.requires_grad}
         self.aside: dict[nn.Parameter, Tensor] = {}
 
     def unscale(self, trainer: Trainer) -> None:
@@ -35,6 +36,18 @@ class Gradients:
         for _, sidecar in self.pairs if scaler is not None else ():
             if sidecar.grad is not None:
                 sidecar.grad.div_(scaler.get_scale())
+
+    def labels(self, trainer: Trainer, optimizer: Optimizer, weights: list[nn.Parameter]) -> set[nn.Parameter]:
+        """Which of the weights have a label in this step of one optimizer: its own; a step that is skipped has none.
+
+        What `toggle_optimizer` has frozen keeps the gradient of an older loss; of weights that are always frozen it is
+        what is trained beside them that has labels.
+        """
+        scaler = _scaler(trainer)
+        if scaler is not None and _overflows(scaler, optimizer):
+            return set()
+        own = _held([optimizer])
+        return {w for w in weights if id(w) in own or (w in self.frozen and not w.requires_grad)}
 
     @torch.no_grad()
     def put_aside(self, trainer: Trainer, optimizer: Optimizer) -> None:

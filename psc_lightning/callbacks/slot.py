@@ -70,7 +70,7 @@ class SlotCallback(Callback):
         #: what it fills: tensor name, slots, raw Parameter
         self.held: list[tuple[str, Slots, nn.Parameter]] = []
         self._optimizer: AdamW | None = None
-        self._gradients = Gradients([])
+        self._gradients = Gradients([], [])
         self._total: float | None = None
         self._base_lr: float | None = None
         self._seen_step = 0
@@ -204,7 +204,7 @@ class SlotCallback(Callback):
         """Verify that every target is attached; take over the sidecars."""
         self.attach(pl_module)
         pairs = [(weight, p) for _, slots, weight in self.held for p in slots.sidecars(self.slot)]
-        self._gradients = Gradients(pairs)
+        self._gradients = Gradients(pairs, [weight for _, _, weight in self.held])
         self._release(trainer)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         first = groups[0] if groups else {}
@@ -300,9 +300,9 @@ class SlotCallback(Callback):
             users = trainer.optimizers[0].param_groups[0]["lr"]
             self._optimizer.param_groups[0]["lr"] = self.lr * users / self._base_lr
         if self.calibration_steps and trainer.global_step < self.begins(trainer):
-            own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            labelled = self._gradients.labels(trainer, optimizer, [weight for _, _, weight in self.held])
             for _, slots, weight in self.held:
-                if id(weight) in own or not weight.requires_grad:
+                if weight in labelled:
                     slots.observe(self.slot, weight)
 
     def on_train_batch_end(

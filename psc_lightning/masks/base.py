@@ -144,7 +144,8 @@ class Mask(nn.Module):
             return value  # nothing of a run but its options decides which path it takes: a graph is compiled once
         if scores is not None:
             scores = unit_expand(scores, self.shape, self.granularity, self.block)
-        return masked(value, self.keep, core, scores, self.dense_gradient)
+        keep = self.kept != 0  # not the view: inductor's C++ for a view of another type does not compile
+        return masked(value, keep, core, scores, self.dense_gradient)
 
     def encode(self, writer: Writer) -> None:
         """Store the granularity, the block and one bit a unit."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from lightning import Callback, LightningDataModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from psc_lightning.app.runs import register_resolvers
@@ -31,6 +33,31 @@ def test_each_file_composes_and_resolves(path: Path) -> None:
     own = {"model": "model.net._target_=torch.nn.Identity", "data": "data._target_=lightning.LightningDataModule"}
     cfg = composed(f"{group}={name}", *([own[group]] if name == "custom" else []))
     OmegaConf.to_container(cfg, resolve=True)
+
+
+def nodes(cfg: DictConfig, key: str = "") -> Iterator[tuple[str, DictConfig]]:
+    """Every outermost node that names what it builds; Hydra's own are Hydra's."""
+    for name, node in cfg.items_ex(resolve=False):
+        if isinstance(node, DictConfig) and name != "hydra":
+            yield from [(f"{key}{name}", node)] if "_target_" in node else nodes(node, f"{key}{name}.")
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_each_file_builds_what_it_names(path: Path, tmp_path: Path) -> None:
+    group, name = path.parent.name, path.name
+    if name == "tensorboard":
+        pytest.importorskip("tensorboard", reason="an optional logger")
+    own = {"model": "model.net._target_=torch.nn.Identity", "data": "data._target_=lightning.LightningDataModule"}
+    cfg = composed(f"{group}={name}", "trainer.accelerator=cpu", *([own[group]] if name == "custom" else []))
+    built = {}
+    for key, node in nodes(cfg):
+        more = {"save_dir": str(tmp_path)} if key == "logger" else {"logger": False} if key == "trainer" else {}
+        built[key] = instantiate(node, _convert_="all", **more)
+    assert {"data", "model.net", "trainer"} <= set(built)
+    assert isinstance(built["model.net"], torch.nn.Module)
+    assert isinstance(built["data"], LightningDataModule)
+    assert isinstance(built["trainer"], Trainer)
+    assert all(isinstance(made, Callback) for key, made in built.items() if "callbacks" in key or key == "clipping")
 
 
 def test_there_are_the_promised_presets() -> None:

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from psc_lightning.app.errors import UsageError
 from psc_lightning.app.models import LeNet5
+from psc_lightning.app.train import build_callbacks
 
 Command = Callable[..., tuple[int, str]]
 
@@ -74,6 +77,18 @@ def test_one_line(cli: Command, tmp_path: Path, arguments: list[str], words: lis
     assert lines[0].startswith("error: ")
     assert [word for word in words if word not in lines[0]] == []
     assert not (tmp_path / "run/report.json").exists()
+
+
+@pytest.mark.parametrize("group", ["compression", "clipping", "callbacks"])
+def test_a_group_that_became_a_string(group: str) -> None:
+    """What Hydra makes of `+compression=codebook` where it does not find our folder."""
+    cfg = OmegaConf.create(
+        {"compression": {"name": "none", "threshold": 0, "callbacks": {}}, "clipping": {}, "callbacks": {}}
+    )
+    assert build_callbacks(cfg) == []
+    cfg[group] = "codebook"
+    with pytest.raises(UsageError, match=rf"^{group}: 'codebook' is not one of the files in conf/{group}"):
+        build_callbacks(cfg)
 
 
 def test_a_folder_that_cannot_be_made(cli: Command, tmp_path: Path) -> None:

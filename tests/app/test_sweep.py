@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,17 +61,41 @@ def test_the_table_has_a_row_for_each_job(cli: Command, tmp_path: Path) -> None:
     ]
 
 
-def test_a_sweeper_sees_the_objective(cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+SWEEPER = """
+import json
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+class Sweeper(BasicSweeper):
+    def sweep(self, arguments):
+        batches = super().sweep(arguments)
+        with open("seen.json", "w") as file:
+            json.dump([job.return_value for batch in batches for job in batch], file)
+"""
+
+
+@pytest.fixture
+def sweep(cache: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a multirun under a sweeper of another package, which writes what it sees to seen.json."""
+    plugin = tmp_path / "plugins/hydra_plugins/mine.py"
+    plugin.parent.mkdir(parents=True)
+    plugin.write_text(SWEEPER)
+    root = Path(train.__file__).parents[2]
+    paths = os.pathsep.join(map(str, (plugin.parents[1], root)))
+    environment = {**os.environ, "PYTHONPATH": paths, "PSC_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        own = ["-m", "hydra.sweeper._target_=hydra_plugins.mine.Sweeper", *arguments, *TINY]
+        command = [sys.executable, str(root / "train.py"), *own]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+def test_a_sweeper_sees_the_objective(sweep: Any, tmp_path: Path) -> None:
     """Each job's own number: what `accuracy` of the compressed model is in its report, or `file_bytes`."""
-    seen: list[float] = []
-    run = train.run
-
-    def spy(*arguments: Any) -> float:
-        seen.append(run(*arguments))
-        return seen[-1]
-
-    monkeypatch.setattr(train, "run", spy)
-    assert cli("-m", "compression=binary,float", "objective=accuracy,file_bytes", *TINY)[0] == 0
+    done = sweep("compression=binary,float", "objective=accuracy,file_bytes")
+    assert done.returncode == 0, done.stderr
+    seen = json.loads((tmp_path / "seen.json").read_text())
     jobs = json.loads((tmp_path / "sweep/sweep.json").read_text())["jobs"]
     accuracy = [job["metrics"]["compressed"]["accuracy"] for job in jobs]
     assert seen == [accuracy[0], jobs[1]["file_bytes"], accuracy[2], jobs[3]["file_bytes"]]
@@ -100,6 +127,16 @@ def test_a_sweeper_that_chooses_as_it_goes_is_refused_in_a_distributed_run() -> 
     check_sweeper(SimpleNamespace(mode=RunMode.RUN, sweeper=SimpleNamespace(_target_="optuna.Sweeper")))
     with pytest.raises(UsageError, match=r"hydra/sweeper: optuna\.Sweeper"):
         check_sweeper(SimpleNamespace(mode=RunMode.MULTIRUN, sweeper=SimpleNamespace(_target_="optuna.Sweeper")))
+
+
+def test_it_is_refused_where_it_would_run(sweep: Any, tmp_path: Path) -> None:
+    """Before anything is trained, in as many processes as were asked for."""
+    done = sweep("compression=binary", "trainer=ddp", "trainer.accelerator=cpu")
+    assert done.returncode == 1
+    assert "hydra/sweeper: hydra_plugins.mine.Sweeper with more than one process" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("sweep/*/checkpoints/*"))
+    assert not (tmp_path / "seen.json").exists()
 
 
 def test_names_of_runs_differ_in_the_same_second() -> None:

@@ -489,6 +489,16 @@ def scaled(**options) -> MixedPrecision:
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", **options))
 
 
+def test_manual_optimisation_under_a_gradient_scaler_is_clipped_as_without():
+    """Where the Trainer's own clipping would see scaled gradients."""
+    module, clipping = Two(), Logged(max_norm=3.0)
+    fit(module, batches(1, 1, 1, 1), clipping, plugins=scaled(init_scale=1024.0))
+    assert module.seen == pytest.approx([3.0] * 4)
+    assert module.a.weight.item() == pytest.approx(-4 * 3.0)
+    assert module.b.weight.item() == -4.0
+    assert clipping.state_dict() == {"steps": 6, "clipped_steps": 4}
+
+
 def test_gradients_are_unscaled_under_a_gradient_scaler():
     module, clipping = Pull(), Logged(max_norm=2.0, scope="weight")
     fit(module, batches(1, 4), clipping, plugins=scaled(init_scale=1024.0))

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
-from training import COMBINATIONS, QUIET, Net, fit
+from training import COMBINATIONS, QUIET, CpuScaler, Net, fit
 
 from psc_lightning import GradientClipping, MaskLearning, WeightSharing, load, save
 from psc_lightning.view import views
@@ -16,16 +16,6 @@ from psc_lightning.view import views
 pytestmark = QUIET
 
 M, W = MaskLearning, WeightSharing
-
-
-class CpuScaler(MixedPrecision):
-    """fp16 with a GradScaler on a CPU."""
-
-    def __init__(self):
-        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**12))
-
-    def forward_context(self):
-        return torch.autocast("cpu", dtype=torch.float32, enabled=False)
 
 
 class Scaled(Net):
@@ -160,6 +150,57 @@ def test_labels_of_trained_factors_are_unscaled_whatever_the_order(first):
     assert totals[0]
     assert all(total.any() for total in totals[0])
     torch.testing.assert_close(*totals, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("callback", [M("saliency", calibration_steps=5, schedule="constant"),
+                                      W("cross_channel", calibration_steps=5, schedule="constant")])  # fmt: skip
+@pytest.mark.parametrize(("plugins", "others"), [(list, []), (lambda: [CpuScaler()], []),
+                                                 (lambda: [CpuScaler()], [GradientClipping(max_value=0.1)])])  # fmt: skip
+def test_a_step_whose_gradient_is_not_finite_has_no_label(callback, plugins, others):
+    """The scaler skips it, clipping by value may have hidden it; the labels of the other steps are all there is."""
+    totals = []
+
+    class Bad(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (float("inf") if batch_idx == 1 else 1.0)
+
+        def on_before_optimizer_step(self, optimizer):
+            for parameter in self.parameters():
+                if parameter.grad is not None and not plugins():
+                    parameter.grad.nan_to_num_(0, 0, 0)
+
+    class Look(Callback):
+        def on_train_batch_end(self, made, model, *args):
+            totals.append([b.clone() for name, b in model.named_buffers() if name.endswith("total")])
+
+    fit([*others, callback, Look()], Bad("sgd"), max_steps=7, limit_val_batches=0, plugins=plugins())
+    for before, bad, after in zip(*totals[:3]):
+        assert before.any()
+        assert torch.equal(bad, before)
+        assert after.isfinite().all()
+        assert (after >= bad).all()
+        assert not torch.equal(after, bad)
+
+
+def test_labels_are_of_the_loss_that_an_optimizer_steps_for():
+    """What `toggle_optimizer` leaves out keeps the gradient of an older loss, which is no label of this one."""
+    labels, totals = {}, {}
+
+    class Look(Callback):
+        def on_before_optimizer_step(self, made, model, optimizer):
+            for index, layer in ((0, model.net[0]), (2, model.net[2])):
+                weight = layer._parameters["weight"]
+                if made.global_step < 10 and any(weight is p for p in optimizer.param_groups[0]["params"]):
+                    labels[index] = labels.get(index, 0) + (weight.grad * weight).abs().detach()
+
+        def on_train_batch_end(self, made, model, *args):
+            for index in (0, 2):
+                totals[index] = model.net[index].psc["weight"].cores["core"].mask.total
+
+    callback = M("saliency", calibration_steps=10, schedule="constant")
+    fit([callback, Look()], Adversaries(second=2.0), max_steps=12, limit_val_batches=0)
+    for index in (0, 2):
+        torch.testing.assert_close(totals[index], labels[index], rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize(("factors", "steps"), [({0: 1, 1: 3}, 16), ({0: 3, 1: 1}, 16), ({0: 2, 1: 4}, 9)])

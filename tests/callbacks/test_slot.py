@@ -10,13 +10,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, ModelCheckpoint, WeightAveraging
-from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from training import (
     COMBINATIONS,
     INPUTS,
     LABELS,
     QUIET,
+    CpuScaler,
     Loader,
     Net,
     differences,
@@ -288,16 +288,6 @@ def test_manual_optimization_counts_the_steps_of_all_optimizers(limits, total):
     assert list(strengths.values()) == [pytest.approx(1 - 2 / (total // 2)), 1.0]
 
 
-class CpuScaler(MixedPrecision):
-    """fp16 with a GradScaler on a CPU."""
-
-    def __init__(self):
-        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**12))
-
-    def forward_context(self):
-        return torch.autocast("cpu", dtype=torch.float32, enabled=False)
-
-
 def test_scaled_gradients_are_brought_back():
     """A GradScaler leaves the sidecars' gradients scaled; a step from them must be the unscaled run's."""
     runs = []
@@ -315,28 +305,32 @@ def test_scaled_gradients_are_brought_back():
 
 
 class Late(Net):
-    """Builds its layers in a hook."""
+    """Builds its layers in a hook, once or at each call."""
 
-    def __init__(self, where="configure_model", idempotent=True, **options):
+    def __init__(self, idempotent=True, **options):
         super().__init__(**options)
-        self.where, self.idempotent = where, idempotent
+        self.idempotent = idempotent
         del self.net
 
-    def build(self, where):
-        if where == self.where and not (self.idempotent and hasattr(self, "net")):
+    def build(self):
+        if not (self.idempotent and hasattr(self, "net")):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 self.net = layers()
 
-    def setup(self, stage):
-        self.build("setup")
 
+class InSetup(Late):
+    def setup(self, stage):
+        self.build()
+
+
+class InConfigureModel(Late):
     def configure_model(self):
-        self.build("configure_model")
+        self.build()
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("cls", [Net, Late])
+@pytest.mark.parametrize("cls", [Net, InConfigureModel])
 @pytest.mark.parametrize("name", ["separable_lsq", "deep", "saliency"])
 def test_sidecars_stay_float32(precision, cls, name):
     model, _ = fit(COMBINATIONS[name](RAMP), cls(), precision=precision)
@@ -359,14 +353,42 @@ def test_a_bf16_model_is_what_its_file_holds(tmp_path):
 # -------------------------------------------------------------------------------------------------- life of a model
 
 
-@pytest.mark.parametrize("where", ["setup", "configure_model"])
+@pytest.mark.parametrize("late", [InSetup, InConfigureModel])
 @pytest.mark.parametrize("idempotent", [True, False])
-def test_layers_built_late_are_compressed_alike(where, idempotent):
+def test_layers_built_late_are_compressed_alike(late, idempotent):
     expected, _ = fit(COMBINATIONS["separable_lsq"](RAMP))
-    model, made = fit(COMBINATIONS["separable_lsq"](RAMP), Late(where, idempotent))
+    model, made = fit(COMBINATIONS["separable_lsq"](RAMP), late(idempotent))
     assert to_bytes(model)[0] == to_bytes(expected)[0]
     (result,) = made.test(model, Loader(count=2), verbose=False) if idempotent else ({"test": 0.0},)
     assert result["test"] >= 0
+
+
+@pytest.mark.parametrize("late", [InSetup, InConfigureModel])
+def test_layers_built_late_without_a_target_are_told(late):
+    """When they are there, and before training."""
+    with pytest.raises(ValueError, match=r"leave no tensor to compress.* 2 Conv2d, .*fewer than 10000 entries"):
+        fit([M(min_size=10_000)], late())
+    with pytest.raises(ValueError, match=r"targets: 'net\.4\.weight' matches no tensor"):
+        fit([M(targets="net.4.weight")], late())
+
+
+@pytest.mark.parametrize("late", [InSetup, InConfigureModel])
+@pytest.mark.parametrize("idempotent", [True, False])
+def test_layers_built_late_resume(late, idempotent, tmp_path):
+    """They are there, and viewed, before a checkpoint is put into them; which the plain class reads."""
+
+    def run(folder, ckpt=None):
+        saver = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        return fit([*COMBINATIONS["separable_lsq"](RAMP), saver], late(idempotent), ckpt=ckpt)
+
+    model, made = run(tmp_path / "whole")
+    for step in (3, 9):
+        found = run(tmp_path / "resumed", tmp_path / "whole" / f"step={step}.ckpt")
+        assert differences(run_state(model, made), run_state(*found)) == []
+        assert to_bytes(found[0])[0] == to_bytes(model)[0]
+    plain = Net()
+    plain.load_state_dict(torch.load(tmp_path / "whole/step=24.ckpt", weights_only=True)["state_dict"])
+    assert torch.equal(logits(plain), logits(model))
 
 
 def test_fit_validate_test_fit():
@@ -557,19 +579,21 @@ def test_a_running_mean_takes_in_every_buffer(name, tmp_path):
     assert not torch.equal(single.net[3].bias, model.net[3].bias)
 
 
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, (3, 9, 12, 17)), (2, (2, 5, 6, 9))])
 @pytest.mark.parametrize("name", ["float", "deep", "channels"])
-def test_a_run_with_an_average_resumes(name, tmp_path):
+def test_a_run_with_an_average_resumes(name, accumulate, steps, tmp_path):
+    """Parameters, sidecars, metrics, all optimizers, the file: bit for bit."""
+
     def run(folder, ckpt=None):
         saver = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-        return fit([*COMBINATIONS[name](RAMP), EMAWeightAveraging(decay=0.6), saver], ckpt=ckpt)
+        callbacks = [*COMBINATIONS[name]({**RAMP, "begin": 3}), EMAWeightAveraging(decay=0.6), saver]
+        return fit(callbacks, Net(steps=24 // accumulate), ckpt=ckpt, accumulate_grad_batches=accumulate)
 
     model, made = run(tmp_path / "whole")
     expected, file = run_state(model, made), to_bytes(model)[0]
-    for step in (3, 9, 12, 17):
+    for step in steps:
         model, made = run(tmp_path / "resumed", tmp_path / "whole" / f"step={step}.ckpt")
-        found = run_state(model, made)
-        assert differences(expected["optimizers"], found["optimizers"]) == [], step
-        assert differences(expected["ours"], found["ours"]) == [], step
+        assert differences(expected, run_state(model, made)) == [], step
         assert to_bytes(model)[0] == file, step
 
 

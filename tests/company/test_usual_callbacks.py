@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EarlyStopping,
@@ -12,11 +12,13 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
+    OnExceptionCheckpoint,
     RichProgressBar,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from training import COMBINATIONS, INPUTS, LABELS, QUIET, Net, differences, fit, run_state, trainer
 
@@ -40,21 +42,52 @@ def is_its_file(model: nn.Module, tmp_path, layout: torch.memory_format = torch.
         assert torch.equal(plain.eval()(INPUTS), model.eval()(INPUTS))
 
 
-@pytest.mark.parametrize("which", ["best", "last"])
-def test_resume_from_the_best_and_from_the_last(which, tmp_path):
-    def run(folder, ckpt=None, epochs=4):
-        saver = ModelCheckpoint(folder, monitor="val", save_last=True, save_top_k=1)
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_resume_from_the_best_and_from_the_last(mode, tmp_path):
+    """Of a run that stopped after two of its four epochs; by `min` the best is the last, by `max` another."""
+
+    class Stop(Callback):
+        def on_train_epoch_end(self, made, *args):
+            made.should_stop = made.current_epoch == 1
+
+    def run(folder, ckpt=None, *more):
+        saver = ModelCheckpoint(folder, filename="{step}", monitor="val", mode=mode, save_last=True)
         callbacks = COMBINATIONS["ternary_movement"]({"kind": "linear", "begin": 4, "end": 20})
-        model, made = fit([*callbacks, saver], Net("sgd"), ckpt=ckpt, max_epochs=epochs)
-        return model, made, saver
+        return *fit([*callbacks, *more, saver], Net("sgd"), ckpt=ckpt, max_epochs=4), saver
 
     model, made, _ = run(tmp_path / "whole")
     expected, file = run_state(model, made), to_bytes(model)[0]
-    _, _, saver = run(tmp_path / "half", epochs=4)
-    ckpt = saver.best_model_path if which == "best" else saver.last_model_path
-    model, made, _ = run(tmp_path / which, ckpt=ckpt)
-    assert differences(expected["optimizers"], run_state(model, made)["optimizers"]) == []
-    assert to_bytes(model)[0] == file
+    saver = run(tmp_path / "half", None, Stop())[2]
+    assert saver.best_model_path.endswith("step=24.ckpt" if mode == "min" else "step=12.ckpt")
+    for path in (saver.best_model_path, saver.last_model_path):
+        model, made, _ = run(tmp_path / "resumed", path)
+        assert made.global_step == 48
+        assert differences(expected, run_state(model, made)) == []
+        assert to_bytes(model)[0] == file
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.filterwarnings("ignore:.*was called without a model")  # Lightning's own, where this callback is
+@pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
+def test_a_checkpoint_of_an_interrupted_run_is_hard(error, first, tmp_path):
+    """In mid-ramp, whoever comes first in the list."""
+
+    class Stopped(Net):
+        def training_step(self, batch, batch_idx):
+            if self.trainer.global_step == 7:
+                assert any(1 in slots.phase for _, slots, _ in views(self))
+                raise error("stop")
+            return super().training_step(batch, batch_idx)
+
+    model, ours, saver = Stopped(), COMBINATIONS["ternary_movement"](RAMP), OnExceptionCheckpoint(tmp_path, "stopped")
+    with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
+        fit([saver, *ours] if first else [*ours, saver], model)
+    plain = Net()
+    plain.load_state_dict(torch.load(tmp_path / "stopped.ckpt", weights_only=True)["state_dict"])
+    assert plain.net[3].weight[0].unique().numel() <= 3
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(INPUTS), model.eval()(INPUTS))
 
 
 def test_early_stopping_leaves_a_hard_model(tmp_path):
@@ -146,18 +179,23 @@ def test_the_run_after_a_finder_is_the_run_with_what_it_found(name, first, tmp_p
     assert to_bytes(again)[0] == to_bytes(model)[0]
 
 
-def test_channels_last_and_activation_checkpointing(tmp_path):
-    """Neither the layout nor a second forward within the backward changes a slot's arithmetic."""
-    from torch.utils.checkpoint import checkpoint
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["ternary_movement", "separable_lsq", "deep"])
+def test_activation_checkpointing(name, reentrant):
+    """A second forward within the backward changes nothing that is trained."""
 
     class Checkpointed(Net):
         def forward(self, inputs):
-            return checkpoint(self.net, inputs, use_reentrant=False)
+            return checkpoint(self.net, inputs.requires_grad_(self.training), use_reentrant=reentrant)
 
-    plain, _ = fit(COMBINATIONS["ternary_movement"](RAMP), Net("sgd"))
-    model, _ = fit(COMBINATIONS["ternary_movement"](RAMP), Checkpointed("sgd"))
+    plain, _ = fit(COMBINATIONS[name](RAMP), Net("sgd"), limit_val_batches=0)
+    model, _ = fit(COMBINATIONS[name](RAMP), Checkpointed("sgd"), limit_val_batches=0)
     parameters = [dict(net.named_parameters()) for net in (plain, model)]
     assert differences(*parameters) == []  # BatchNorm's statistics see each batch twice
+
+
+def test_channels_last(tmp_path):
+    """A slot's arithmetic does not depend on the layout."""
     striped = Net("sgd").to(memory_format=torch.channels_last)
     fit(COMBINATIONS["ternary_movement"](RAMP), striped)
     is_its_file(striped, tmp_path, torch.channels_last)

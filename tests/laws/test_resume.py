@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from training import QUIET, RUNS, Net, differences, fit, run_state
+from torch import nn
+from training import QUIET, RUNS, CpuScaler, Net, differences, fit, run_state
 
+from psc_lightning import detach, export_onnx, save
 from psc_lightning.artifact import to_bytes
 
 pytestmark = QUIET
@@ -45,6 +50,98 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, schedule, steps, tmp_path)
         model, made = run(name, schedule, tmp_path / "resumed", resume=tmp_path / "whole" / f"step={step}.ckpt")
         assert differences(expected, run_state(model, made)) == [], f"from step {step}"
         assert to_bytes(model)[0] == file
+
+
+class Manual(Net):
+    """Two optimizers that step by hand, each for a loss of its own, in turn."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.net[:6].parameters(), 1e-2), torch.optim.SGD(self.net[6:].parameters(), 0.05)
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+
+class Overflowing(Net):
+    """The scaler skips a step, early in each epoch."""
+
+    def __init__(self):
+        super().__init__("sgd")
+        self.extra = nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + self.extra.sum() * (float("inf") if batch_idx == 1 else 0.0)
+
+
+class Keep(Callback):
+    """A checkpoint after each batch."""
+
+    def __init__(self, folder):
+        self.folder, self.batches = folder, 0
+
+    def on_train_batch_end(self, made, *args):
+        self.batches += 1
+        made.save_checkpoint(self.folder / f"{self.batches}.ckpt")
+
+
+@pytest.mark.parametrize("name", ["ternary_movement", "separable_lsq", "saliency"])
+@pytest.mark.parametrize(("net", "plugins"), [(Manual, list), (Overflowing, lambda: [CpuScaler()])])
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step")
+def test_by_hand_and_under_a_scaler(name, net, plugins, tmp_path):
+    """With several optimizers, and with steps that are skipped; from among the labels, in the ramp, after an epoch."""
+
+    def run(folder, resume=None):
+        folder.mkdir(exist_ok=True)
+        return fit([*RUNS[name](SCHEDULES["cubic"]), Keep(folder)], net(), ckpt=resume, plugins=plugins())
+
+    model, made = run(tmp_path / "whole")
+    expected, file = run_state(model, made), to_bytes(model)[0]
+    for batch in (1, 2, 9, 12):
+        model, made = run(tmp_path / "resumed", tmp_path / "whole" / f"{batch}.ckpt")
+        assert differences(expected, run_state(model, made)) == [], f"from batch {batch}"
+        assert to_bytes(model)[0] == file
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("name", ["separable_lsq", "saliency", "integers"])
+def test_in_bfloat16(name, precision, tmp_path):
+    """Sidecars are float32 in a checkpoint, too, whatever the weights are."""
+    model, made = run(name, "cubic", tmp_path / "whole", precision=precision)
+    resume = tmp_path / "whole/step=5.ckpt"
+    found = run(name, "cubic", tmp_path / "resumed", resume=resume, precision=precision)
+    assert differences(run_state(model, made), run_state(*found)) == []
+    assert to_bytes(model)[0] == to_bytes(found[0])[0]
+
+
+@pytest.mark.parametrize("name", ["deep", "separable_lsq", "row", "integers"])
+def test_what_is_made_of_a_model_does_not_move_its_run(name, tmp_path):
+    """In the ramp and before: a copy that is baked and spoilt, files, graphs."""
+
+    class Uses(Callback):
+        def on_train_batch_end(self, made, model, *args):
+            twin = copy.deepcopy(model)
+            detach(twin)
+            with torch.no_grad():
+                for parameter in twin.parameters():
+                    parameter.zero_()
+            save(model, tmp_path / "model.psc")
+            if made.global_step == 7 and name != "integers":
+                for net in (model.net, copy.deepcopy(model.net)):
+                    export_onnx(net, tmp_path / "model.onnx", torch.zeros(1, 2, 6, 6))
+
+    callbacks = [RUNS[name](SCHEDULES["cubic"]) for _ in range(2)]
+    untouched = fit(callbacks[0], Net(steps=12), **OPTIONS)
+    used = fit([*callbacks[1], Uses()], Net(steps=12), **OPTIONS)
+    assert differences(run_state(*untouched), run_state(*used)) == []
 
 
 @pytest.mark.parametrize("name", ["deep", "separable_lsq", "row", "integers"])
