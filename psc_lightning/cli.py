@@ -227,6 +227,9 @@ def _export(options: argparse.Namespace) -> None:
             export_stored(model, stored, options.onnx, example, dynamic_batch=options.dynamic_batch)
         except ValueError as error:
             raise _UsageError(str(error)) from error
+        except torch.onnx.OnnxExporterError as error:
+            why = str(error.__cause__ or error).splitlines()[0]
+            raise _UsageError(f"--model: torch cannot export this model's code: {why}") from error
 
 
 def _made(name: str) -> Any:

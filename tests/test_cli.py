@@ -316,6 +316,27 @@ def test_export_takes_several_inputs(tmp_path: Path, capsys: pytest.CaptureFixtu
     ]
 
 
+class Asks(nn.Linear):
+    """What it does depends on numbers, which no graph can know."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(-x if float(x.sum()) > 0 else x)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of much on its way to the error
+def test_export_says_what_torch_cannot_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(Asks(), tmp_path / "m.psc")
+    arguments = ["--onnx", str(tmp_path / "m.onnx"), "--model", "test_cli:Asks", "--example", "1,6"]
+    assert main(["export", str(tmp_path / "m.psc"), *arguments]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("psc export: --model: torch cannot export this model's code: ")
+    assert "data-dependent" in said
+    assert not (tmp_path / "m.onnx").exists()
+
+
 class Fixed(nn.Linear):
     """Takes the batch's length as a number, which tracing makes a constant."""
 

@@ -141,6 +141,14 @@ def _of_two(example: tuple[Any, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.cat((x, x)) for x in example)
 
 
+def _open(plain: nn.Module, example: tuple[Tensor, ...]) -> Any:
+    """What tells torch that the first axis of all inputs is a batch, however `forward` takes them."""
+    shapes, batch = torch.export.ShapesCollection(), torch.export.Dim("batch")  # type: ignore[no-untyped-call]  # torch's
+    for x in example:
+        shapes[x] = {0: batch}
+    return shapes.dynamic_shapes(plain, example)  # type: ignore[no-untyped-call]  # torch's
+
+
 def _names(graph: GraphProto) -> frozenset[str]:
     """What the values of a graph are called."""
     values = [value.name for value in (*graph.input, *graph.output, *graph.initializer)]
@@ -154,13 +162,12 @@ def _trace(
 
     While it is optimized they are inputs, the last ones: no optimizer touches these.
     """
-    batch = [{0: torch.export.Dim("batch")}] * len(example) if dynamic_batch else None
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             plain,
             example,
             dynamo=True,
-            dynamic_shapes=batch,
+            dynamic_shapes=_open(plain, example) if dynamic_batch else None,
             optimize=False,
             external_data=False,
             verbose=False,
@@ -198,6 +205,7 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated")
             warnings.filterwarnings("ignore", r"The tensor attributes? .*_flat_weights.* assigned during export")
+            warnings.filterwarnings("ignore", "# The axis name: batch will not be used")  # again: all inputs share it
             warnings.filterwarnings("ignore", "_check_is_size will be removed", FutureWarning)
             yield
     finally:

@@ -147,6 +147,11 @@ def test_an_open_batch_leaves_out_the_same_channels(tmp_path: Path) -> None:
     assert sizes[1] < sizes[0] + 200
 
 
+def test_several_inputs_of_one_open_batch(tmp_path: Path) -> None:
+    export_onnx(Several(), tmp_path / "model.onnx", (torch.zeros(1, 3), torch.zeros(1, 1)), dynamic_batch=True)
+    assert [value.shape for value in session(tmp_path / "model.onnx").get_inputs()] == [["batch", 3], ["batch", 1]]
+
+
 class Counts(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.expand(len(x), 3)
