@@ -110,7 +110,7 @@ def test_dequantize_is_what_some_runtimes_look_for(tmp_path: Path) -> None:
     export_onnx(model, tmp_path / "model.onnx", x, weights="dequantize")
     nodes = [node for node in onnx.load(tmp_path / "model.onnx").graph.node if node.op_type == "DequantizeLinear"]
     assert len(nodes) == len(list(view.views(model)))
-    # Onnxruntime's optimisations make one with 8 bit activations of it: not exact, and 1.23 fails at that.
+    # Onnxruntime 1.23 fails at optimising it, and a later one may make 8 bit activations of it, which are not exact.
     with torch.no_grad():
         assert difference(run(tmp_path / "model.onnx", x, as_it_is=True), model(x)) <= 1e-5
     with pytest.raises(ValueError, match="weights must be one of packed, dequantize, got 'int8'"):
