@@ -25,18 +25,28 @@ _FACTORY_HELP = "what makes the plain model, called without arguments"
 
 _NAMED = 6  # tensors that a message names
 
-_EXAMPLES = """\
-examples:
+_EXAMPLES = {
+    "inspect": """\
   psc inspect model.psc              a table: each tensor's shape, zeros, levels, bytes
   psc inspect model.psc --json       the same as JSON, for other programs
+""",
+    "verify": """\
   psc verify model.psc && deploy     checksum, structure and every symbol
   psc verify model.psc --against last.ckpt    and bit for bit the weights of a checkpoint
   psc verify model.psc --sha256 8c4f…         and the file that was meant
   psc verify model.psc --model package.module:factory    and that it goes into this model
+""",
+    "diff": """\
   psc diff old.psc new.psc           which tensors differ, how much, in how many bytes
+""",
+    "export": """\
   psc export runs/RUN --onnx model.onnx --example 1,1,8,8
-  psc export model.psc --onnx model.onnx --model package.module:factory --example 1,3,32,32
+  psc export model.psc --onnx model.onnx --model package.module:factory --example 1,3,32,32 --dynamic-batch
   psc export model.psc --safetensors model.safetensors
+""",
+}
+
+_STATUS = """\
 
 exit status: 0 good, 1 the file is bad, 2 wrong usage
              diff: 0 equal tensors, 1 different ones or a bad file; verify: 1 also for another checkpoint or SHA-256
@@ -71,18 +81,27 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="psc",
         description="Look into .psc files (compressed models written by psc_lightning) and check them.",
-        epilog=_EXAMPLES,
+        epilog="examples:\n" + "".join(_EXAMPLES.values()) + _STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    one = commands.add_parser("inspect", help="list the tensors of a file, with shapes and bytes")
+    def command(name: str, what: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=what,
+            description=f"{what[0].upper()}{what[1:]}.",
+            epilog=f"examples:\n{_EXAMPLES[name]}{_STATUS}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    one = command("inspect", "list the tensors of a file, with shapes and bytes")
     one.add_argument("file", metavar="FILE", help="a .psc file")
     one.add_argument("--json", action="store_true", help="print JSON with the keys of report.json")
     one.add_argument("--all", action="store_true", help="a row for each plain tensor too, where there are many")
     one.set_defaults(run=_inspect)
 
-    one = commands.add_parser("verify", help="check a file from end to end; prints nothing if it is good")
+    one = command("verify", "check a file from end to end; prints nothing if it is good")
     one.add_argument("file", metavar="FILE", help="a .psc file")
     one.add_argument(
         "--against",
@@ -94,14 +113,14 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--model", metavar=_FACTORY, help=f"{_FACTORY_HELP}: the file must go into it")
     one.set_defaults(run=_verify)
 
-    one = commands.add_parser("diff", help="compare the tensors of two files; exit status 1 if any differ")
+    one = command("diff", "compare the tensors of two files; exit status 1 if any differ")
     one.add_argument("file", metavar="A", help="a .psc file")
     one.add_argument("other", metavar="B", help="another")
     one.add_argument("--json", action="store_true", help="print JSON: all tensors, with the bytes in each file")
     one.add_argument("--all", action="store_true", help="a row for each equal tensor too")
     one.set_defaults(run=_diff)
 
-    one = commands.add_parser("export", help="write a file's model as ONNX, or its dense weights as safetensors")
+    one = command("export", "write a file's model as ONNX, or its dense weights as safetensors")
     one.add_argument("file", metavar="FILE", help="a .psc file, or the folder of a run, which knows its own model")
     one.add_argument("--onnx", metavar="OUT", help="the ONNX file to write")
     one.add_argument("--safetensors", metavar="OUT", help="the safetensors file to write")
@@ -113,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         help="an input: 1,3,32,32; 1,128:int64 where it is whole numbers; once for each input, in their order",
     )
+    one.add_argument("--dynamic-batch", action="store_true", help="leave the first axis of all inputs open in ONNX")
     one.set_defaults(run=_export)
     return parser
 
@@ -226,7 +246,14 @@ def _export(options: argparse.Namespace) -> None:
                 model.eval()(*example)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise _UsageError(f"--example: the model does not take such an input: {error}") from error
-        export_stored(model, load_stored(file), options.onnx, example)
+        stored = load_stored(file)
+        try:
+            export_stored(model, stored, options.onnx, example, dynamic_batch=options.dynamic_batch)
+        except ValueError as error:
+            raise _UsageError(str(error)) from error
+        except torch.onnx.OnnxExporterError as error:
+            why = str(error.__cause__ or error).splitlines()[0]
+            raise _UsageError(f"--model: torch cannot export this model's code: {why}") from error
 
 
 def _made(name: str) -> Any:

@@ -226,6 +226,17 @@ def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFix
     assert "usage: psc" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["inspect", "verify", "diff", "export"])
+def test_help_of_each_command_has_its_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    examples = capsys.readouterr().out.partition("examples:")[2].partition("exit status: 0 good")[0]
+    lines = examples.strip().splitlines()
+    assert lines
+    assert all(line.strip().startswith(f"psc {command} ") for line in lines)
+
+
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--help"])
@@ -333,3 +344,47 @@ def test_export_takes_several_inputs(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("tensor(int64)", [2, 3]),
         ("tensor(float)", [2, 5]),
     ]
+
+
+class Asks(nn.Linear):
+    """What it does depends on numbers, which no graph can know."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(-x if float(x.sum()) > 0 else x)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of much on its way to the error
+def test_export_says_what_torch_cannot_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(Asks(), tmp_path / "m.psc")
+    arguments = ["--onnx", str(tmp_path / "m.onnx"), "--model", "test_cli:Asks", "--example", "1,6"]
+    assert main(["export", str(tmp_path / "m.psc"), *arguments]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("psc export: --model: torch cannot export this model's code: ")
+    assert "data-dependent" in said
+    assert not (tmp_path / "m.onnx").exists()
+
+
+class Fixed(nn.Linear):
+    """Takes the batch's length as a number, which tracing makes a constant."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).expand(len(x), 4)
+
+
+def test_export_leaves_the_batch_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, file = tmp_path / "m.onnx", str(tmp_path / "m.psc")
+    save(small(), file)
+    arguments = ["export", file, "--onnx", str(out), "--dynamic-batch", "--example", "1,6", "--model"]
+    assert main([*arguments, "test_cli:small"]) == 0
+    assert onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"]).get_inputs()[0].shape == ["batch", 6]
+    out.unlink()
+    save(Fixed(), file)
+    assert main([*arguments, "test_cli:Fixed"]) == 2
+    assert "psc export: dynamic_batch: the model's code fixes" in capsys.readouterr().err
+    assert not out.exists()

@@ -14,7 +14,7 @@ from torch import nn
 from training import COMBINATIONS, Net
 
 import psc_lightning
-from psc_lightning import StraightThroughQuantization
+from psc_lightning import MaskLearning, StraightThroughQuantization
 from psc_lightning.artifact import directory
 from psc_lightning.levels import LEVELS
 
@@ -71,6 +71,17 @@ def test_every_level_in_every_type(options, dtype, tmp_path):
     layers = [nn.Linear(9, 16), nn.ConvTranspose2d(4, 6, 3, groups=2), nn.Conv1d(4, 8, 3), nn.Embedding(11, 7)]
     model = nn.Sequential(*layers).to(dtype)
     psc_lightning.save(compressed([StraightThroughQuantization(**options)], model), tmp_path / "model.psc")
+    same(tmp_path / "model.psc")
+
+
+@pytest.mark.parametrize("block", [1, 3])
+@pytest.mark.parametrize("granularity", ["element", "row", "column", "channel"])
+def test_every_granularity(granularity, block, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 16), nn.ConvTranspose2d(4, 6, 3, groups=2), nn.Conv2d(4, 8, 3))
+    blocks = {"block": block} if granularity in ("row", "column") else {}
+    mask = MaskLearning("magnitude", threshold=0.5, granularity=granularity, min_size=1, **blocks)
+    psc_lightning.save(compressed([mask], model), tmp_path / "model.psc")
     same(tmp_path / "model.psc")
 
 

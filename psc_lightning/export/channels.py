@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from psc_lightning.export.graph import Graph, leave_out_unused, reads
 from psc_lightning.stored import Stored
 
 __all__ = ["remove_dead_channels"]
@@ -30,23 +31,23 @@ _POOLS = {"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"}
 _X_TIMES_W_TURNED = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
 
 
-def remove_dead_channels(graph: GraphProto, held: Mapping[str, Stored]) -> dict[str, Stored]:
+def remove_dead_channels(model: GraphProto, graph: Graph, held: Mapping[str, Stored]) -> dict[str, Stored]:
     """Leave out dead channels of a graph, in place; `held` with what is left of its weights.
 
     Args:
-        graph: the graph, with the shapes of its values; its compressed weights are neither inputs nor constants.
+        model: the graph, with the shapes of its values; its compressed weights are neither inputs nor constants.
+        graph: knows which names are free.
         held: name → compressed weight.
     """
-    model = _Model(graph, dict(held))
-    for layer in model.layers.values():
-        chain = model.chain(layer)
+    found = _Model(model, graph, dict(held))
+    for layer in found.layers.values():
+        chain = found.chain(layer)
         if chain is not None:
-            _shorten(model, layer, *chain)
-    used = {name for node in graph.node for name in node.input}
-    left = [tensor for tensor in model.constants.values() if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(left)
-    return model.held
+            _shorten(found, layer, *chain)
+    del model.initializer[:]
+    model.initializer.extend(found.constants.values())
+    leave_out_unused(model)
+    return found.held
 
 
 @dataclass(frozen=True)
@@ -77,18 +78,18 @@ class _Layer:
 class _Model:
     """A graph whose layers and constants can be looked up and cut."""
 
-    def __init__(self, graph: GraphProto, held: dict[str, Stored]) -> None:
-        self.held = held
-        self.constants = {tensor.name: tensor for tensor in graph.initializer}
-        self.users: dict[str, list[NodeProto]] = {value.name: [NodeProto()] for value in graph.output}
-        self.makers = {name: node for node in graph.node for name in node.output}
+    def __init__(self, model: GraphProto, graph: Graph, held: dict[str, Stored]) -> None:
+        self.graph, self.held = graph, held
+        self.constants = {tensor.name: tensor for tensor in model.initializer}
+        self.users: dict[str, list[NodeProto]] = {value.name: [NodeProto()] for value in model.output}
+        self.makers = {name: node for node in model.node for name in node.output}
         self.shapes = {
-            value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in graph.value_info
+            value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in model.value_info
         }
-        for node in graph.node:
-            for name in node.input:
+        for node in model.node:
+            for name in reads(node):
                 self.users.setdefault(name, []).append(node)
-        found = [self._layer(node) for node in graph.node]
+        found = [self._layer(node) for node in model.node]
         #: by the value that a layer reads
         self.layers = {layer.source: layer for layer in found if layer is not None}
 
@@ -104,7 +105,7 @@ class _Model:
     def set(self, place: tuple[NodeProto, int], values: Array) -> None:
         """Give a node another constant; who else uses the old one keeps it."""
         node, at = place
-        name = f"{node.output[0]}/{at}"
+        name = self.graph.name()
         self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
         node.input.extend([""] * (at + 1 - len(node.input)))
         node.input[at] = name
@@ -167,7 +168,7 @@ class _Model:
         """Whether a node puts all of a channel's entries next to each other, channel after channel."""
         shape = self.values((node, 1)) if node.op_type == "Reshape" else None
         before = self.shapes.get(node.input[0], []) if shape is not None else []
-        return shape is not None and len(before) > 1 and all(before) and list(shape[1:]) == [prod(before[1:])]
+        return shape is not None and len(before) > 1 and all(before[1:]) and list(shape[1:]) == [prod(before[1:])]
 
 
 def _shorten(model: _Model, first: _Layer, between: list[NodeProto], last: _Layer) -> None:
@@ -175,15 +176,15 @@ def _shorten(model: _Model, first: _Layer, between: list[NodeProto], last: _Laye
     weight, reader = _known(model.values(first.weight)), _known(model.values(last.weight))
     channels = len(weight)
     width = reader.shape[1] // channels  # a flattened image: so many columns a channel
-    reads = reader.reshape(len(reader), channels, -1)
+    columns = reader.reshape(len(reader), channels, -1)
     constant = _passed(model, first, between, channels)
     zero_only = last.bias is None or any(map(_pads, [*between, last.node]))
     dead = ~weight.reshape(channels, -1).any(1) & np.isfinite(constant) & ((constant == 0) | (not zero_only))
-    keep = ~dead & reads.any((0, 2))
+    keep = ~dead & columns.any((0, 2))
     keep[0] |= not keep.any()
     if keep.all():
         return
-    added = (reads.sum(2, dtype=np.float64) @ np.where(dead & ~keep, constant, 0.0)).astype(reader.dtype)
+    added = (columns.sum(2, dtype=np.float64) @ np.where(dead & ~keep, constant, 0.0)).astype(reader.dtype)
     if added.any() and last.bias is not None:
         bias = model.values(last.bias)
         model.set(last.bias, added if bias is None else bias + added)

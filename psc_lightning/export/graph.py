@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from itertools import count
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-__all__ = ["Graph"]
+__all__ = ["Graph", "leave_out_unused", "reads"]
 
 Array = NDArray[Any]
 
-_PREFIX = "psc"
+
+def reads(node: NodeProto) -> Iterator[str]:
+    """The values that a node reads; those that the branches of an If read, too."""
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in (attribute.g, *attribute.graphs):
+            yield from (name for one in inner.node for name in reads(one))
+            yield from (value.name for value in inner.output)
+
+
+def leave_out_unused(graph: GraphProto) -> None:
+    """Leave out the constants that no node reads, in place."""
+    used = {name for node in graph.node for name in reads(node)}
+    left = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(left)
 
 
 class Graph:
     """Collects nodes in the order in which they run; equal constants are kept once, names are short.
+
+    Args:
+        taken: names that values elsewhere have.
 
     >>> graph = Graph()
     >>> total = graph.node("Add", graph.constant(np.float32(1)), graph.constant(np.float32(1)))
@@ -24,16 +44,15 @@ class Graph:
     ('psc1', 1, 1)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, taken: Collection[str] = ()) -> None:
         self.nodes: list[NodeProto] = []
         self.initializers: list[TensorProto] = []
         self._pool: dict[Any, str] = {}
-        self._count = 0
+        self._names = (name for name in map("psc{}".format, count()) if name not in taken)
 
     def name(self) -> str:
         """A name that no other value has."""
-        self._count += 1
-        return f"{_PREFIX}{self._count - 1}"
+        return next(self._names)
 
     def constant(self, values: Any, bfloat16: bool = False) -> str:
         """The name of a constant; `bfloat16` says that a uint16 array holds the bits of such numbers."""

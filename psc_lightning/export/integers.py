@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, helper, numpy_helper
 
 from psc_lightning.activations import Grid, grid
-from psc_lightning.export.graph import Graph
+from psc_lightning.export.graph import Graph, leave_out_unused, reads
 from psc_lightning.export.packing import integer_constant, multiples
 from psc_lightning.export.weights import core_values
 from psc_lightning.stored import Stored
@@ -68,10 +68,8 @@ def run_in_integers(model: GraphProto, graph: Graph, held: Mapping[str, Stored])
             "always hold them, and onnxruntime's results are then wrong; with bits=7 they are right everywhere",
             stacklevel=2,
         )
-    used = {name for node in model.node for name in node.input}
-    left = [tensor for tensor in model.initializer if tensor.name in used]
-    del model.initializer[:]
-    model.initializer.extend(left)
+    leave_out_unused(model)
+    used = {name for node in model.node for name in reads(node)}
     return {name: stored for name, stored in held.items() if name in used}
 
 
@@ -125,7 +123,7 @@ class _Integers:
             self._give(node, inputs)
         self.users: dict[str, list[NodeProto]] = {value.name: [NodeProto()] for value in model.output}
         for node in model.node:
-            for name in node.input:
+            for name in reads(node):
                 self.users.setdefault(name, []).append(node)
         self.layers = [self._layer(name, held[name], node, inputs) for name, node, inputs in found]
         self.move()

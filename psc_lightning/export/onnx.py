@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 try:
-    from onnx import ModelProto, checker
+    from onnx import GraphProto, ModelProto, checker
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("ONNX export needs onnx and onnxscript: pip install onnx onnxscript") from error
 
 from psc_lightning import view
 from psc_lightning.artifact import container
 from psc_lightning.export.channels import remove_dead_channels
-from psc_lightning.export.graph import Graph
+from psc_lightning.export.graph import Graph, reads
 from psc_lightning.export.integers import run_in_integers
 from psc_lightning.export.separable import split_convolutions
 from psc_lightning.export.weights import write_weight
@@ -34,7 +34,13 @@ Example = Tensor | tuple[Any, ...]
 _WEIGHTS = ("packed", "dequantize")
 
 
-def export_onnx(model: nn.Module, path: str | os.PathLike[str], example: Example, weights: str = "packed") -> None:
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example: Example,
+    weights: str = "packed",
+    dynamic_batch: bool = False,
+) -> None:
     """Write a model as ONNX, of standard operators only; its weights are rebuilt exactly when a session starts.
 
     The file is about as small as the bit-packed weights; a runtime that computes constant expressions before it runs
@@ -52,12 +58,15 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example: Example
         path: the file to write; one that exists is replaced only when the new one is complete.
         example: an input (several: a tuple), whose shapes and types become the graph's.
         weights: `packed`; or `dequantize`: DequantizeLinear where weights are 8 bit multiples of a scale, for runtimes
-            that look for it. Onnxruntime does not compute that one at the start, and multiplies such matrices with
-            8 bit activations (an error of about 5e-3; none with ORT_DISABLE_ALL, which 1.23 needs to take the file).
+            that look for it. Onnxruntime computes that one at every run, not at the start. It, and others, may multiply
+            such matrices with 8 bit activations (an error of about 5e-3); 1.32 is exact for what is written here, 1.23
+            takes the file with ORT_DISABLE_ALL only.
+        dynamic_batch: leave the length of the first axis open, which all inputs then share; the model's code must not
+            depend on it.
 
     Raises:
         ModuleNotFoundError: onnx or onnxscript is missing; the message says how to install them.
-        ValueError: a wrong argument.
+        ValueError: a wrong argument, or a batch that the model's code fixes.
         OSError: the folder is missing or not writable, or the disk is full; nothing is left behind.
     """
     # A LightningModule refers to its Trainer, which is not to be copied.
@@ -68,7 +77,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example: Example
             if slots.begun:
                 slots.harden(weight)
                 stored[name] = slots.stored(weight)
-    export_stored(view.detach(plain), stored, path, example, weights)
+    export_stored(view.detach(plain), stored, path, example, weights, dynamic_batch)
 
 
 def export_stored(
@@ -77,6 +86,7 @@ def export_stored(
     path: str | os.PathLike[str],
     example: Example,
     weights: str = "packed",
+    dynamic_batch: bool = False,
 ) -> None:
     """Write a plain model whose named weights are also known as what a file stores; see `export_onnx`.
 
@@ -86,6 +96,7 @@ def export_stored(
         path: the file to write.
         example: an input, or a tuple of several.
         weights: `packed` or `dequantize`.
+        dynamic_batch: leave the length of the first axis of all inputs open.
     """
     if weights not in _WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(_WEIGHTS)}, got {weights!r}")
@@ -95,14 +106,17 @@ def export_stored(
     tensors = {id(plain.get_parameter(name)): held for name, held in stored.items()}
     named = plain.named_parameters(remove_duplicate=False)
     held = {name: tensors[id(tensor)] for name, tensor in named if id(tensor) in tensors}
-    model = _trace(plain.cpu().eval(), example, {name for name in held if _is_float32(held[name])})
-    held = {value.name: held[value.name] for value in model.graph.input if value.name in held}
-    inputs = [value for value in model.graph.input if value.name not in held]
-    del model.graph.input[:]
-    model.graph.input.extend(inputs)
-    held = remove_dead_channels(model.graph, held)
+    opaque = {name for name in held if _is_float32(held[name])}
+    model, names = _trace(plain.cpu().eval(), _of_two(example) if dynamic_batch else example, opaque, dynamic_batch)
+    held = {value: held[name] for value, name in names.items()}
+    if dynamic_batch and not all(value.type.tensor_type.shape.dim[0].dim_param for value in model.graph.input):
+        raise ValueError(
+            "dynamic_batch: the model's code fixes the length of the first axis, as len(x) does: take x.shape[0] there, or "
+            "export one file for each batch size"
+        )
+    graph = Graph(_names(model.graph))
+    held = remove_dead_channels(model.graph, graph, held)
     model.graph.ClearField("value_info")
-    graph = Graph()
     held = run_in_integers(model.graph, graph, held)
     held = split_convolutions(model.graph, graph, held)
     for name, one in held.items():
@@ -120,13 +134,49 @@ def _is_float32(held: Stored) -> bool:
     return all(torch.equal(core.float().to(core.dtype), core) for core in held.cores.values())
 
 
-def _trace(plain: nn.Module, example: tuple[Any, ...], opaque: set[str]) -> ModelProto:
-    """The optimized graph of a model, its weights named in `opaque` among the inputs: no optimizer touches these."""
+def _of_two(example: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """An example whose batch is no 1, which torch takes for a constant."""
+    lengths = {len(x) if isinstance(x, Tensor) and x.dim() else None for x in example}
+    if len(lengths) != 1 or None in lengths:
+        raise ValueError("dynamic_batch: expected inputs that are tensors with first axes of one length")
+    return tuple(torch.cat((x, x)) for x in example)
+
+
+def _open(plain: nn.Module, example: tuple[Tensor, ...]) -> Any:
+    """What tells torch that the first axis of all inputs is a batch, however `forward` takes them."""
+    shapes, batch = torch.export.ShapesCollection(), torch.export.Dim("batch")  # type: ignore[no-untyped-call]  # torch's
+    for x in example:
+        shapes[x] = {0: batch}
+    return shapes.dynamic_shapes(plain, example)  # type: ignore[no-untyped-call]  # torch's
+
+
+def _names(graph: GraphProto) -> frozenset[str]:
+    """What the values of a graph are called."""
+    values = [value.name for value in (*graph.input, *graph.output, *graph.initializer)]
+    return frozenset([*values, *(name for node in graph.node for name in (*reads(node), *node.output))])
+
+
+def _trace(
+    plain: nn.Module, example: tuple[Any, ...], opaque: set[str], dynamic_batch: bool
+) -> tuple[ModelProto, dict[str, str]]:
+    """The optimized graph of a model, without the weights named in `opaque`; value in the graph → name of such a weight.
+
+    While it is optimized they are inputs, the last ones: no optimizer touches these.
+    """
     with _quiet(), torch.no_grad():
-        program = torch.onnx.export(plain, example, dynamo=True, optimize=False, external_data=False, verbose=False)
+        program = torch.onnx.export(
+            plain,
+            example,
+            dynamo=True,
+            dynamic_shapes=_open(plain, example) if dynamic_batch else None,
+            optimize=False,
+            external_data=False,
+            verbose=False,
+        )
         assert program is not None
         inner = program.model.graph
-        for name in opaque & set(inner.initializers):
+        others, names = len(inner.inputs), [name for name in inner.initializers if name in opaque]
+        for name in names:
             value = inner.initializers.pop(name)
             value.const_value = None
             inner.inputs.append(value)
@@ -139,19 +189,26 @@ def _trace(plain: nn.Module, example: tuple[Any, ...], opaque: set[str]) -> Mode
             node.ClearField(field)
     for value in (*model.graph.input, *model.graph.output):
         value.ClearField("metadata_props")
-    return model
+    # An input of the user's may have had a weight's name: the weight then has another one.
+    values = [value.name for value in model.graph.input[others:]]
+    del model.graph.input[others:]
+    return model, dict(zip(values, names, strict=True))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out what the exporter says of its own uses of torch, and of torchvision's operators being absent."""
-    log = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Leave out what the exporter says of its own uses of torch, torchvision's operators, constants it cannot fold."""
+    names = ("torch.onnx._internal.exporter._registration", "onnxscript.optimizer._constant_folding")
+    levels = {log: log.level for log in map(logging.getLogger, names)}
+    for log in levels:
+        log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated")
             warnings.filterwarnings("ignore", r"The tensor attributes? .*_flat_weights.* assigned during export")
+            warnings.filterwarnings("ignore", "# The axis name: batch will not be used")  # again: all inputs share it
+            warnings.filterwarnings("ignore", "_check_is_size will be removed", FutureWarning)
             yield
     finally:
-        log.setLevel(level)
+        for log, level in levels.items():
+            log.setLevel(level)

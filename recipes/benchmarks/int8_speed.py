@@ -98,7 +98,7 @@ def write(args: argparse.Namespace, dense_accuracy: float, count: int, rows: lis
         "# ResNet-20 in 8 bit integers in onnxruntime",
         "",
         f"CPU time, one thread, median of {args.repeats} pairs; ratio: median (lowest – highest) of the pairs.",
-        f"Accuracy on {count} test images in %: of the dense network {dense_accuracy:.2f}; `torch` is what",
+        f"Accuracy on {count} test images in %, one seed: of the dense network {dense_accuracy:.2f}; `torch` is what",
         f"training reports. Onnxruntime {onnxruntime.__version__}, a processor {processor}.",
         f"By `{command} --repeats {args.repeats}`.",
         "",

@@ -14,7 +14,17 @@ from fuzz import closed, little_memory, watched
 from models import EVERY_METHOD, bag, compressed, fill
 from torch import nn
 
-from psc_lightning.artifact import ArtifactError, container, directory, inspect, load, save, streams, to_bytes
+from psc_lightning.artifact import (
+    ArtifactError,
+    container,
+    directory,
+    inspect,
+    load,
+    load_into,
+    save,
+    streams,
+    to_bytes,
+)
 from psc_lightning.artifact.container import varint
 from psc_lightning.artifact.directory import Entry, Kind
 
@@ -58,6 +68,16 @@ def test_every_byte_flipped(small: bytes, tmp_path: Path) -> None:
             data = bytearray(small)
             data[at] ^= mask
             assert refused(tmp_path / "f", bytes(data))
+
+
+def test_the_checksum_comes_first(small: bytes, tmp_path: Path) -> None:
+    """Whatever a flipped bit would have meant."""
+    for at in range(4, len(small)):
+        data = bytearray(small)
+        data[at] ^= 0x80
+        (tmp_path / "f").write_bytes(data)
+        with pytest.raises(ArtifactError, match="expected checksum"):
+            load(tmp_path / "f")
 
 
 def test_every_byte_flipped_and_every_truncation_under_a_right_checksum(small: bytes, tmp_path: Path) -> None:
@@ -123,6 +143,18 @@ def test_a_small_file_that_asks_for_much(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(data)
     with pytest.raises(ArtifactError, match="max_bytes"):
         load(tmp_path / "f", max_bytes=LIMIT)
+
+
+def test_a_model_does_not_take_memory_for_other_shapes(tmp_path: Path) -> None:
+    """`load_into` knows how much its model takes: names and shapes are compared before anything is decoded."""
+    many = [("weight", (1 << 13, 1 << 13)), ("bias", (1,))]
+    data = closed([Entry(name, Kind.LEFTOVER, torch.float32, shape) for name, shape in many], b"\1")
+    (tmp_path / "f").write_bytes(data)
+    with (
+        little_memory(),
+        pytest.raises(ArtifactError, match=r"weight has shape \[8192, 8192\] in the file, \[1, 2\] in"),
+    ):
+        load_into(nn.Linear(2, 1), tmp_path / "f")
 
 
 def test_a_small_file_takes_little_memory_whatever_the_limit(tmp_path: Path) -> None:

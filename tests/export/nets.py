@@ -61,7 +61,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat((self.token.expand(len(x), -1, -1), x), 1) + self.positions
+        x = torch.cat((self.token.expand(x.shape[0], -1, -1), x), 1) + self.positions
         return self.linear(self.norm(self.encoder(x))[:, 0])
 
 

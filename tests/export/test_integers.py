@@ -240,13 +240,14 @@ def test_products_that_16_bits_do_not_hold_are_told(tmp_path: Path):
         assert any("bits=7" in str(one.message) for one in found) == told
 
 
-def test_dead_channels_are_left_out_of_integers_too(tmp_path: Path):
+@pytest.mark.parametrize("dynamic_batch", [False, True])
+def test_dead_channels_are_left_out_of_integers_too(dynamic_batch: bool, tmp_path: Path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8))
     statistics(model)
     x = torch.randn(2, 3, 10, 10)
     rounded(model.eval(), [x, x.flip(0)], MaskLearning(threshold=0.5, granularity="channel", targets="0"))
-    export_onnx(model, tmp_path / "model.onnx", x)
+    export_onnx(model, tmp_path / "model.onnx", x[:1] if dynamic_batch else x, dynamic_batch=dynamic_batch)
     with torch.no_grad():
         wanted = model(x)
     assert (run(tmp_path / "model.onnx", x) - wanted).abs().max() <= 0.03 * wanted.abs().max()

@@ -17,6 +17,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from nets import difference, session
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -30,6 +31,7 @@ from psc_lightning import (
     WeightSharing,
     compress,
     detach,
+    export_onnx,
     load,
     plan,
     save,
@@ -44,7 +46,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
-CHECKS = ("keys", "step", "file", "load", "copy", "resume")
+CHECKS = ("keys", "step", "file", "load", "copy", "resume", "onnx")
 
 
 class Task(LightningModule):
@@ -221,6 +223,30 @@ def test_resume(whole: Whole, tmp_path: Path) -> None:
     assert differences(run_state(whole.model, whole.made), run_state(*resumed)) == []
     assert to_bytes(resumed[0])[0] == to_bytes(whole.model)[0]
     whole.row["resume"] = "yes"
+
+
+class Bare(nn.Module):
+    """A network as a function of its batch's tensors."""
+
+    def __init__(self, entry: Entry, net: nn.Module) -> None:
+        super().__init__()
+        self.entry, self.net = entry, net
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.entry.output(self.net, dict(zip(self.entry.batch, inputs)))
+
+
+def test_onnx(whole: Whole, tmp_path: Path) -> None:
+    """Onnxruntime computes what the network does, in its default options, for a batch of any length."""
+    model, inputs = Bare(whole.entry, deepcopy(whole.model.net)).eval(), tuple(whole.entry.batch.values())
+    export_onnx(model, tmp_path / "model.onnx", inputs, dynamic_batch=True)
+    made = session(tmp_path / "model.onnx")
+    for number in (2, 3):
+        batch = tuple(torch.cat((x, x.flip(0)))[:number] for x in inputs)
+        feed = {one.name: x.numpy() for one, x in zip(made.get_inputs(), batch, strict=True)}
+        with torch.no_grad():
+            assert difference(torch.from_numpy(made.run(None, feed)[0]), model(*batch)) <= 1e-5
+    whole.row["onnx"] = "yes"
 
 
 def test_pretrained(whole: Whole, tmp_path: Path) -> None:
