@@ -68,9 +68,9 @@ def decode(reader: Reader, shape: Shape, dtype: torch.dtype) -> Stored:
         if method:
             core = method.decode(reader, keep, work)
         else:
-            core = torch.zeros(size, dtype=work)
-            core[keep] = read_bits(reader, int(keep.sum()), dtype).to(work)
-        cores[name] = torch.where(keep, core, 0.0)
+            entries = read_bits(reader, int(keep.count_nonzero()), dtype).to(work)
+            core = torch.zeros(size, dtype=work).masked_scatter_(keep, entries)
+        cores[name] = core.masked_fill_(~keep, 0.0) if masks else core
     matrix = tying.expand(cores) if tying is not None else cores["core"]
     weight = layout.weight(matrix.detach(), shape).to(dtype).contiguous()
     name = "+".join(filter(None, dict.fromkeys(methods))) or "plain"

@@ -27,8 +27,7 @@ def _check(core: Tensor, keep: Tensor, dtype: torch.dtype) -> None:
 
 def _decode(reader: Reader, keep: Tensor, stored: torch.dtype, dtype: torch.dtype) -> Tensor:
     values = torch.zeros(keep.shape, dtype=dtype)
-    values[keep] = read_bits(reader, int(keep.sum()), stored).to(dtype)
-    return values
+    return values.masked_scatter_(keep, read_bits(reader, int(keep.count_nonzero()), stored).to(dtype))
 
 
 class Float16Levels(Levels):
@@ -75,7 +74,7 @@ class Float16Levels(Levels):
 
     def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
         """Store the 16 bits of the kept entries."""
-        write_bits(writer, _round(core, self.stored)[keep])
+        write_bits(writer, _round(core, self.stored).masked_select(keep))
 
     @classmethod
     def decode(cls, reader: Reader, keep: Tensor, dtype: torch.dtype) -> Tensor:
@@ -124,7 +123,7 @@ class BFloat16Levels(Levels):
 
     def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
         """Store the 16 bits of the kept entries."""
-        write_bits(writer, _round(core, self.stored)[keep])
+        write_bits(writer, _round(core, self.stored).masked_select(keep))
 
     @classmethod
     def decode(cls, reader: Reader, keep: Tensor, dtype: torch.dtype) -> Tensor:

@@ -91,7 +91,7 @@ class UniformLevels(Levels):
     def _round(self, ratio: Tensor) -> Tensor:
         if self.bits == 1:
             return torch.where(ratio >= 0, 1.0, -1.0).to(ratio.dtype)
-        return ratio.round().clamp(-self.top, self.top)
+        return ratio.round().clamp_(-self.top, self.top)
 
     def code(self, core: Tensor) -> Tensor:
         """round(x/s), from -m to m."""
