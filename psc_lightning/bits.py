@@ -12,7 +12,7 @@ from torch import Tensor
 
 from psc_lightning.symbols import Reader, Writer, pieces
 
-__all__ = ["read_bits", "write_bits"]
+__all__ = ["read_bits", "read_kept", "write_bits"]
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MANTISSA = {torch.float16: 10, torch.bfloat16: 7, torch.float32: 23, torch.float64: 52}
@@ -71,3 +71,12 @@ def read_bits(reader: Reader, count: int, dtype: torch.dtype) -> Tensor:
             words = words << 8 | part
         values.copy_(_from_words(words, dtype))
     return out
+
+
+def read_kept(reader: Reader, keep: Tensor, stored: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """Read the entries that `keep` marks, stored as one type and wanted as another; +0.0 elsewhere."""
+    number = int(keep.count_nonzero())
+    entries = read_bits(reader, number, stored).to(dtype)
+    if number == keep.numel():
+        return entries.reshape(keep.shape)
+    return torch.zeros(keep.shape, dtype=dtype).masked_scatter_(keep, entries)

@@ -99,7 +99,7 @@ class UniformLevels(Levels):
 
     def value(self, code: Tensor) -> Tensor:
         """code · s."""
-        return code * spread(self._scale(), self.shape, self.group) + 0.0
+        return (code * spread(self._scale(), self.shape, self.group)).add_(0.0)
 
     def forward(self, core: Tensor) -> Tensor:
         """The levels; gradients as the class says."""

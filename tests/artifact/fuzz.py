@@ -309,7 +309,7 @@ class Inventor:
             raise ArtifactError("no such number")
         return value
 
-    def symbols(self, number: int, size: int, grid: Tensor | None = None) -> Tensor:
+    def symbols(self, number: int, size: int) -> Tensor:
         """Symbols for a method that asks for them."""
         if not 0 <= number <= LIMIT:
             raise ArtifactError("no such number of symbols")
@@ -318,7 +318,7 @@ class Inventor:
         values = torch.randint(min(top, size), (number,), generator=seed, dtype=torch.int32)
         if self._choice.random() < 0.3:
             values = size - 1 - values
-        self.writer.symbols(values, size, grid)
+        self.writer.symbols(values, size)
         return values.to(torch.uint8) if size <= 256 else values
 
     def finish(self) -> None:
