@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from psc_lightning.symbols import Reader, Writer
+from psc_lightning.symbols import Reader, Writer, pieces
 
-__all__ = ["read_bits", "write_bits"]
+__all__ = ["read_bits", "read_kept", "write_bits"]
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MANTISSA = {torch.float16: 10, torch.bfloat16: 7, torch.float32: 23, torch.float64: 52}
@@ -45,20 +45,38 @@ def _from_words(words: Tensor, dtype: torch.dtype) -> Tensor:
 
 def write_bits(writer: Writer, values: Tensor) -> None:
     """Store a tensor's entries in memory order, bit for bit; bool as one array of size 2, all else a byte an array."""
-    words = _to_words(values.detach().cpu().reshape(-1))
+    values = values.detach().cpu().reshape(-1)
     if values.dtype == torch.bool:
-        writer.symbols(words.to(torch.int32), 2)
+        writer.symbols(values.view(torch.uint8), 2)
         return
-    for byte in reversed(range(values.dtype.itemsize)):
-        writer.symbols(((words >> (8 * byte)) & 255).to(torch.int32), 256)
+    planes = torch.empty(values.dtype.itemsize, len(values), dtype=torch.uint8)
+    for part, *out in pieces(values, *planes):
+        words = _to_words(part)
+        for byte, plane in enumerate(reversed(out)):
+            plane.copy_(words >> 8 * byte & 255)
+    for plane in planes:
+        writer.symbols(plane, 256)
 
 
 def read_bits(reader: Reader, count: int, dtype: torch.dtype) -> Tensor:
     """Read `count` entries of `dtype` that `write_bits` stored."""
     if dtype == torch.bool:
-        return reader.symbols(count, 2).to(torch.bool)
-    # A signed byte's word is kept in 16 bits, as in `_to_words`.
-    words = torch.zeros(count, dtype=torch.int16 if dtype == torch.int8 else _WORDS[dtype.itemsize])
-    for byte in reversed(range(dtype.itemsize)):
-        words |= reader.symbols(count, 256).to(words.dtype) << (8 * byte)
-    return _from_words(words, dtype)
+        return reader.symbols(count, 2).view(torch.bool)
+    planes = [reader.symbols(count, 256) for _ in range(dtype.itemsize)]
+    out = torch.empty(count, dtype=dtype)
+    for values, *parts in pieces(out, *planes):
+        # A signed byte's word is kept in 16 bits, as in `_to_words`.
+        words = torch.zeros(len(values), dtype=torch.int16 if dtype == torch.int8 else _WORDS[dtype.itemsize])
+        for part in parts:
+            words = words << 8 | part
+        values.copy_(_from_words(words, dtype))
+    return out
+
+
+def read_kept(reader: Reader, keep: Tensor, stored: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """Read the entries that `keep` marks, stored as one type and wanted as another; +0.0 elsewhere."""
+    number = int(keep.count_nonzero())
+    entries = read_bits(reader, number, stored).to(dtype)
+    if number == keep.numel():
+        return entries.reshape(keep.shape)
+    return torch.zeros(keep.shape, dtype=dtype).masked_scatter_(keep, entries)

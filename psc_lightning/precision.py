@@ -130,11 +130,12 @@ class Log8:
 
     def write(self, writer: Writer, values: Tensor, unit: Tensor | float) -> None:
         """Store their codes."""
-        writer.symbols(self._codes(values, unit).reshape(-1).cpu() + _TOP, 2 * _TOP + 1)
+        codes = self._codes(values, unit).reshape(-1).cpu() + _TOP
+        writer.symbols(codes.to(torch.uint8), 2 * _TOP + 1)
 
     def read(self, reader: Reader, count: int, unit: float) -> Tensor:
         """Read them."""
-        return self._values(reader.symbols(count, 2 * _TOP + 1) - _TOP, unit)
+        return self._values(reader.symbols(count, 2 * _TOP + 1).to(torch.int32) - _TOP, unit)
 
 
 #: the names in arguments; the numbers in files never change their meaning

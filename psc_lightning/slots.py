@@ -357,7 +357,7 @@ class Slots(nn.Module):
                 chain.levels.encode(writer, core, keep)
             else:
                 writer.integer(0)
-                write_bits(writer, core[keep].to(weight.dtype))
+                write_bits(writer, core.masked_select(keep).to(weight.dtype))
 
     @torch.no_grad()
     def rescale(self, weight: Tensor, factor: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from psc_lightning.activations import Grid
-from psc_lightning.bits import read_bits
+from psc_lightning.bits import read_kept
 from psc_lightning.layout import Layout
 from psc_lightning.levels import LEVELS
 from psc_lightning.masks import read_keep
@@ -65,12 +65,8 @@ def decode(reader: Reader, shape: Shape, dtype: torch.dtype) -> Stored:
         keep = read_keep(reader, size) if masks else torch.ones(size, dtype=torch.bool)
         level, method = _known(LEVELS, reader, "levels")
         methods += ["mask" if masks else "", level]
-        if method:
-            core = method.decode(reader, keep, work)
-        else:
-            core = torch.zeros(size, dtype=work)
-            core[keep] = read_bits(reader, int(keep.sum()), dtype).to(work)
-        cores[name] = torch.where(keep, core, 0.0)
+        core = method.decode(reader, keep, work) if method else read_kept(reader, keep, dtype, work)
+        cores[name] = core.masked_fill_(~keep, 0.0) if masks else core
     matrix = tying.expand(cores) if tying is not None else cores["core"]
     weight = layout.weight(matrix.detach(), shape).to(dtype).contiguous()
     name = "+".join(filter(None, dict.fromkeys(methods))) or "plain"

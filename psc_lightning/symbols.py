@@ -7,11 +7,21 @@ there.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Reader", "Writer"]
+__all__ = ["PIECE", "Reader", "Writer", "pieces"]
+
+#: entries to take at a time: they stay in the processor's cache, and no second copy of a large tensor is made
+PIECE = 1 << 18
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """1-D tensors of one length in views of at most `PIECE` entries; one of none, where they are empty."""
+    for start in range(0, max(len(tensors[0]), 1), PIECE):
+        yield tuple(tensor[start : start + PIECE] for tensor in tensors)
 
 
 class Writer(Protocol):
@@ -21,8 +31,9 @@ class Writer(Protocol):
         """Store one small signed integer (a rank, an exponent, a method's code)."""
 
     def symbols(self, values: Tensor, size: int, grid: Tensor | None = None) -> None:
-        """Store a 1-D int32 tensor with entries in 0 … size-1 (1 ≤ size ≤ 65536); near numbers mean near values.
+        """Store a 1-D tensor with entries in 0 … size-1 (1 ≤ size ≤ 65536); near numbers mean near values.
 
+        It is uint8 where the size is at most 256, else int32: a large model must not be held several times over.
         Where they are entries of a matrix, row by row, `grid` marks which: their places may mean something, too.
         """
 
@@ -34,4 +45,4 @@ class Reader(Protocol):
         """Read one integer in low … high (inclusive)."""
 
     def symbols(self, count: int, size: int, grid: Tensor | None = None) -> Tensor:
-        """Read `count` symbols below `size`, as a 1-D int32 tensor; `grid` as the writer had it."""
+        """Read `count` symbols below `size`, as a 1-D tensor of the writer's type; `grid` as the writer had it."""

@@ -28,6 +28,7 @@ __all__ = [
     "raw",
     "remove_slots",
     "slots_of",
+    "sources",
     "takes_inputs",
     "views",
 ]
@@ -230,39 +231,54 @@ def views(module: nn.Module) -> Iterator[tuple[str, Slots, nn.Parameter]]:
             yield f"{prefix}.{name}" if prefix else name, slots, parameter
 
 
-def plain_state(module: nn.Module, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The state dict of the plain class: its keys in its order, effective weights (contiguous) under their names.
+def sources(module: nn.Module, state: Mapping[str, Any] | None = None) -> dict[str, tuple[Any, Slots | None]]:
+    """The keys of the plain class in its order: what lies under each, and the slots through which it is seen.
 
     Args:
         module: the model.
         state: a state dict of it that is not its own (an average, say); then the sidecars are taken from there too.
     """
     full = module.state_dict() if state is None else dict(state)
-    effective: dict[str, Tensor] = {}
-    shared: dict[int, Tensor] = {}
+    through: dict[str, Slots] = {}
+    known: dict[int, Slots] = {}
     hidden: list[str] = []
     for prefix, layer, name, slots in _viewed(module):
         dot = f"{prefix}." if prefix else ""
         key, inner = dot + name, f"{dot}{CHILD}.{name}."
         hidden.append(inner)
-        if id(slots) not in shared:
+        if id(slots) not in known:
             parameter = layer._parameters[name]
             assert parameter is not None
-            weight = full[key].detach()
-            if weight.data_ptr() != parameter.data_ptr():
-                slots = deepcopy(slots)
-                slots.load_state_dict({k[len(inner) :]: v for k, v in full.items() if k.startswith(inner)})
-                slots.stale = slots.begun
-            with torch.no_grad():
-                value = slots.effective(weight).detach()
-            # Equal numbers in another memory layout give other logits: one layout for all.
-            shared[id(layer._modules[CHILD]._modules[name])] = value.contiguous() if slots.begun else value  # type: ignore[union-attr]
-        effective[key] = shared[id(layer._modules[CHILD]._modules[name])]  # type: ignore[union-attr]
+            own = slots
+            if full[key].data_ptr() != parameter.data_ptr():
+                own = deepcopy(slots)
+                own.load_state_dict({k[len(inner) :]: v for k, v in full.items() if k.startswith(inner)})
+                own.stale = own.begun
+            known[id(slots)] = own
+        through[key] = known[id(slots)]
     return {
-        key: effective.get(key, value)
+        key: (value, through.get(key))
         for key, value in full.items()
         if not any(key.startswith(prefix) for prefix in hidden)
     }
+
+
+def plain_state(module: nn.Module, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The state dict of the plain class: its keys in its order, effective weights (contiguous) under their names.
+
+    Args:
+        module, state: as `sources` has them.
+    """
+    effective: dict[Slots, Tensor] = {}  # of a tied weight one
+    plain: dict[str, Any] = {}
+    for key, (value, slots) in sources(module, state).items():
+        if slots is not None and slots not in effective:
+            with torch.no_grad():
+                seen = slots.effective(value.detach()).detach()
+            # Equal numbers in another memory layout give other logits: one layout for all.
+            effective[slots] = seen.contiguous() if slots.begun else seen
+        plain[key] = value if slots is None else effective[slots]
+    return plain
 
 
 def detach(module: M) -> M:

@@ -36,7 +36,7 @@ class Tape:
     def symbols(self, values: Tensor | int, size: int, grid: Tensor | None = None) -> Tensor:
         assert 1 <= size <= 65536
         if isinstance(values, Tensor):
-            assert values.dtype == torch.int32
+            assert values.dtype == (torch.uint8 if size <= 256 else torch.int32)
             assert values.dim() == 1
             assert values.numel() == 0 or 0 <= int(values.min()) <= int(values.max()) < size
             self.items.append((values.clone(), size))

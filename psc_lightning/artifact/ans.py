@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
+from psc_lightning.symbols import pieces
 
 __all__ = ["PRECISION", "TOTAL", "Decoder", "Encoder", "bits", "count", "table"]
 
 Ints = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
 
 PRECISION = 24
 TOTAL = 1 << PRECISION
@@ -76,7 +78,9 @@ def _flat(width: int) -> constriction.stream.model.Uniform:
     return constriction.stream.model.Uniform(1 << width)
 
 
-def _model(k: Ints) -> constriction.stream.model.Model:
+def _model(k: Ints | int) -> constriction.stream.model.Model:
+    if isinstance(k, int):
+        return _flat(k)
     if k.min() == k.max():
         # Equal parts of 2^24 are a power of two in number; this class codes them to the same bits, three times as fast.
         return constriction.stream.model.Uniform(len(k))
@@ -106,14 +110,15 @@ class _Models:
 
     def __init__(self) -> None:
         # With its table, for an id is a table's only while it lives.
-        self._known: dict[int, tuple[Ints, constriction.stream.model.Model]] = {}
+        self._known: dict[int, tuple[Ints | int, constriction.stream.model.Model]] = {}
 
-    def of(self, k: Ints) -> constriction.stream.model.Model:
-        if id(k) not in self._known:
+    def of(self, k: Ints | int) -> constriction.stream.model.Model:
+        known = self._known.get(id(k))
+        if known is None:
             if len(self._known) >= _READY:
                 self._known.clear()
-            self._known[id(k)] = k, _model(k)
-        return self._known[id(k)][1]
+            known = self._known[id(k)] = k, _model(k)
+        return known[1]
 
 
 class Encoder:
@@ -126,20 +131,18 @@ class Encoder:
     def __init__(self) -> None:
         self.bits = 0.0
         self._contexts = _Contexts()
-        # Symbols wait as bytes, not as int32: a big model must not be held once more.
-        self._parts: list[tuple[npt.NDArray[np.uint8] | int, Ints | int]] = []
+        # Runs of symbols, how long each is, and its table (of an integer's chunk: its width). They wait as bytes, not as
+        # int32, and in pieces: a big model must not be held once more.
+        self._parts: list[tuple[Bytes | npt.NDArray[np.int32], Sequence[int], Sequence[Ints | int]]] = []
 
     def put(self, symbols: Tensor, k: Ints, histogram: Ints) -> None:
         """Code a uint8 tensor under one table; `histogram` is that of the symbols."""
         self.bits += bits(histogram, k)
-        self._parts.append((symbols.numpy(), k))
+        self._parts += [(piece.numpy(), (len(piece),), (k,)) for (piece,) in pieces(symbols)]
 
-    def put_runs(self, symbols: npt.NDArray[np.uint8], numbers: Sequence[int], tables: Sequence[Ints]) -> None:
+    def put_runs(self, symbols: Bytes, numbers: Sequence[int], tables: Sequence[Ints]) -> None:
         """Code runs of symbols, each under a table of its own; the caller adds to `bits`."""
-        at = 0
-        for number, k in zip(numbers, tables, strict=True):
-            self._parts.append((symbols[at : at + number], k))
-            at += number
+        self._parts.append((symbols, numbers, tables))
 
     def integer(self, value: int, context: str) -> None:
         """Code one integer below 2^64: its bit length (adaptive per context), then the bits below the leading one."""
@@ -147,11 +150,14 @@ class Encoder:
         k = self._contexts.table(context)
         self._contexts.learn(context, length)
         self.bits += PRECISION - float(np.log2(k[length])) + max(length - 1, 0)
-        self._parts.append((length, k))
+        self._number(length, k)
         left = max(length - 1, 0)
         for width in _pieces(left):
             left -= width
-            self._parts.append(((value >> left) & ((1 << width) - 1), width))
+            self._number((value >> left) & ((1 << width) - 1), width)
+
+    def _number(self, symbol: int, k: Ints | int) -> None:
+        self._parts.append((np.array([symbol], dtype=np.int32), (1,), (k,)))
 
     def price(self, values: Sequence[int], context: str) -> float:
         """Bits these integers would cost in this context now (the first exactly, the next to a fraction of a bit)."""
@@ -164,11 +170,11 @@ class Encoder:
         coder = constriction.stream.stack.AnsCoder(np.array([1], dtype=np.uint32))
         models = _Models()
         while self._parts:
-            symbols, k = self._parts.pop()
-            if isinstance(k, int):
-                coder.encode_reverse(symbols, _flat(k))
-                continue
-            coder.encode_reverse(symbols if isinstance(symbols, int) else symbols.astype(np.int32), models.of(k))
+            symbols, numbers, tables = self._parts.pop()
+            wide, stop = symbols.astype(np.int32), len(symbols)
+            for number, k in zip(reversed(numbers), reversed(tables), strict=True):
+                coder.encode_reverse(wide[stop - number : stop], models.of(k))
+                stop -= number
         words: npt.NDArray[np.uint32] = coder.get_compressed().astype("<u4", copy=False)
         del coder
         zeros = (32 - int(words[-1]).bit_length()) // 8  # never a whole word of them
@@ -192,11 +198,13 @@ class Decoder:
         self._models = _Models()
 
     def take(self, number: int, k: Ints) -> tuple[Tensor, Ints]:
-        """Read int32 symbols coded under one table; their histogram comes with them."""
-        symbols = torch.from_numpy(self._coder.decode(_model(k), number))
-        if self._coder.is_empty():
-            # A whole file never reaches state 0, so a damaged one is left here and not after minutes of zeros.
-            raise ArtifactError(_DAMAGED)
+        """Read symbols coded under one table as a uint8 tensor; their histogram comes with them."""
+        symbols, model = torch.empty(number, dtype=torch.uint8), _model(k)
+        for (piece,) in pieces(symbols):
+            piece.copy_(torch.from_numpy(self._coder.decode(model, len(piece))))
+            if self._coder.is_empty():
+                # A whole file never reaches state 0, so a damaged one is left here and not after minutes of zeros.
+                raise ArtifactError(_DAMAGED)
         histogram = count(symbols, len(k))
         self.bits += bits(histogram, k)
         return symbols, histogram

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, full, int32
+import torch
+from torch import Tensor
 
 from psc_lightning.artifact.ans import Decoder, Encoder
 from psc_lightning.artifact.codings import CODINGS, Grid, Plane, Proposal
@@ -67,10 +68,12 @@ def choose(plane: Plane, encoder: Encoder) -> Choice:
     head = encoder.price((low,), "low") + encoder.price((gap,), "high")
     if low == high:
         return Choice(head, low, gap)
-    symbols = plane.symbols - low if low else plane.symbols
     middle = None if plane.middle is None else plane.middle - low
     around = plane.around and middle is not None and 0 < middle < high - low  # zero is among them, and not the last
-    trimmed = Plane(symbols, high - low + 1, plane.grid, middle, around)
+    trimmed = plane
+    if low or gap or around != plane.around:  # else its histogram is kept
+        symbols = plane.symbols - low if low else plane.symbols
+        trimmed = Plane(symbols, high - low + 1, plane.grid, middle, around)
     choices = (
         Choice(
             head + encoder.price((code,), "coding") + encoder.price(proposal.parameters, coding.name) + proposal.bits,
@@ -85,8 +88,10 @@ def choose(plane: Plane, encoder: Encoder) -> Choice:
     return min(choices, key=lambda choice: choice.bits + choice.toll)  # uniform always offers
 
 
-def read(decoder: Decoder, number: int, size: int, grid: Grid | None) -> tuple[Tensor, str]:
-    """Read `number` symbols, at least one, as a 1-D int32 tensor; and by which coding they came.
+def read(
+    decoder: Decoder, number: int, size: int, grid: Grid | None, dtype: torch.dtype = torch.int32
+) -> tuple[Tensor, str]:
+    """Read `number` symbols, at least one, as a 1-D tensor of this type; and by which coding they came.
 
     Raises:
         ArtifactError: the file says what cannot be.
@@ -101,8 +106,8 @@ def read(decoder: Decoder, number: int, size: int, grid: Grid | None) -> tuple[T
     low = below(size, "low")
     high = size - 1 - below(size - low, "high")
     if low == high:
-        return full((number,), low, dtype=int32), CONSTANT
+        return torch.full((number,), low, dtype=dtype), CONSTANT
     coding = CODINGS[below(len(CODINGS), "coding")]
     parameters = tuple(below(limit, coding.name) for limit in coding.limits)
-    symbols = coding.read(decoder, number, high - low + 1, parameters, grid)
+    symbols = coding.read(decoder, number, high - low + 1, parameters, grid).to(dtype)
     return symbols.add_(low) if low else symbols, coding.name

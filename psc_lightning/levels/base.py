@@ -5,12 +5,13 @@ from __future__ import annotations
 from math import prod
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from psc_lightning.functional import Group, straight_through
 from psc_lightning.precision import PRECISIONS, power_of_two
-from psc_lightning.symbols import Reader, Writer
+from psc_lightning.symbols import Reader, Writer, pieces
 
 __all__ = ["Levels"]
 
@@ -91,18 +92,19 @@ class Levels(nn.Module):
 
 def write_codes(writer: Writer, codes: Tensor, keep: Tensor, lowest: int, size: int) -> None:
     """Store the codes of the kept entries, counted from `lowest`."""
-    # NumPy picks without a list of places, which would be four times as large as the codes.
-    kept = torch.from_numpy(codes.detach().cpu().numpy()[keep.cpu().numpy()])
-    writer.symbols((kept - lowest).to(torch.int32), size, keep)
+    parts = pieces(codes.detach().cpu().reshape(-1), keep.cpu().reshape(-1))
+    # NumPy picks without a list of places, and twice as fast.
+    kept = [(part - lowest).to(torch.uint8).numpy()[marks.numpy()] for part, marks in parts]
+    writer.symbols(torch.from_numpy(np.concatenate(kept)), size, keep)
 
 
 def read_codes(reader: Reader, keep: Tensor, lowest: int, size: int, dtype: torch.dtype) -> Tensor:
     """Read them into the core's shape, `lowest` elsewhere."""
-    number = int(keep.sum())
-    symbols = reader.symbols(number, size, keep).add_(lowest).to(dtype)
-    if number == keep.numel():
-        return symbols.reshape(keep.shape)
-    return torch.full(keep.shape, lowest, dtype=dtype).masked_scatter_(keep, symbols)
+    number = int(np.count_nonzero(keep.numpy()))
+    symbols = reader.symbols(number, size, keep)
+    if number < keep.numel():
+        symbols = torch.zeros(keep.numel(), dtype=torch.uint8).masked_scatter_(keep.reshape(-1), symbols)
+    return symbols.reshape(keep.shape).to(dtype).add_(lowest)
 
 
 def write_group(writer: Writer, group: Group) -> None:

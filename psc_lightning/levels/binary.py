@@ -94,8 +94,8 @@ class BinaryLevels(Levels):
         """The two levels."""
         scale = spread(self.scale, self.shape, self.group)
         if self.form == "sign":
-            return (2 * code - 1) * scale
-        return code * scale + spread(self.offset, self.shape, self.group)
+            return (2 * code).sub_(1).mul_(scale)
+        return (code * scale).add_(spread(self.offset, self.shape, self.group))
 
     @torch.no_grad()
     def rescale(self, code: Tensor, factor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from psc_lightning.functional import (
 )
 from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, write_codes, write_group
 from psc_lightning.precision import power_of_two, read_numbers, write_numbers
-from psc_lightning.symbols import Reader, Writer
+from psc_lightning.symbols import Reader, Writer, pieces
 
 __all__ = ["CodebookLevels"]
 
@@ -120,6 +120,14 @@ class CodebookLevels(Levels):
         """Read them: the core's values."""
         k, group = reader.integer(2, 256), read_group(reader, keep)
         # The reader refuses a table that is too large, before there is room for one.
-        table = read_numbers(reader, group_counts(tuple(keep.shape), group)[0] * k)
-        levels = cls(tuple(keep.shape), k, group)
-        return levels._gather(table, read_codes(reader, keep, 0, levels.k, torch.int32)).to(dtype)
+        count, entries = group_counts(tuple(keep.shape), group)
+        table = read_numbers(reader, count * k).to(dtype)
+        codes = read_codes(reader, keep, 0, k, torch.uint8)
+        out, start = torch.empty(keep.shape, dtype=dtype), 0
+        for part, values in pieces(codes.reshape(-1), out.reshape(-1)):
+            place = part.to(torch.int64)
+            if count > 1:
+                place += torch.arange(start, start + len(part)) // entries * k
+            torch.index_select(table, 0, place, out=values)
+            start += len(part)
+        return out

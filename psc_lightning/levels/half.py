@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from psc_lightning.bits import read_bits, write_bits
+from psc_lightning.bits import read_kept, write_bits
 from psc_lightning.functional import Group
 from psc_lightning.levels.base import Levels, Shape
 from psc_lightning.symbols import Reader, Writer
@@ -23,12 +23,6 @@ def _check(core: Tensor, keep: Tensor, dtype: torch.dtype) -> None:
         raise ValueError(
             f"{dtype} holds numbers up to {torch.finfo(dtype).max:g}, a weight of size {largest:g} overflows"
         )
-
-
-def _decode(reader: Reader, keep: Tensor, stored: torch.dtype, dtype: torch.dtype) -> Tensor:
-    values = torch.zeros(keep.shape, dtype=dtype)
-    values[keep] = read_bits(reader, int(keep.sum()), stored).to(dtype)
-    return values
 
 
 class Float16Levels(Levels):
@@ -75,12 +69,12 @@ class Float16Levels(Levels):
 
     def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
         """Store the 16 bits of the kept entries."""
-        write_bits(writer, _round(core, self.stored)[keep])
+        write_bits(writer, _round(core, self.stored).masked_select(keep))
 
     @classmethod
     def decode(cls, reader: Reader, keep: Tensor, dtype: torch.dtype) -> Tensor:
         """Read them."""
-        return _decode(reader, keep, cls.stored, dtype)
+        return read_kept(reader, keep, cls.stored, dtype)
 
 
 class BFloat16Levels(Levels):
@@ -124,9 +118,9 @@ class BFloat16Levels(Levels):
 
     def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
         """Store the 16 bits of the kept entries."""
-        write_bits(writer, _round(core, self.stored)[keep])
+        write_bits(writer, _round(core, self.stored).masked_select(keep))
 
     @classmethod
     def decode(cls, reader: Reader, keep: Tensor, dtype: torch.dtype) -> Tensor:
         """Read them."""
-        return _decode(reader, keep, cls.stored, dtype)
+        return read_kept(reader, keep, cls.stored, dtype)

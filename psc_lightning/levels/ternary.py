@@ -67,7 +67,7 @@ class TernaryLevels(Levels):
 
     def value(self, code: Tensor) -> Tensor:
         """code · s."""
-        return code * spread(self.scale, self.shape, self.group) + 0.0
+        return (code * spread(self.scale, self.shape, self.group)).add_(0.0)
 
     @torch.no_grad()
     def rescale(self, code: Tensor, factor: Tensor) -> Tensor:

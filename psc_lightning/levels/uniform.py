@@ -91,7 +91,7 @@ class UniformLevels(Levels):
     def _round(self, ratio: Tensor) -> Tensor:
         if self.bits == 1:
             return torch.where(ratio >= 0, 1.0, -1.0).to(ratio.dtype)
-        return ratio.round().clamp(-self.top, self.top)
+        return ratio.round().clamp_(-self.top, self.top)
 
     def code(self, core: Tensor) -> Tensor:
         """round(x/s), from -m to m."""
@@ -99,7 +99,7 @@ class UniformLevels(Levels):
 
     def value(self, code: Tensor) -> Tensor:
         """code · s."""
-        return code * spread(self._scale(), self.shape, self.group) + 0.0
+        return (code * spread(self._scale(), self.shape, self.group)).add_(0.0)
 
     def forward(self, core: Tensor) -> Tensor:
         """The levels; gradients as the class says."""

@@ -158,7 +158,7 @@ class Mask(nn.Module):
             units = units[:, :: self.block]
         elif self.granularity == "column":
             units = units[:: self.block]
-        writer.symbols(units.reshape(-1).to(torch.int32), 2, torch.ones_like(units, dtype=torch.bool))
+        writer.symbols(units.reshape(-1).view(torch.uint8), 2, torch.ones_like(units, dtype=torch.bool))
 
 
 def read_keep(reader: Reader, shape: Shape) -> Tensor:
@@ -166,5 +166,5 @@ def read_keep(reader: Reader, shape: Shape) -> Tensor:
     granularity = GRANULARITIES[reader.integer(0, len(GRANULARITIES) - 1)]
     block = reader.integer(1, max(1, prod(shape)))
     units = units_shape(shape, granularity, block)
-    bits = reader.symbols(prod(units), 2, torch.ones(units, dtype=torch.bool)).bool().reshape(units)
+    bits = reader.symbols(prod(units), 2, torch.ones(units, dtype=torch.bool)).view(torch.bool).reshape(units)
     return unit_expand(bits, shape, granularity, block)

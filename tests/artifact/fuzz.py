@@ -252,13 +252,13 @@ class Forger:
         """Symbols for a reader that asks for them."""
         if self._forges():
             seed = torch.Generator().manual_seed(self._choice.randrange(1 << 32))
-            symbols = torch.randint(len(k), (number,), generator=seed, dtype=torch.int32)
+            symbols = torch.randint(len(k), (number,), generator=seed, dtype=torch.uint8)
         else:
             symbols = self._honest.take(number, k)[0]
-        self.tape.append((symbols.to(torch.uint8), k))
+        self.tape.append((symbols.clone(), k))
         return symbols, count(symbols, len(k))
 
-    def take_runs(self, numbers: Sequence[int], tables: Sequence[Ints]) -> npt.NDArray[np.int32]:
+    def take_runs(self, numbers: Sequence[int], tables: Sequence[Ints]) -> npt.NDArray[np.uint8]:
         """Runs of symbols for a reader that asks for them."""
         return np.concatenate([self.take(number, k)[0].numpy() for number, k in zip(numbers, tables, strict=True)])
 
@@ -319,7 +319,7 @@ class Inventor:
         if self._choice.random() < 0.3:
             values = size - 1 - values
         self.writer.symbols(values, size, grid)
-        return values
+        return values.to(torch.uint8) if size <= 256 else values
 
     def finish(self) -> None:
         """There is always an end."""

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from read_with_numpy import Ans
 from read_with_numpy import table as reference_table
 
+from psc_lightning import symbols
 from psc_lightning.artifact.ans import TOTAL, Decoder, Encoder, bits, count, table
 from psc_lightning.artifact.errors import ArtifactError
 
@@ -74,6 +75,27 @@ def test_integers_return(values: list[tuple[int, str]]) -> None:
     decoder.finish()
     assert decoder.bits == pytest.approx(cost)
     assert 8 * len(stored) <= cost + 32
+
+
+def test_runs_and_pieces_are_what_symbols_put_one_by_one_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = [table(np.array(weights)) for weights in ([3, 1, 2], [1, 9, 1], [1, 1, 1])]
+    values = torch.arange(100, dtype=torch.uint8) % 3
+    alone, together = Encoder(), Encoder()
+    for encoder in (alone, together):
+        encoder.integer(70_000, "before")
+    for start, number, k in ((0, 61, tables[0]), (61, 4, tables[1]), (65, 35, tables[2])):
+        for symbol in values[start : start + number]:
+            alone.put(symbol.reshape(1), k, count(symbol.reshape(1), 3))
+    monkeypatch.setattr(symbols, "PIECE", 7)
+    together.put(values[:61], tables[0], count(values[:61], 3))
+    together.put_runs(values[61:].numpy(), [4, 35], tables[1:])
+    stored = together.finish()
+    assert alone.finish() == stored
+    decoder = Decoder(stored)
+    assert decoder.integer("before") == 70_000
+    assert torch.equal(decoder.take(61, tables[0])[0], values[:61])
+    assert decoder.take_runs([4, 35], tables[1:]).tolist() == values[61:].tolist()
+    decoder.finish()
 
 
 def test_an_integer_that_returns_gets_cheaper() -> None:

@@ -14,9 +14,10 @@ from models import EVERY_METHOD, bag, compressed, fill, net
 from read_with_numpy import read as reference_read
 from torch import Tensor, nn
 
-from psc_lightning import view
+from psc_lightning import symbols, view
 from psc_lightning.app.models import LeNet5
 from psc_lightning.artifact import ArtifactError, container, inspect, load, load_into, save, to_bytes, verify
+from psc_lightning.artifact import file as artifact_file
 from psc_lightning.precision import PRECISIONS, power_of_two
 
 
@@ -52,6 +53,18 @@ def test_every_method_returns_bit_for_bit(slots: dict[str, str], tmp_path: Path)
     plain.eval()
     inputs = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     assert torch.equal(plain(inputs), model(inputs))
+
+
+@pytest.mark.parametrize("group", ["tensor", "channel", 50])
+def test_how_much_is_taken_at_a_time_changes_nothing(group: str | int, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [compressed(**slots) for slots in EVERY_METHOD if "tying" not in slots]
+    models.append(compressed(mask="magnitude", levels=("codebook", {"k": 16, "group": group})))
+    expected = [to_bytes(model) for model in models]
+    for module in (symbols, artifact_file):
+        monkeypatch.setattr(module, "PIECE", 7)
+    for model, (data, report) in zip(models, expected, strict=True):
+        assert to_bytes(model) == (data, report)
+        assert_same(artifact_file._decode(*artifact_file._open(data), 1 << 20).tensors, view.plain_state(model))
 
 
 def test_same_model_same_bytes() -> None:
@@ -176,6 +189,17 @@ def test_a_number_that_is_none_names_the_tensor(tmp_path: Path, bad: float, name
     assert (tmp_path / "model.psc").read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_number_that_is_none_is_found_in_every_type(dtype: torch.dtype) -> None:
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        for at in (0, 40, 99):
+            values = torch.linspace(-1, 1, 100, dtype=dtype)
+            values[at] = bad
+            with pytest.raises(ValueError, match=r"a\.b: expected finite numbers"):
+                to_bytes(bag({"a.b": values}))
+    assert to_bytes(bag({"a.b": torch.zeros(0, dtype=dtype)}))
+
+
 def test_a_tensor_that_cannot_be_stored_is_named() -> None:
     for tensor in (torch.zeros(2, dtype=torch.complex64), torch.eye(2).to_sparse(), torch.zeros(2, device="meta")):
         with pytest.raises(ValueError, match=r"a\.b: expected a dense tensor"):
@@ -220,6 +244,28 @@ def test_tied_compressed_weights_are_stored_once(tmp_path: Path) -> None:
     found = load(tmp_path / "model.psc")
     assert found["head.weight"] is found["embed.weight"]
     assert_same(found, view.plain_state(model))
+
+
+def test_a_parameter_seen_with_and_without_slots_is_two_tensors(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(30, 40), "head": nn.Linear(40, 30)})
+    model["head"].weight = model["embed"].weight
+    fill(model, ("embed.weight",), levels="binary")
+    report = save(model, tmp_path / "model.psc")
+    assert [row.method for row in report.tensors] == ["binary", "plain", "plain"]
+    assert_same(load(tmp_path / "model.psc"), view.plain_state(model))
+
+
+def test_a_shared_tensor_is_reported_as_the_weight_and_not_as_its_core(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(30, 40), "head": nn.Linear(40, 30)})
+    model["head"].weight = model["embed"].weight
+    fill(model, ("embed.weight",), tying="row", mask=("magnitude", {"threshold": 0.5}))
+    its_slots = view.slots_of(model["embed"], "weight")
+    assert its_slots is not None
+    view.attach_slots([(model["head"], "weight")], its_slots)
+    report = save(model, tmp_path / "model.psc")
+    assert [row.core_shape for row in report.tensors] == [(30, 10), (30, 40), (30,)]
+    assert [row.sparsity for row in report.tensors] == [0.5, 0.5, 0.0]
+    assert [row.core_shape for row in inspect(tmp_path / "model.psc").tensors] == [(30, 10), (30, 40), (30,)]
 
 
 def test_views_of_one_storage_are_not_taken_for_one_tensor() -> None:

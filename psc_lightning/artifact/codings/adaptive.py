@@ -88,7 +88,7 @@ class Adaptive:
     def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], grid: Grid | None) -> Tensor:
         """Read `number` symbols."""
         prior, radius = PRIORS[parameters[0]], RADII[parameters[1]]
-        out = torch.empty(number, dtype=torch.int32)
+        out = torch.empty(number, dtype=torch.uint8)
         seen = np.zeros(size, dtype=np.int64)
         for start, stop in spans(number):
             out[start:stop], inside = decoder.take(stop - start, table(weights(seen, prior, radius)))

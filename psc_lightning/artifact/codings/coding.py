@@ -71,7 +71,7 @@ class Coding(Protocol):
         """Offer ways to code a plane; what integers cost, the encoder knows."""
 
     def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], grid: Grid | None) -> Tensor:
-        """Read `number` symbols as a 1-D int32 tensor."""
+        """Read `number` symbols as a 1-D tensor of integers, uint8 or int32."""
 
 
 def matrix(plane: Plane) -> npt.NDArray[np.uint8]:
