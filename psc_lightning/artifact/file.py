@@ -351,7 +351,7 @@ class _Summary:
 
 def _summary(cores: Sequence[Tensor], method: str | None = None) -> _Summary:
     entries = sum(core.numel() for core in cores)
-    zeros = sum(np.count_nonzero((core == 0).cpu().numpy()) for core in cores)
+    zeros = sum(int(np.count_nonzero((core == 0).cpu().numpy())) for core in cores)
     shapes = tuple(tuple(core.shape) for core in cores)
     levels = None if method is None else max(map(_levels, cores))
     return _Summary(method or "plain", shapes, zeros / entries if entries else 0.0, levels)

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from psc_lightning.app.errors import UsageError
 from psc_lightning.app.models import LeNet5
-from psc_lightning.app.train import build_callbacks
+from psc_lightning.app.runs import register_resolvers
+from psc_lightning.app.settings import check_settings
+from psc_lightning.configs import config_dir
 
 Command = Callable[..., tuple[int, str]]
 
@@ -82,13 +85,14 @@ def test_one_line(cli: Command, tmp_path: Path, arguments: list[str], words: lis
 @pytest.mark.parametrize("group", ["compression", "clipping", "callbacks"])
 def test_a_group_that_became_a_string(group: str) -> None:
     """What Hydra makes of `+compression=codebook` where it does not find our folder."""
-    cfg = OmegaConf.create(
-        {"compression": {"name": "none", "threshold": 0, "callbacks": {}}, "clipping": {}, "callbacks": {}}
-    )
-    assert build_callbacks(cfg) == []
+    register_resolvers()
+    with initialize_config_dir(str(config_dir()), version_base=None):
+        cfg = compose("train")
+    check_settings(cfg)
+    OmegaConf.set_struct(cfg, False)
     cfg[group] = "codebook"
-    with pytest.raises(UsageError, match=rf"^{group}: 'codebook' is not one of the files in conf/{group}"):
-        build_callbacks(cfg)
+    with pytest.raises(UsageError, match=rf"^{group}: .* found 'codebook': choose one of the files in conf/{group}"):
+        check_settings(cfg)
 
 
 def test_a_folder_that_cannot_be_made(cli: Command, tmp_path: Path) -> None:

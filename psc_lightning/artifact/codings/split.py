@@ -16,6 +16,8 @@ from psc_lightning.artifact.errors import ADVICE, ArtifactError
 
 __all__ = ["Split"]
 
+_ENTRIES = 1 << 20  # a larger matrix is to be written fast, too
+
 
 class Split:
     """For codes of weights: their signs keep together, and so do their zeros.
@@ -33,7 +35,7 @@ class Split:
         """Offer to split at the middle, or so that as many symbols are below as above."""
         from psc_lightning.artifact.planes import choose  # which knows all codings, this one too
 
-        if plane.grid is None or plane.size < 3:
+        if plane.grid is None or plane.size < 3 or plane.grid.size > _ENTRIES:
             return
         s, size = plane.symbols.to(torch.int16), plane.size
         t = min(max(1, plane.middle if plane.middle is not None else _median(plane)), size - 1)
