@@ -61,8 +61,8 @@ def studies(args: argparse.Namespace) -> dict[str, Study]:
             "binary, float16 leftovers": ([*binary, "leftovers=float16"], 3),
             "binary, folded, log8 leftovers": ([*binary, "fold_batchnorm=true", "leftovers=log8"], 3),
             "ternary": (["compression=ternary", "schedule=constant"], 3),
-            "codebook": (["compression=codebook", "schedule=constant"], 2),
-            "mask 0.8": (["compression=mask", "compression.threshold=0.8"], 2),
+            "codebook": (["compression=codebook", "schedule=constant"], 3),
+            "mask 0.8": (["compression=mask", "compression.threshold=0.8"], 3),
         },
     )
     return {"digits": digits, "mnist": mnist, "cifar10": cifar10}
