@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ from psc_lightning.artifact.errors import ADVICE, ArtifactError
 __all__ = ["Diagonals", "Formula", "promise"]
 
 Floats = npt.NDArray[np.float64]
+Places = npt.NDArray[np.intp]
+T = TypeVar("T", bound=np.generic)
 
 _HALF = 24  # contexts on either side of even odds, a quarter of a bit each
 _START = 96  # what the weights of a context's table sum to before any bit was seen
@@ -85,8 +88,20 @@ class Formula:
         return [len(self.neighbours), *map(_zigzag, (self.bias, self.row, self.column)), *places]
 
 
+def in_order(grid: Grid) -> tuple[Places, Places, list[tuple[int, int]]]:
+    """Rows and columns of a grid's entries by diagonals, those of one by rows; and where each diagonal begins and ends.
+
+    >>> in_order(np.array([[True, True], [True, False]]))
+    (array([0, 0, 1]), array([0, 1, 0]), [(0, 1), (1, 3)])
+    """
+    rows, columns = grid.nonzero()
+    order = np.argsort(rows + columns, kind="stable")
+    ends = np.bincount(rows + columns, minlength=1).cumsum().tolist()
+    return rows[order], columns[order], [(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True) if a < b]
+
+
 class Evidence:
-    """The entries of a grid in the order of their diagonals, and what the bits so far say about those of each.
+    """What the bits so far say about the entries of each diagonal.
 
     A row, or a column, with n ones and m zeros says log2(8 n + 4) - log2(8 m + 4). A neighbour says 1, -1, or 0 where there
     is none.
@@ -96,12 +111,8 @@ class Evidence:
         neighbours: (rows above, columns to the left) of each.
     """
 
-    def __init__(self, grid: Grid, neighbours: Iterator[tuple[int, int]] | list[tuple[int, int]]) -> None:
-        rows, columns = grid.nonzero()
-        order = np.argsort(rows + columns, kind="stable")
-        self._rows, self._columns = rows[order], columns[order]
-        ends = np.bincount(rows + columns, minlength=1).cumsum()
-        self.spans = [(int(a), int(b)) for a, b in zip([0, *ends[:-1]], ends) if a < b]
+    def __init__(self, grid: Grid, neighbours: Iterable[tuple[int, int]]) -> None:
+        self._rows, self._columns, self.spans = in_order(grid)
         steps = list(neighbours)
         up, left = (max((step[axis] for step in steps), default=0) for axis in (0, 1))
         # With a margin, so that every neighbour is somewhere.
@@ -139,10 +150,6 @@ class Evidence:
         out[self._rows, self._columns] = self._beside[self._at] > 0
         return out
 
-    def in_order(self, bits: Bytes) -> Bytes:
-        """A matrix's entries as they are read."""
-        return bits[self._rows, self._columns]
-
 
 class Diagonals:
     """For bits with a shape: dense and sparse rows and columns at once, and neighbours that are alike.
@@ -166,18 +173,22 @@ class Diagonals:
         assert plane.grid is not None
         bits = matrix(plane)
         formula = fit(plane.grid, bits)
-        evidence = Evidence(plane.grid, list(formula.neighbours))
-        symbols = evidence.in_order(bits)
+        rows, columns, spans = in_order(plane.grid)
+        symbols, marks = bits[rows, columns], np.where(plane.grid, 2 * bits.astype(np.int64) - 1, 0)
+        beside = [_shifted(marks, *place)[rows, columns] for place in formula.neighbours]
+        row, column = (odds[rows, columns] for odds in _odds(plane.grid, bits))
+        all_contexts = formula.contexts(
+            row, column, np.stack(beside, 1) if beside else np.zeros((len(row), 0), np.int64)
+        )
         contexts = Contexts(_first_weights())
         parts: list[tuple[Bytes, list[int], list[Ints]]] = []
         cost = 0.0
-        for start, stop in evidence.spans:
-            found, here = formula.contexts(*evidence.of(start, stop)), symbols[start:stop]
+        for start, stop in spans:
+            found, here = all_contexts[start:stop], symbols[start:stop]
             contexts.renew()
             order, present, numbers = runs(found, len(contexts))
             parts.append((here[order], numbers, [contexts.tables[c] for c in present]))
             cost += contexts.learn(_histogram(found, here))
-            evidence.learn(start, stop, here)
 
         def write(encoder: Encoder) -> None:
             for number in formula.numbers:
@@ -187,7 +198,7 @@ class Diagonals:
             encoder.bits += cost
 
         bits_of_all = cost + encoder.price(formula.numbers, self.name)
-        yield Proposal(bits_of_all, (), write, _toll(cost, len(evidence.spans)))
+        yield Proposal(bits_of_all, (), write, _toll(cost, len(spans)))
 
     def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], grid: Grid | None) -> Tensor:
         """Read `number` symbols."""
@@ -197,7 +208,7 @@ class Diagonals:
                 f"others: {ADVICE}"
             )
         formula = _read_formula(decoder, grid)
-        evidence, contexts = Evidence(grid, list(formula.neighbours)), Contexts(_first_weights())
+        evidence, contexts = Evidence(grid, formula.neighbours), Contexts(_first_weights())
         for start, stop in evidence.spans:
             found = formula.contexts(*evidence.of(start, stop))
             contexts.renew()
@@ -302,14 +313,19 @@ def fit(grid: Grid, bits: Bytes) -> Formula:
     return Formula(rounded[0], rounded[1], rounded[2], dict(zip(places, rounded[3:], strict=True)))
 
 
-def _rows_and_columns(grid: Grid, bits: Bytes) -> list[Floats]:
-    """Of each entry 1, and the logarithms of the odds among the bits before it in its row, and in its column."""
-    known = [np.ones(int(grid.sum()))]
+def _odds(grid: Grid, bits: Bytes) -> list[Ints]:
+    """What `Evidence` knows of each entry's row, and of its column, for all entries at once."""
+    found = []
     for axis in (1, 0):
-        ones, of = ((table.cumsum(axis, dtype=np.int32) - table)[grid] for table in (bits, grid))
+        ones, of = (table.cumsum(axis, dtype=np.int32) - table for table in (bits, grid))
         odds = log2(8 * np.arange(grid.shape[axis] + 1, dtype=np.int64) + 4)
-        known.append((odds[ones] - odds[of - ones]) / 16)
-    return known
+        found.append(odds[ones] - odds[of - ones])
+    return found
+
+
+def _rows_and_columns(grid: Grid, bits: Bytes) -> list[Floats]:
+    """Of each entry 1, and the logarithms of the odds in its row and in its column."""
+    return [np.ones(int(grid.sum())), *(odds[grid] / 16 for odds in _odds(grid, bits))]
 
 
 def _regress(known: list[Floats], wanted: Floats, weights: Floats, some: slice = slice(None)) -> Floats:
@@ -352,7 +368,7 @@ def _correlations(here: Floats, there: Floats) -> Floats:
     return found
 
 
-def _shifted(marks: Floats, up: int, left: int) -> Floats:
+def _shifted(marks: npt.NDArray[T], up: int, left: int) -> npt.NDArray[T]:
     """What is that far above and to the left of each entry, 0 beyond the edge."""
     out = np.zeros_like(marks)
     out[up:, left:] = marks[: marks.shape[0] - up, : marks.shape[1] - left]
