@@ -104,7 +104,8 @@ def read_codes(reader: Reader, keep: Tensor, lowest: int, size: int, dtype: torc
     symbols = reader.symbols(number, size, keep)
     if number < keep.numel():
         symbols = torch.zeros(keep.numel(), dtype=torch.uint8).masked_scatter_(keep.reshape(-1), symbols)
-    return symbols.reshape(keep.shape).to(dtype).add_(lowest)
+    codes = symbols.reshape(keep.shape).to(dtype)
+    return codes.add_(lowest) if lowest else codes
 
 
 def write_group(writer: Writer, group: Group) -> None:

@@ -124,4 +124,7 @@ class BinaryLevels(Levels):
         levels.scale = read_numbers(reader, levels.scale.numel())
         if form == "01":
             levels.offset = read_numbers(reader, levels.scale.numel())
-        return levels.value(read_codes(reader, keep, 0, 2, dtype))
+        if form == "01":
+            return levels.value(read_codes(reader, keep, 0, 2, dtype))
+        signs = read_codes(reader, keep, 0, 2, torch.int8).mul_(2).sub_(1)
+        return signs.to(dtype).mul_(spread(levels.scale, levels.shape, levels.group))

@@ -134,5 +134,5 @@ class UniformLevels(Levels):
         levels = cls(tuple(keep.shape), reader.integer(1, 8), read_group(reader, keep))
         levels.scale = read_numbers(reader, levels.scale.numel())
         if levels.bits == 1:
-            return levels.value(read_codes(reader, keep, 0, 2, dtype) * 2 - 1)
+            return levels.value(read_codes(reader, keep, 0, 2, torch.int8).mul_(2).sub_(1).to(dtype))
         return levels.value(read_codes(reader, keep, -levels.top, 2 * levels.top + 1, dtype))
