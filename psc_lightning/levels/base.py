@@ -108,6 +108,11 @@ def read_codes(reader: Reader, keep: Tensor, lowest: int, size: int, dtype: torc
     return codes.add_(lowest) if lowest else codes
 
 
+def read_signs(reader: Reader, keep: Tensor) -> Tensor:
+    """Read codes 0 and 1 as -1 and 1, in the same bytes; -1 where `keep` is false."""
+    return read_codes(reader, keep, 0, 2, torch.uint8).view(torch.int8).mul_(2).sub_(1)
+
+
 def write_group(writer: Writer, group: Group) -> None:
     """Store which entries share a scale: 0 tensor, 1 channel, else n + 1."""
     writer.integer({"tensor": 0, "channel": 1}.get(str(group), 1 + int(group) if isinstance(group, int) else 0))
