@@ -4,8 +4,9 @@
 
 First a transformer of 22.7 million entries (`--encoder`: this one; else random numbers in the same shapes), half of them
 zero, in 16 levels; then single matrices. Each is compressed once, then written and read in a process of its own, one
-thread, several times; memory is the peak beyond what was held before, as a multiple of the dense tensors' bytes. Writes
-recipes/results/file_speed.md.
+thread, several times; memory is the peak beyond what was held before, as a multiple of the dense tensors' bytes. Last,
+what reading takes beside a copy of the dense tensor in memory, where symbols are read without the coder. Writes
+recipes/results/file_speed.md; `--only copies` renews its last table alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from torch import Tensor, nn
 
 import psc_lightning
 from psc_lightning import MaskLearning, StraightThroughQuantization
+
+_COPIES = "## Beside a copy in memory"
 
 
 def transformer(weights: Path | None) -> dict[str, Tensor]:
@@ -94,6 +97,49 @@ def work(make: Callable[[], dict[str, Tensor]], folder: str, repeats: int) -> di
     return found
 
 
+def matrices() -> dict[str, nn.Module]:
+    """Of 20 million entries each."""
+    binary, sixteen, plain = (nn.Linear(1000, 20_000, bias=False) for _ in range(3))
+    psc_lightning.compress(binary, [StraightThroughQuantization("binary")])
+    psc_lightning.compress(sixteen, [StraightThroughQuantization("codebook", k=16)])
+    return {
+        "binary, 20 M, no mask": binary,
+        "16 levels, 20 M, no mask": sixteen,
+        "dense float32 leftovers, 20 M": plain,
+    }
+
+
+def copies(folder: str, repeats: int) -> list[str]:
+    """In a process of its own: for each of them a row, load and copy in turn, CPU time."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows = []
+    for name, model in matrices().items():
+        path = Path(folder, "model.psc")
+        report = psc_lightning.save(model, path)
+        (dense,) = psc_lightning.load(path).values()
+        read = partial(psc_lightning.load, path)
+        loads, clones = zip(*((timed(read), timed(dense.clone)) for _ in range(repeats)), strict=True)
+        load, clone = statistics.median(loads), statistics.median(clones)
+        cells = [
+            name,
+            f"{report.file_bytes / 1e6:.2f}",
+            f"{1e3 * load:.0f}",
+            f"{1e3 * clone:.0f}",
+            f"{load / clone:.1f}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+        print(rows[-1], flush=True)
+    return rows
+
+
+def timed(run: Callable[[], object]) -> float:
+    """CPU seconds of `run`."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -101,7 +147,28 @@ def main() -> None:
     )
     parser.add_argument("--millions", type=int, nargs="*", default=[1, 10, 100], help="entries (default: 1 10 100)")
     parser.add_argument("--repeats", type=int, default=3, help="measurements a row (default: 3)")
+    parser.add_argument("--only", choices=("models", "copies"), help="one of the two tables, the other as it is")
     args = parser.parse_args()
+    path = Path(__file__).parents[1] / "results" / "file_speed.md"
+    first, _, second = path.read_text().partition(_COPIES) if path.exists() else ("", "", "")
+    if args.only != "copies":
+        first = models(args) + "\n"
+    if args.only != "models":
+        with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as pool:
+            rows = pool.apply(copies, (folder, 5 * args.repeats))
+        head = [
+            f"CPU ms, one thread, median of {5 * args.repeats} repeats in turn; a copy is a clone of the dense tensor.",
+            "",
+            "| file | MB | load, ms | copy, ms | load / copy |",
+            "|---|--:|--:|--:|--:|",
+        ]
+        second = "\n".join(["", "", *head, *rows, ""])
+    path.write_text(first + _COPIES + second)
+    print(path)
+
+
+def models(args: argparse.Namespace) -> str:
+    """The first table."""
     makes = {"transformer": partial(transformer, args.encoder)}
     makes |= {f"{n} M": partial(matrix, n) for n in args.millions}
     options = " --encoder WEIGHTS" * bool(args.encoder) + f" --millions {' '.join(map(str, args.millions))}"
@@ -124,9 +191,7 @@ def main() -> None:
             cells += [f"{seconds:.2f}", f"{1e9 * seconds / entries:.0f}", f"{memory:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
-    path = Path(__file__).parents[1] / "results" / "file_speed.md"
-    path.write_text("\n".join(lines) + "\n")
-    print(path)
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
