@@ -409,7 +409,8 @@ def job(cfg: DictConfig, full: bool) -> float:
 
 def quiet() -> None:
     """Leave out what Lightning says of itself; anything about the user's run stays."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "pytorch_lightning"):  # one speaks for both, once a user's module imports the other
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).* is deprecated")  # its own use of torch
     warnings.filterwarnings("ignore", r"The '\w+_dataloader' does not have many workers")  # batches come from memory
     warnings.filterwarnings("ignore", r"Total length of `list` across ranks is zero")  # data.validation=0
