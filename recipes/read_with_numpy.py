@@ -238,6 +238,14 @@ class Ans:
                     seen[bit] += 1
         return np.array([bits[i, j] for i, j in np.argwhere(grid).tolist()], np.int64)
 
+    def occupied(self, number: int, size: int, grid: Any) -> np.ndarray[Any, Any]:
+        """Rows and columns that hold a 1, then what is in them."""
+        rows, columns = (self.plane(length, 2, None).astype(bool) for length in grid.shape)
+        left = grid & rows[:, None] & columns
+        bits = np.zeros(grid.shape, np.int64)
+        bits[left] = self.plane(int(left.sum()), 2, left)
+        return bits[grid]
+
     def entries(self, number: int, kind: str) -> np.ndarray[Any, Any]:
         """Entries of a type, bit for bit: a byte of their words an array, the highest first."""
         words = np.zeros(number, np.uint64)

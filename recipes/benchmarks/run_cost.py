@@ -59,7 +59,8 @@ def main() -> None:
         "# CPU time of a compressed run over one without compression",
         "",
         f"CIFAR-10, ResNet-20, 3 epochs, from start to report, one thread; median (lowest – highest) of {args.pairs} pairs,",
-        f"by `python recipes/benchmarks/run_cost.py --data DIR --checkpoint FILE --share {args.share:g} --pairs {args.pairs}`.",
+        "by `python recipes/benchmarks/run_cost.py --data DIR --checkpoint FILE "
+        f"--share {args.share:g} --pairs {args.pairs}`.",
         "",
         "| run | CPU time |",
         "|---|--:|",
