@@ -76,9 +76,10 @@ def table(weights: list[int]) -> list[int]:
 
 
 class Ans:
-    """Section 3: a stack of words, and what is read from it."""
+    """Section 3, a stack of words, and section 5, which plain symbols are in; and what is read from them."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, plain: bytes = b"") -> None:
+        self.plain = plain
         data += bytes(-len(data) % 4)
         self.words = [int.from_bytes(data[i : i + 4], "little") for i in range(0, len(data), 4)]
         self.state = self.words.pop()
@@ -125,7 +126,7 @@ class Ans:
         if low == top:
             return np.full(number, low)
         size = top - low + 1
-        codings = (self.uniform, self.adaptive, self.lines, self.split, self.diagonals)
+        codings = (self.uniform, self.adaptive, self.lines, self.split, self.diagonals, self.packed)
         coding = codings[self.unsigned("coding")]
         return low + np.array(coding(number, size, grid), np.int64)
 
@@ -245,6 +246,14 @@ class Ans:
         bits = np.zeros(grid.shape, np.int64)
         bits[left] = self.plane(int(left.sum()), 2, left)
         return bits[grid]
+
+    def packed(self, number: int, size: int, grid: Any) -> list[int]:
+        """Bits of section 5, a symbol's highest first."""
+        width = size.bit_length() - 1
+        length = -(-number * width // 8)
+        taken, self.plain = self.plain[:length], self.plain[length:]
+        bits = np.unpackbits(np.frombuffer(taken, np.uint8))[: number * width].reshape(number, width)
+        return (bits @ (1 << np.arange(width)[::-1])).tolist()  # type: ignore[no-any-return]
 
     def entries(self, number: int, kind: str) -> np.ndarray[Any, Any]:
         """Entries of a type, bit for bit: a byte of their words an array, the highest first."""
@@ -470,7 +479,7 @@ def read(data: bytes, model: list[tuple[str, str, tuple[int, ...]]] | None = Non
         tensors = contents(
             sections[1] if 1 in sections else zlib.decompressobj(-15, dictionary()).decompress(sections[2])
         )
-    ans = Ans(sections[3])
+    ans = Ans(sections[3], sections.get(5, b""))
     together: dict[Any, list[int]] = {}
     for i, (name, kind, dtype, shape) in enumerate(tensors):
         if kind in (1, 2, 4):
@@ -493,7 +502,7 @@ def read(data: bytes, model: list[tuple[str, str, tuple[int, ...]]] | None = Non
             size = prod(tensors[i][3])
             out[i], flat = flat[:size].reshape(tensors[i][3]), flat[size:]
             out[i] = as_type(out[i] if unit is None else out[i] * unit, tensors[i][2])
-    if ans.state != 1 or ans.words:
+    if ans.state != 1 or ans.words or ans.plain:
         raise ValueError("damaged: symbols are left over")
     return {name: out[shape[0] if kind == 3 else i] for i, (name, kind, _, shape) in enumerate(tensors)}
 

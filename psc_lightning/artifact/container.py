@@ -45,9 +45,9 @@ def varint(value: int) -> bytes:
 class Cursor:
     """Reads bytes from left to right and never past the end."""
 
-    def __init__(self, data: bytes, what: str) -> None:
+    def __init__(self, data: bytes, what: str, start: int = 0) -> None:
         self._data = data
-        self._at = 0
+        self._at = start
         self._what = what
 
     @property
@@ -132,7 +132,7 @@ def unpack(data: bytes, known: frozenset[int]) -> dict[int, bytes]:
     if stated != found:
         raise ArtifactError(f"expected checksum {stated:08x}, found {found:08x}: {_ADVICE}")
     sections: dict[int, bytes] = {}
-    cursor = Cursor(data[_HEAD:], "sections")
+    cursor = Cursor(data, "sections", _HEAD)
     while not cursor.done:
         tag = cursor.take(1)[0]
         content = cursor.take(cursor.varint())

@@ -28,7 +28,7 @@ from psc_lightning.artifact.errors import ADVICE, ArtifactError, NamelessError
 
 __all__ = ["DEFLATED", "DTYPES", "NAMELESS", "PLAIN", "Entry", "Kind", "decode", "encode", "encode_nameless"]
 
-PLAIN, DEFLATED, NAMELESS = 1, 2, 4  # 3 is the symbols
+PLAIN, DEFLATED, NAMELESS = 1, 2, 4  # 3 and 5 are the symbols
 
 # The position is the number in the file.
 DTYPES: tuple[torch.dtype, ...] = (

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from psc_lightning import folding, view
 from psc_lightning.artifact import container, directory, leftovers
+from psc_lightning.artifact.ans import Coded
 from psc_lightning.artifact.directory import DTYPES, Entry, Kind
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
 from psc_lightning.artifact.leftovers import Precisions
@@ -30,9 +31,9 @@ __all__ = ["inspect", "load", "load_into", "load_stored", "save", "to_bytes", "v
 MAX_BYTES = 2**31
 _SHOWN = 6  # differences that a message names
 
-_SYMBOLS = 3
+_SYMBOLS, _PLAIN = 3, 5
 _CONTENTS = (directory.PLAIN, directory.DEFLATED, directory.NAMELESS)
-_KNOWN = frozenset({*_CONTENTS, _SYMBOLS})
+_KNOWN = frozenset({*_CONTENTS, _SYMBOLS, _PLAIN})
 _SLACK = 1 << 20  # a file may be this much longer than the tensors in it: names, and weights that do not compress
 
 
@@ -124,7 +125,9 @@ def _to_bytes(model: nn.Module, precisions: Precisions, names: bool) -> tuple[by
             held |= {i: _summary([sources[entries[i].name][0]]) for i in group}
         _share(bits, entries, group, writer.bits - before)
     tag, content = directory.encode(entries) if names else directory.encode_nameless(entries)
-    data = container.pack({tag: content, _SYMBOLS: writer.finish()})
+    coded = writer.finish()
+    sections = {tag: content, _SYMBOLS: coded.stack, _PLAIN: coded.plain}
+    data = container.pack({tag: section for tag, section in sections.items() if section or tag != _PLAIN})
     held |= {i: plain.get(entry.alias, held[entry.alias]) for i, entry in enumerate(entries) if entry.alias is not None}
     return data, _report(entries, bits, writer.streams, data, held, _layer_types(model))
 
@@ -194,9 +197,9 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
     limit = 8 * sum(map(_room, expected.values()))
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     like = [Entry(name, Kind.SLOTS, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
-    entries, payload = _open(container.read(path, limit + _SLACK), like)
+    entries, coded = _open(container.read(path, limit + _SLACK), like)
     _compare({entry.name: entry.shape for entry in entries}, expected)
-    model.load_state_dict(_decode(entries, payload, limit).tensors)
+    model.load_state_dict(_decode(entries, coded, limit).tensors)
 
 
 @dataclass(frozen=True)
@@ -210,28 +213,29 @@ class _Content:
     streams: list[Stream]
 
 
-def _open(data: bytes, model: Sequence[Entry] | None = None) -> tuple[list[Entry], bytes]:
+def _open(data: bytes, model: Sequence[Entry] | None = None) -> tuple[list[Entry], Coded]:
     sections = container.unpack(data, _KNOWN)
     contents = [tag for tag in _CONTENTS if tag in sections]
     if len(contents) != 1 or _SYMBOLS not in sections:
         raise ArtifactError(
             f"expected a table of contents and the symbols, found sections {sorted(sections)}: {ADVICE}"
         )
-    return directory.decode(contents[0], sections[contents[0]], model), sections[_SYMBOLS]
+    coded = Coded(sections[_SYMBOLS], sections.get(_PLAIN, b""))
+    return directory.decode(contents[0], sections[contents[0]], model), coded
 
 
 def _read(path: str | os.PathLike[str], max_bytes: int) -> _Content:
     return _decode(*_open(container.read(path, max_bytes + _SLACK)), max_bytes)
 
 
-def _decode(entries: Sequence[Entry], payload: bytes, max_bytes: int, keep: bool = False) -> _Content:
+def _decode(entries: Sequence[Entry], coded: Coded, max_bytes: int, keep: bool = False) -> _Content:
     needed = sum(_room(entry.shape) * entry.dtype.itemsize for entry in entries if entry.alias is None)
     if needed > max_bytes:
         raise ArtifactError(
             f"expected tensors of at most max_bytes = {max_bytes} bytes, found {needed}: "
             "pass a larger max_bytes if you trust the file"
         )
-    reader = SymbolReader(payload, limit=max_bytes)
+    reader = SymbolReader(coded, limit=max_bytes)
     tensors: dict[int, Tensor] = {}
     stored: dict[str, Stored] = {}
     bits = [0.0] * len(entries)

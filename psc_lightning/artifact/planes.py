@@ -41,7 +41,7 @@ class Choice:
 
     @property
     def toll(self) -> float:
-        """Bits that slow reading counts for."""
+        """Bits that slow reading counts for, negative where it is fast."""
         return 0.0 if self.proposal is None else self.proposal.toll
 
     @property

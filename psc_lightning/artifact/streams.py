@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from psc_lightning.artifact.ans import Decoder, Encoder, Ints, count
+from psc_lightning.artifact.ans import Coded, Decoder, Encoder, Ints, count
 from psc_lightning.artifact.codings import Grid, Plane
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
 from psc_lightning.artifact.planes import choose, read
@@ -55,7 +55,7 @@ def _grid(grid: Tensor | None, number: int) -> Grid | None:
 
 
 class SymbolWriter:
-    """A `psc_lightning.symbols.Writer` into one entropy-coded string.
+    """A `psc_lightning.symbols.Writer` into what one entropy coder makes.
 
     Attributes:
         streams: what was stored so far, for the report.
@@ -107,8 +107,8 @@ class SymbolWriter:
         choice.write(self._encoder)
         self.streams.append(_stream(plane.histogram, choice.coding))
 
-    def finish(self) -> bytes:
-        """The string."""
+    def finish(self) -> Coded:
+        """All of it."""
         return self._encoder.finish()
 
 
@@ -116,14 +116,14 @@ class SymbolReader:
     """A `psc_lightning.symbols.Reader` of what a `SymbolWriter` wrote.
 
     Args:
-        data: the string.
+        data: that.
         limit: the most symbols that one call may ask for.
 
     Attributes:
         streams: what was read so far, for the report.
     """
 
-    def __init__(self, data: bytes, limit: int = 1 << 31) -> None:
+    def __init__(self, data: Coded, limit: int = 1 << 31) -> None:
         self.streams: list[Stream] = []
         self._decoder = Decoder(data)
         self._limit = limit

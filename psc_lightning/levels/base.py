@@ -104,7 +104,13 @@ def read_codes(reader: Reader, keep: Tensor, lowest: int, size: int, dtype: torc
     symbols = reader.symbols(number, size, keep)
     if number < keep.numel():
         symbols = torch.zeros(keep.numel(), dtype=torch.uint8).masked_scatter_(keep.reshape(-1), symbols)
-    return symbols.reshape(keep.shape).to(dtype).add_(lowest)
+    codes = symbols.reshape(keep.shape).to(dtype)
+    return codes.add_(lowest) if lowest else codes
+
+
+def read_signs(reader: Reader, keep: Tensor) -> Tensor:
+    """Read codes 0 and 1 as -1 and 1, in the same bytes; -1 where `keep` is false."""
+    return read_codes(reader, keep, 0, 2, torch.uint8).view(torch.int8).mul_(2).sub_(1)
 
 
 def write_group(writer: Writer, group: Group) -> None:

@@ -12,7 +12,7 @@ from psc_lightning.functional import (
     spread,
     survivor_mean,
 )
-from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, write_codes, write_group
+from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, read_signs, write_codes, write_group
 from psc_lightning.precision import read_numbers, write_numbers
 from psc_lightning.symbols import Reader, Writer
 
@@ -124,4 +124,6 @@ class BinaryLevels(Levels):
         levels.scale = read_numbers(reader, levels.scale.numel())
         if form == "01":
             levels.offset = read_numbers(reader, levels.scale.numel())
-        return levels.value(read_codes(reader, keep, 0, 2, dtype))
+        if form == "01":
+            return levels.value(read_codes(reader, keep, 0, 2, dtype))
+        return read_signs(reader, keep).to(dtype).mul_(spread(levels.scale, levels.shape, levels.group))

@@ -31,7 +31,8 @@ from models import EVERY_METHOD, bag, compressed, fill
 from torch import Tensor, nn
 
 from psc_lightning.artifact import ArtifactError, Report, container, directory, file, inspect, load, streams, to_bytes
-from psc_lightning.artifact.ans import Decoder, Encoder, Ints, count
+from psc_lightning.artifact.ans import Coded, Decoder, Encoder, Ints, count
+from psc_lightning.artifact.codings import plain
 from psc_lightning.artifact.directory import DTYPES, Entry, Kind
 
 LIMIT = 1 << 20
@@ -118,8 +119,17 @@ def ordered(**slots: str | tuple[str, dict[str, object]]) -> nn.Module:
     return model
 
 
+def noise() -> nn.Module:
+    """Bytes, nibbles and bits that no coding makes shorter."""
+    words = torch.tensor(list(random.Random(0).randbytes(9000)), dtype=torch.uint8)
+    return bag({"bytes": words[:4100], "nibbles": words[4100:] >> 4, "bits": words[:8997] > 127})
+
+
 def seeds(step: int = 1) -> list[bytes]:
     """Honest files: every method (or every `step`-th), leftovers of all types, both tables of contents, more sections."""
+    with mock.patch.object(plain, "_LEAST", 1):
+        files = [to_bytes(noise())[0]]
+    assert opened(files[0])[1].plain
     models = [single(**slots) for slots in EVERY_METHOD[::step]]
     models += [ordered(mask=("magnitude", {"threshold": 0.5}), levels=levels) for levels in ("binary", "uniform")]
     models += [ordered(levels="ternary"), ordered(levels=("codebook", {"k": 8}))]
@@ -128,7 +138,7 @@ def seeds(step: int = 1) -> list[bytes]:
         compressed(levels=("codebook", {"scales": "log8"})),
         compressed(levels=("uniform", {"scales": "float32"})),
     ]
-    files = [to_bytes(model)[0] for model in models]
+    files += [to_bytes(model)[0] for model in models]
     files.append(to_bytes(everything(), leftovers="log8")[0])
     files.append(to_bytes(everything(), leftovers="float16")[0])
     files.append(sealed(files[-1][8:] + b"\x80\x03xyz"))
@@ -140,15 +150,15 @@ def sealed(body: bytes) -> bytes:
     return container.MAGIC + bytes([container.VERSION]) + zlib.crc32(body).to_bytes(4, "little") + body
 
 
-def opened(data: bytes) -> tuple[list[Entry], bytes]:
+def opened(data: bytes) -> tuple[list[Entry], Coded]:
     """Entries and symbols of an honest file."""
     return file._open(data)
 
 
-def closed(entries: list[Entry], symbols: bytes) -> bytes:
+def closed(entries: list[Entry], symbols: Coded) -> bytes:
     """The file of these entries and symbols."""
     tag, contents = directory.encode(entries)
-    return container.pack({tag: contents, 3: symbols})
+    return container.pack({tag: contents, 3: symbols.stack} | ({5: symbols.plain} if symbols.plain else {}))
 
 
 # ---------------------------------------------------------------------------------------------------- mutations
@@ -175,7 +185,7 @@ def truncated(files: list[bytes], choice: random.Random) -> bytes:
     if choice.random() < 0.5:
         return sealed(data[8 : choice.randrange(8, len(data))])
     entries, symbols = opened(data)
-    return closed(entries, symbols[: choice.randrange(len(symbols))])
+    return closed(entries, replace(symbols, stack=symbols.stack[: choice.randrange(len(symbols.stack))]))
 
 
 def spliced(files: list[bytes], choice: random.Random) -> bytes:
@@ -221,7 +231,23 @@ def table_edited(files: list[bytes], choice: random.Random) -> bytes:
         table = bytearray(directory.encode(entries)[1])
     for _ in range(choice.choice((1, 1, 3))):
         table[choice.randrange(len(table))] = choice.choice((0, 1, 10, 127, 128, 255, choice.randrange(256)))
-    return container.pack({directory.PLAIN: bytes(table), 3: symbols})
+    return container.pack({directory.PLAIN: bytes(table), 3: symbols.stack, 5: symbols.plain})
+
+
+def plain_edited(files: list[bytes], choice: random.Random) -> bytes:
+    """Symbols that went past the coder: some missing, some too many, others, or where none are."""
+    entries, symbols = opened(choice.choice((files[0], choice.choice(files))))
+    data = bytearray(symbols.plain)
+    edit = choice.randrange(4)
+    if edit == 0:
+        del data[choice.randrange(len(data) + 1) :]
+    elif edit == 1:
+        data += choice.randbytes(choice.choice((1, 8, 1000)))
+    elif edit == 2:
+        del data[: choice.randrange(len(data) + 1)]
+    elif data:
+        data[choice.choice((-1, choice.randrange(len(data))))] ^= 1 << choice.randrange(8)
+    return closed(entries, replace(symbols, plain=bytes(data)))
 
 
 class Forger:
@@ -232,8 +258,8 @@ class Forger:
 
     bits = 0.0
 
-    def __init__(self, symbols: bytes, choice: random.Random, at: int, returns: bool) -> None:
-        self.tape: list[tuple[str, int] | tuple[Tensor, Ints]] = []
+    def __init__(self, symbols: Coded, choice: random.Random, at: int, returns: bool) -> None:
+        self.tape: list[tuple[str, int] | tuple[Tensor, Ints] | tuple[Tensor, int]] = []
         self._honest, self._choice, self._at, self._returns = Decoder(symbols), choice, at, returns
 
     def _forges(self) -> bool:
@@ -248,15 +274,24 @@ class Forger:
         self.tape.append((context, value))
         return value
 
+    def _symbols(self, number: int, size: int) -> Tensor:
+        seed = torch.Generator().manual_seed(self._choice.randrange(1 << 32))
+        return torch.randint(size, (number,), generator=seed, dtype=torch.uint8)
+
     def take(self, number: int, k: Ints) -> tuple[Tensor, Ints]:
         """Symbols for a reader that asks for them."""
-        if self._forges():
-            seed = torch.Generator().manual_seed(self._choice.randrange(1 << 32))
-            symbols = torch.randint(len(k), (number,), generator=seed, dtype=torch.uint8)
-        else:
-            symbols = self._honest.take(number, k)[0]
+        symbols = self._symbols(number, len(k)) if self._forges() else self._honest.take(number, k)[0]
         self.tape.append((symbols.clone(), k))
         return symbols, count(symbols, len(k))
+
+    def take_plain(self, number: int, width: int) -> Tensor:
+        """Symbols past the coder, which an honest file need not have."""
+        try:
+            symbols = self._symbols(number, 1 << width) if self._forges() else self._honest.take_plain(number, width)
+        except ArtifactError:
+            symbols = self._symbols(number, 1 << width)
+        self.tape.append((symbols.clone(), width))
+        return symbols
 
     def take_runs(self, numbers: Sequence[int], tables: Sequence[Ints]) -> npt.NDArray[np.uint8]:
         """Runs of symbols for a reader that asks for them."""
@@ -265,12 +300,14 @@ class Forger:
     def finish(self) -> None:
         """There is always an end."""
 
-    def coded(self) -> bytes:
+    def coded(self) -> Coded:
         """All of it, entropy-coded."""
         encoder = Encoder()
         for first, second in self.tape:
             if isinstance(first, str):
                 encoder.integer(second, first)
+            elif isinstance(second, int):
+                encoder.put_plain(first, second)
             else:
                 encoder.put(first, second, count(first, len(second)))
         return encoder.finish()
@@ -338,11 +375,11 @@ def invented(files: list[bytes], choice: random.Random) -> bytes:
         suppress(Exception, Hang),
         watched(),
     ):
-        file._decode(entries, b"", LIMIT)
+        file._decode(entries, Coded(b""), LIMIT)
     return closed(entries, inventor.writer.finish())
 
 
-MUTATIONS = (flipped, unsealed, truncated, spliced, table_edited, forged, invented)
+MUTATIONS = (flipped, unsealed, truncated, spliced, table_edited, plain_edited, forged, invented)
 
 
 def mutants(files: list[bytes], seed: int) -> Iterator[tuple[str, bytes]]:

@@ -54,7 +54,7 @@ def main() -> None:
 
     def one(data: bytes) -> None:
         if len(data) > 1:
-            mutation = (None, fuzz.forged, fuzz.table_edited, fuzz.invented)[data[0] % 4]
+            mutation = (None, fuzz.forged, fuzz.table_edited, fuzz.invented, fuzz.plain_edited)[data[0] % 5]
             made = mutation(files, Decisions(data[1:])) if mutation else fuzz.sealed(data[1:])
             run.one(mutation.__name__ if mutation else "sections", made)
         if time.monotonic() - started > 60 * options.minutes:
@@ -66,7 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for at, data in enumerate(files):
             (Path(folder) / str(at)).write_bytes(b"\0" + data[8:])
-        for mode in (1, 2, 3):
+        for mode in (1, 2, 3, 4):
             (Path(folder) / f"mode{mode}").write_bytes(bytes([mode]) + random.Random(mode).randbytes(200))
         atheris.Setup([sys.argv[0], "-max_len=4096", folder], one)
         atheris.Fuzz()

@@ -53,6 +53,12 @@ def every_type() -> nn.Module:
     return bag({**tensors, "none": torch.zeros(0, 3), "one": torch.tensor(7)})
 
 
+def noise(number: int, size: int) -> Tensor:
+    """Symbols that no coding makes shorter, from SHA-256."""
+    blocks = b"".join(hashlib.sha256(bytes([size - 1, i & 255, i >> 8])).digest() for i in range(-(-number // 32)))
+    return torch.tensor(list(blocks[:number]), dtype=torch.uint8) & (size - 1)
+
+
 #: these are one array where they are written as float16
 HALVES = {"a": torch.float32, "b": torch.float16, "c": torch.float32}
 
@@ -62,6 +68,15 @@ NETWORKS = {
     ),
     "every_type": every_type,
     "halves": lambda: bag({f"{name}.bias": numbers(5).to(dtype) for name, dtype in HALVES.items()}),
+    "noise": lambda: bag(
+        {
+            "bits": noise(65_537, 2) > 0,
+            "threes": noise(21_847, 8) + 3,
+            "nibbles": noise(16_384, 16),
+            "bytes": noise(8193, 256),
+            "few": noise(8191, 256),
+        }
+    ),
     "none": lambda: network(mask=MASK),
     "float16": lambda: network(levels="float16"),
     "bfloat16": lambda: network(levels="bfloat16", mask=MASK),

@@ -25,6 +25,7 @@ from psc_lightning.artifact import (
     streams,
     to_bytes,
 )
+from psc_lightning.artifact.ans import Coded
 from psc_lightning.artifact.container import varint
 from psc_lightning.artifact.directory import Entry, Kind
 
@@ -148,7 +149,7 @@ def test_a_small_file_that_asks_for_much(tmp_path: Path) -> None:
 def test_a_model_does_not_take_memory_for_other_shapes(tmp_path: Path) -> None:
     """`load_into` knows how much its model takes: names and shapes are compared before anything is decoded."""
     many = [("weight", (1 << 13, 1 << 13)), ("bias", (1,))]
-    data = closed([Entry(name, Kind.LEFTOVER, torch.float32, shape) for name, shape in many], b"\1")
+    data = closed([Entry(name, Kind.LEFTOVER, torch.float32, shape) for name, shape in many], Coded(b"\1"))
     (tmp_path / "f").write_bytes(data)
     with (
         little_memory(),

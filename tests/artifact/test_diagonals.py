@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from read_with_numpy import Ans
 
-from psc_lightning.artifact.ans import Decoder, Encoder
+from psc_lightning.artifact.ans import Coded, Decoder, Encoder
 from psc_lightning.artifact.codings import Plane, diagonals
 from psc_lightning.artifact.codings.diagonals import Diagonals, Evidence, Formula
 from psc_lightning.artifact.codings.lines import Lines
@@ -34,7 +34,7 @@ def image(rows: int, side: int, seed: int = 0) -> Bits:
     return (random.random((rows, side * side)) < 1 / (1 + np.exp(-odds))).astype(np.uint8)
 
 
-def coded(bits: Bits, grid: npt.NDArray[np.bool_], formula: Formula) -> tuple[bytes, float]:
+def coded(bits: Bits, grid: npt.NDArray[np.bool_], formula: Formula) -> tuple[Coded, float]:
     """A file of one plane under this formula, its coding's number and the limits of the symbols before it."""
     plane = Plane(torch.from_numpy(bits[grid]), 2, grid)
     with mock.patch.object(diagonals, "fit", return_value=formula), mock.patch.object(diagonals, "promise"):
@@ -100,7 +100,7 @@ def test_images_in_rows(holes: bool) -> None:
     assert {(0, 1), (0, 16)} <= set(formula.neighbours)
     assert formula.column > 0
     data = writer.finish()
-    assert Ans(data).array(int(grid.sum()), 2, grid) == bits[grid].tolist()
+    assert Ans(data.stack, data.plain).array(int(grid.sum()), 2, grid) == bits[grid].tolist()
     reader = SymbolReader(data)
     assert reader.symbols(int(grid.sum()), 2, torch.from_numpy(grid)).tolist() == bits[grid].tolist()
     reader.finish()
@@ -127,7 +127,7 @@ def test_any_formula_returns_what_was_written(data, rows: int, columns: int, see
     assert read.dtype == torch.int32
     assert read.tolist() == bits[grid].tolist()
     assert decoder.bits == pytest.approx(cost)
-    assert Ans(stored).diagonals(int(grid.sum()), 2, grid).tolist() == bits[grid].tolist()
+    assert Ans(stored.stack).diagonals(int(grid.sum()), 2, grid).tolist() == bits[grid].tolist()
 
 
 def numbers(*values: int) -> Decoder:

@@ -447,13 +447,18 @@ def test_a_file_without_names_goes_into_its_model_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("names", "header"), [(True, 49), (False, 22)])
-def test_the_header_of_lenet5_is_short(names: bool, header: int) -> None:
+@pytest.mark.parametrize("levels", ["binary", "ternary"])
+def test_the_header_of_lenet5_is_short(names: bool, header: int, levels: str) -> None:
     """Its eight tensors: magic, version, checksum, kinds, and names and shapes or a fingerprint of them."""
     model = LeNet5(10)
-    fill(model, tuple(name for name in model.state_dict() if name.endswith("weight")), levels="binary")
+    fill(model, tuple(name for name in model.state_dict() if name.endswith("weight")), levels=levels)
     data, _ = to_bytes(model, names=names)
-    symbols = container.unpack(data, frozenset({1, 2, 3, 4}))[3]
-    assert len(data) - len(symbols) == header
+    sections = container.unpack(data, frozenset({1, 2, 3, 4, 5}))
+    plain = sections.get(5, b"")
+    assert (len(plain) > 0) == (levels == "binary")  # balanced signs; their section has a tag and a length, too
+    own = 1 + len(container.varint(len(plain))) if plain else 0
+    less = len(container.varint(50_000)) - len(container.varint(len(sections[3])))  # a shorter length of the other's
+    assert len(data) - len(sections[3]) - len(plain) == header + own - less
 
 
 def test_cut_and_flipped_kinds_are_refused(tmp_path: Path) -> None:

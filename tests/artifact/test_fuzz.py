@@ -58,5 +58,5 @@ def test_a_few_seconds_of_fuzzing(tmp_path: Path) -> None:
         if small and answers[how, False] % 4 == 0:
             same_for_a_stranger(data, tmp_path / "f")
     assert answers["unsealed", False] == 0  # a checksum sees every flipped bit
-    for how in ("flipped", "spliced", "table_edited", "forged", "invented"):
+    for how in ("flipped", "spliced", "table_edited", "plain_edited", "forged", "invented"):
         assert min(answers[how, True], answers[how, False]) > 0, how

@@ -9,7 +9,7 @@ import golden
 import pytest
 from fuzz import sealed
 
-from psc_lightning.artifact import ArtifactError, load, to_bytes
+from psc_lightning.artifact import ArtifactError, container, load, to_bytes
 from psc_lightning.levels import LEVELS
 from psc_lightning.tying import TYINGS
 
@@ -35,9 +35,20 @@ def test_every_method_has_a_file() -> None:
     assert {path.name.partition(".")[0] for path in FILES} == set(golden.NETWORKS)
 
 
+def test_plain_symbols_are_in_a_section_of_their_own() -> None:
+    """Of the planes of `noise`, all but the one that is a byte too short; others have no such section."""
+    sections = container.unpack(golden.generations("noise")[-1].read_bytes(), frozenset(range(6)))
+    assert len(sections[5]) == 8193 + 8193 + 8192 + 8193
+    bits = "".join(str(bit) for bit in golden.noise(65_537, 2).tolist())
+    assert sections[5][:8193] == int(bits + "0000000", 2).to_bytes(8193, "big")
+    assert sections[5][-8193:] == bytes(golden.noise(8193, 256).tolist())
+    for path in set(FILES) - set(golden.generations("noise")):
+        assert 5 not in container.unpack(path.read_bytes(), frozenset(range(6)))
+
+
 def test_optional_sections_are_skipped_and_others_refused(tmp_path: Path) -> None:
     data = golden.generations("ternary")[0].read_bytes()
-    for tag, optional in ((5, False), (127, False), (128, True), (255, True)):
+    for tag, optional in ((6, False), (127, False), (128, True), (255, True)):
         (tmp_path / "f").write_bytes(sealed(data[8:] + bytes([tag, 3]) + b"new"))
         if optional:
             assert golden.digests(load(tmp_path / "f")) == golden.digests(load(golden.generations("ternary")[0]))

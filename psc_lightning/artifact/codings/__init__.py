@@ -9,9 +9,10 @@ from psc_lightning.artifact.codings.adaptive import Adaptive
 from psc_lightning.artifact.codings.coding import Coding, Grid, Plane, Proposal, full
 from psc_lightning.artifact.codings.diagonals import Diagonals
 from psc_lightning.artifact.codings.lines import Lines
+from psc_lightning.artifact.codings.plain import Plain
 from psc_lightning.artifact.codings.split import Split
 from psc_lightning.artifact.codings.uniform import Uniform
 
 __all__ = ["CODINGS", "Coding", "Grid", "Plane", "Proposal", "full"]
 
-CODINGS: tuple[Coding, ...] = (Uniform(), Adaptive(), Lines(), Split(), Diagonals())
+CODINGS: tuple[Coding, ...] = (Uniform(), Adaptive(), Lines(), Split(), Diagonals(), Plain())

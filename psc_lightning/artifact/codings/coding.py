@@ -52,7 +52,7 @@ class Proposal:
         bits: cost of the symbols, without the parameters.
         parameters: what the reader has to know, non-negative integers.
         write: puts the symbols (not the parameters) into an encoder.
-        toll: bits that it must save beside another that is read at once.
+        toll: bits that it must save beside another that is read fast; below 0, what it may cost more than a slower one.
     """
 
     bits: float
