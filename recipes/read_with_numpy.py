@@ -126,7 +126,7 @@ class Ans:
         if low == top:
             return np.full(number, low)
         size = top - low + 1
-        codings = (self.uniform, self.adaptive, self.lines, self.split, self.diagonals, self.packed)
+        codings = (self.uniform, self.adaptive, self.lines, self.split, self.diagonals, self.packed, self.occupied)
         coding = codings[self.unsigned("coding")]
         return low + np.array(coding(number, size, grid), np.int64)
 
