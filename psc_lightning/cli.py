@@ -232,7 +232,7 @@ def _export(options: argparse.Namespace) -> None:
     if options.safetensors:
         from psc_lightning.export.safetensors import write_safetensors
 
-        write_safetensors(load(file), options.safetensors)
+        write_safetensors(_tensors(str(file), options.model), options.safetensors)
     if options.onnx:
         import torch
 
@@ -246,7 +246,7 @@ def _export(options: argparse.Namespace) -> None:
                 model.eval()(*example)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise _UsageError(f"--example: the model does not take such an input: {error}") from error
-        stored = load_stored(file)
+        stored = load_stored(file, model=model)
         try:
             export_stored(model, stored, options.onnx, example, dynamic_batch=options.dynamic_batch)
         except ValueError as error:

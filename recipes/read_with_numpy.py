@@ -126,7 +126,7 @@ class Ans:
         if low == top:
             return np.full(number, low)
         size = top - low + 1
-        codings = (self.uniform, self.adaptive, self.lines, self.split, self.diagonals, self.packed)
+        codings = (self.uniform, self.adaptive, self.lines, self.split, self.diagonals, self.packed, self.occupied)
         coding = codings[self.unsigned("coding")]
         return low + np.array(coding(number, size, grid), np.int64)
 
@@ -238,6 +238,14 @@ class Ans:
                 for seen in (counts[c], rows[i], columns[j]):
                     seen[bit] += 1
         return np.array([bits[i, j] for i, j in np.argwhere(grid).tolist()], np.int64)
+
+    def occupied(self, number: int, size: int, grid: Any) -> np.ndarray[Any, Any]:
+        """Rows and columns that hold a 1, then what is in them."""
+        rows, columns = (self.plane(length, 2, None).astype(bool) for length in grid.shape)
+        left = grid & rows[:, None] & columns
+        bits = np.zeros(grid.shape, np.int64)
+        bits[left] = self.plane(int(left.sum()), 2, left)
+        return bits[grid]
 
     def packed(self, number: int, size: int, grid: Any) -> list[int]:
         """Bits of section 5, a symbol's highest first."""

@@ -14,7 +14,7 @@ from models import bag, compressed, net
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from psc_lightning.artifact import container, inspect, load, save
+from psc_lightning.artifact import container, inspect, load_into, save
 from psc_lightning.cli import main
 from psc_lightning.view import plain_state
 
@@ -258,15 +258,16 @@ def test_as_a_process(file: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- export
 
 
-def test_export_writes_onnx_and_safetensors(tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [True, False])
+def test_export_writes_onnx_and_safetensors(tmp_path: Path, names: bool) -> None:
     file, onnx, dense = (tmp_path / name for name in ("m.psc", "m.onnx", "m.safetensors"))
-    save(compressed(levels="ternary"), file)
+    save(compressed(levels="ternary"), file, names=names)
     arguments = ["export", str(file), "--onnx", str(onnx), "--safetensors", str(dense)]
     assert main([*arguments, "--model", "models:net", "--example", "2,4,4,4"]) == 0
-    weights, found = load(file), load_file(dense)
-    assert all(torch.equal(found[name], weights[name]) for name in weights)
     model = net(seed=1)
-    model.load_state_dict(weights)
+    load_into(model, file)
+    weights, found = model.state_dict(), load_file(dense)
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
     session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
     x = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})

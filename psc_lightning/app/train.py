@@ -97,7 +97,7 @@ def run(cfg: DictConfig, folder: Path) -> float:
     metrics: dict[str, dict[str, float]] = {}
     if is_main():  # in a distributed run, the other processes only help to fit
         fresh.load_state_dict(dense)
-        metrics = before_training(cfg, fresh, data, writing)
+        metrics, _ = before_training(cfg, fresh, data)
 
     module = build_module(cfg)
     module.load_state_dict(dense)
@@ -125,31 +125,26 @@ def run(cfg: DictConfig, folder: Path) -> float:
 def rehearse(cfg: DictConfig, module: LightningModule, data: LightningDataModule, writing: Mapping[str, Any]) -> None:
     """Find with one batch what would fail later, when it has cost a dense baseline, or an older run in the same folder."""
     try:
-        before_training(cfg, copy.deepcopy(module), data, writing, calibration=1, limit_test_batches=1)
+        metrics, compressed = before_training(cfg, copy.deepcopy(module), data, calibration=1, limit_test_batches=1)
     except (RuntimeError, IndexError) as error:  # what torch has for tensors that do not fit
         raise UsageError(f"model, data: a batch fails: {error} (HYDRA_FULL_ERROR=1 shows where)") from error
+    objective(cfg, {"file_bytes": 0, "compression_ratio": 0, "metrics": {"compressed": metrics["dense"]}})
+    with explain("leftovers, fold_batchnorm"):
+        to_bytes(compressed, **writing)
 
 
 def before_training(
     cfg: DictConfig,
     dense: LightningModule,
     data: LightningDataModule,
-    writing: Mapping[str, Any],
     calibration: int = CALIBRATION_BATCHES,
     **limits: Any,
-) -> dict[str, dict[str, float]]:
-    """Return the metrics of the dense module, and of it compressed without training.
-
-    Raises:
-        UsageError: there is no such objective, or the compressed module could not be written.
-    """
+) -> tuple[dict[str, dict[str, float]], LightningModule]:
+    """Return the metrics of the dense module, and of it compressed without training; and this one."""
     metrics = {"dense": evaluate(cfg, dense, data, **limits)}
-    objective(cfg, {"file_bytes": 0, "compression_ratio": 0, "metrics": {"compressed": metrics["dense"]}})
     compressed = one_shot(cfg, dense, data, calibration)
     metrics["one_shot"] = evaluate(cfg, compressed, data, **limits)
-    with explain("leftovers, fold_batchnorm"):
-        to_bytes(compressed, **writing)
-    return metrics
+    return metrics, compressed
 
 
 def settle(module: LightningModule, batches: Iterable[Any]) -> None:
@@ -409,7 +404,11 @@ def job(cfg: DictConfig, full: bool) -> float:
 
 def quiet() -> None:
     """Leave out what Lightning says of itself; anything about the user's run stays."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in (
+        "lightning.pytorch",
+        "pytorch_lightning",
+    ):  # one speaks for both, once a user's module imports the other
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).* is deprecated")  # its own use of torch
     warnings.filterwarnings("ignore", r"The '\w+_dataloader' does not have many workers")  # batches come from memory
     warnings.filterwarnings("ignore", r"Total length of `list` across ranks is zero")  # data.validation=0

@@ -146,13 +146,21 @@ def load(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> dict[str, 
     return _read(path, max_bytes).tensors
 
 
-def load_stored(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> dict[str, Stored]:
+def load_stored(
+    path: str | os.PathLike[str], max_bytes: int = MAX_BYTES, model: nn.Module | None = None
+) -> dict[str, Stored]:
     """The compressed tensors of a file by name, each as its cores and what makes the weight from them.
 
+    Args:
+        path: the file.
+        max_bytes: as for `load`.
+        model: what the file goes into, for one without names; its size is the limit then.
+
     Raises:
-        ArtifactError: as `load`.
+        ArtifactError: as `load`, or as `load_into`.
     """
-    return _decode(*_open(container.read(path, max_bytes + _SLACK)), max_bytes, keep=True).stored
+    content = _read(path, max_bytes, keep=True) if model is None else _read_for(model, path, keep=True)
+    return content.stored
 
 
 def verify(path: str | os.PathLike[str]) -> None:
@@ -191,15 +199,7 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if sharded_modules(model):
         raise ValueError("load_into: the model is sharded already: load into it before fully_shard")
     model = getattr(model, "_orig_mod", model)
-    state = view.plain_state(model)
-    expected = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
-    # The file's types may be wider than the model's, but no more than eight bytes an entry.
-    limit = 8 * sum(map(_room, expected.values()))
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    like = [Entry(name, Kind.SLOTS, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
-    entries, coded = _open(container.read(path, limit + _SLACK), like)
-    _compare({entry.name: entry.shape for entry in entries}, expected)
-    model.load_state_dict(_decode(entries, coded, limit).tensors)
+    model.load_state_dict(_read_for(model, path).tensors)
 
 
 @dataclass(frozen=True)
@@ -224,8 +224,21 @@ def _open(data: bytes, model: Sequence[Entry] | None = None) -> tuple[list[Entry
     return directory.decode(contents[0], sections[contents[0]], model), coded
 
 
-def _read(path: str | os.PathLike[str], max_bytes: int) -> _Content:
-    return _decode(*_open(container.read(path, max_bytes + _SLACK)), max_bytes)
+def _read(path: str | os.PathLike[str], max_bytes: int, keep: bool = False) -> _Content:
+    return _decode(*_open(container.read(path, max_bytes + _SLACK)), max_bytes, keep)
+
+
+def _read_for(model: nn.Module, path: str | os.PathLike[str], keep: bool = False) -> _Content:
+    """Read a file that must go into a model, which says what one without names leaves out."""
+    state = view.plain_state(model)
+    expected = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
+    # The file's types may be wider than the model's, but no more than eight bytes an entry.
+    limit = 8 * sum(map(_room, expected.values()))
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    like = [Entry(name, Kind.SLOTS, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
+    entries, coded = _open(container.read(path, limit + _SLACK), like)
+    _compare({entry.name: entry.shape for entry in entries}, expected)
+    return _decode(entries, coded, limit, keep)
 
 
 def _decode(entries: Sequence[Entry], coded: Coded, max_bytes: int, keep: bool = False) -> _Content:

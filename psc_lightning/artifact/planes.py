@@ -60,8 +60,14 @@ class Choice:
             self.proposal.write(encoder)
 
 
-def choose(plane: Plane, encoder: Encoder) -> Choice:
-    """The proposal with the fewest bits, its integers and its toll included; the first of equals."""
+def choose(plane: Plane, encoder: Encoder, codings: int | None = None) -> Choice:
+    """The proposal with the fewest bits, its integers and its toll included; the first of equals.
+
+    Args:
+        plane: to be written.
+        encoder: knows what integers cost now.
+        codings: how many of the codings may be taken; None: all.
+    """
     present = plane.histogram.nonzero()[0]
     low, high = int(present[0]), int(present[-1])
     gap = plane.size - 1 - high
@@ -82,16 +88,23 @@ def choose(plane: Plane, encoder: Encoder) -> Choice:
             code,
             proposal,
         )
-        for code, coding in enumerate(CODINGS)
+        for code, coding in enumerate(CODINGS[:codings])
         for proposal in coding.propose(trimmed, encoder)
     )
     return min(choices, key=lambda choice: choice.bits + choice.toll)  # uniform always offers
 
 
 def read(
-    decoder: Decoder, number: int, size: int, grid: Grid | None, dtype: torch.dtype = torch.int32
+    decoder: Decoder,
+    number: int,
+    size: int,
+    grid: Grid | None,
+    dtype: torch.dtype = torch.int32,
+    codings: int | None = None,
 ) -> tuple[Tensor, str]:
     """Read `number` symbols, at least one, as a 1-D tensor of this type; and by which coding they came.
+
+    `codings`: how many of the codings there may be; None: all.
 
     Raises:
         ArtifactError: the file says what cannot be.
@@ -107,7 +120,7 @@ def read(
     high = size - 1 - below(size - low, "high")
     if low == high:
         return torch.full((number,), low, dtype=dtype), CONSTANT
-    coding = CODINGS[below(len(CODINGS), "coding")]
+    coding = CODINGS[below(len(CODINGS[:codings]), "coding")]
     parameters = tuple(below(limit, coding.name) for limit in coding.limits)
     symbols = coding.read(decoder, number, high - low + 1, parameters, grid).to(dtype)
     return symbols.add_(low) if low else symbols, coding.name

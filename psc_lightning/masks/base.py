@@ -119,6 +119,9 @@ class Mask(nn.Module):
     @torch.no_grad()
     def refresh(self, core: Tensor, strength: float = 1.0) -> None:
         """Choose which entries are zero now; `strength` scales the share."""
+        if self.threshold == 0:
+            self.kept.fill_(1)
+            return
         share = self.threshold * strength
         scores = self.score(core).float()
         weights = unit_mean(core.abs(), self.granularity, self.block).float()

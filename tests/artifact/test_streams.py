@@ -112,6 +112,7 @@ def test_each_proposal_of_each_coding_returns_at_its_price(code: int, size: int,
     proposals = list(coding.propose(plane, Encoder()))
     expected = {"adaptive": number > 8, "lines": size == 2 and number >= 1000, "split": size > 2 and number >= 1000}
     expected["plain"] = number == 40_000 and size in (16, 256)
+    expected["occupied"] = size == 2 and grid is not None
     if coding.name != "diagonals":  # which knows columns no better than lines do; it has tests of its own
         assert bool(proposals) == expected.get(coding.name, True)
     for proposal in proposals[:: 1 if number < 1000 else 7]:
@@ -120,7 +121,7 @@ def test_each_proposal_of_each_coding_returns_at_its_price(code: int, size: int,
         encoder = Encoder()
         proposal.write(encoder)
         # Integers of their own get cheaper, or dearer, as others of them come.
-        own = {"split": 99, "diagonals": 9}
+        own = {"split": 99, "diagonals": 9, "occupied": 99}
         assert encoder.bits == pytest.approx(proposal.bits, abs=own.get(coding.name, 1e-6))
         decoder = Decoder(encoder.finish())
         read = coding.read(decoder, number, size, proposal.parameters, grid)
@@ -304,11 +305,5 @@ def test_a_reader_trusts_no_range() -> None:
 
 
 def test_codings_keep_their_numbers() -> None:
-    assert [coding.name for coding in codings.CODINGS][:6] == [
-        "uniform",
-        "adaptive",
-        "lines",
-        "split",
-        "diagonals",
-        "plain",
-    ]
+    names = ["uniform", "adaptive", "lines", "split", "diagonals", "plain", "occupied"]
+    assert [coding.name for coding in codings.CODINGS][: len(names)] == names

@@ -9,10 +9,11 @@ from psc_lightning.artifact.codings.adaptive import Adaptive
 from psc_lightning.artifact.codings.coding import Coding, Grid, Plane, Proposal, full
 from psc_lightning.artifact.codings.diagonals import Diagonals
 from psc_lightning.artifact.codings.lines import Lines
+from psc_lightning.artifact.codings.occupied import Occupied
 from psc_lightning.artifact.codings.plain import Plain
 from psc_lightning.artifact.codings.split import Split
 from psc_lightning.artifact.codings.uniform import Uniform
 
-__all__ = ["CODINGS", "Coding", "Grid", "Plane", "Proposal", "full"]
+__all__ = ["CODINGS", "Coding", "Grid", "Occupied", "Plane", "Proposal", "full"]
 
-CODINGS: tuple[Coding, ...] = (Uniform(), Adaptive(), Lines(), Split(), Diagonals(), Plain())
+CODINGS: tuple[Coding, ...] = (Uniform(), Adaptive(), Lines(), Split(), Diagonals(), Plain(), Occupied())

@@ -12,6 +12,7 @@ from psc_lightning.artifact.ans import Decoder, Encoder
 from psc_lightning.artifact.codings.coding import Grid, Plane, Proposal, inside
 from psc_lightning.artifact.codings.diagonals import Diagonals
 from psc_lightning.artifact.codings.lines import Lines
+from psc_lightning.artifact.codings.occupied import Occupied
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
 
 __all__ = ["Split"]
@@ -51,7 +52,7 @@ class Split:
             planes = [_bits(upper, plane.grid), below, above]
         # Bits first: if none of them hangs on places, the symbols are better off together, and sooner read.
         chosen = {i: choose(part, encoder) for i, part in enumerate(planes) if part.size == 2 and len(part.symbols)}
-        if not any(choice.coding in (Lines.name, Diagonals.name) for choice in chosen.values()):
+        if not any(choice.coding in (Lines.name, Diagonals.name, Occupied.name) for choice in chosen.values()):
             return
         parts = [
             chosen.get(i) or choose(part, encoder)
