@@ -49,9 +49,10 @@ class Recorder(streams.SymbolReader):
     def symbols(self, count: int, size: int, grid: Tensor | None = None) -> Tensor:
         before = self.bits
         found = super().symbols(count, size, grid)
-        Recorder.arrays.append((found.numpy(), size, self.bits - before))
+        symbols = found.numpy().copy()  # a method makes its values of them in place
+        Recorder.arrays.append((symbols, size, self.bits - before))
         if grid is not None:
-            Recorder.matrices.append((found.numpy(), size, grid.reshape(len(grid), -1).numpy()))
+            Recorder.matrices.append((symbols, size, grid.reshape(len(grid), -1).numpy()))
         return found
 
 
