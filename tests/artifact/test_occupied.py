@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from read_with_numpy import Ans
 
-from psc_lightning.artifact.ans import Decoder, Encoder
+from psc_lightning.artifact.ans import Coded, Decoder, Encoder
 from psc_lightning.artifact.codings import CODINGS, Occupied, Plane
 from psc_lightning.artifact.errors import ArtifactError
 from psc_lightning.artifact.planes import read
@@ -33,7 +33,7 @@ def test_only_what_is_left_costs() -> None:
     assert reader.symbols(60_000, 2, torch.ones(200, 300, dtype=torch.bool)).tolist() == bits.reshape(-1).tolist()
     reader.finish()
     assert reader.bits == pytest.approx(writer.bits)
-    assert Ans(data).array(60_000, 2, np.ones((200, 300), bool)) == bits.reshape(-1).tolist()
+    assert Ans(data.stack, data.plain).array(60_000, 2, np.ones((200, 300), bool)) == bits.reshape(-1).tolist()
 
 
 @given(st.integers(1, 9), st.integers(1, 30), st.integers(0, 99), st.floats(0.1, 1), st.floats(0, 0.3))
@@ -52,7 +52,7 @@ def test_what_is_written_returns(rows: int, columns: int, seed: int, marked: flo
         decoder = Decoder(data)
         assert Occupied().read(decoder, int(grid.sum()), 2, (), grid).tolist() == bits[grid].tolist()
         decoder.finish()
-        assert Ans(data).occupied(int(grid.sum()), 2, grid).tolist() == bits[grid].tolist()
+        assert Ans(data.stack, data.plain).occupied(int(grid.sum()), 2, grid).tolist() == bits[grid].tolist()
 
 
 def test_it_does_not_hold_itself() -> None:
@@ -72,4 +72,4 @@ def test_it_does_not_hold_itself() -> None:
 def test_symbols_without_places_are_refused() -> None:
     for size, grid in ((2, None), (3, np.ones((4, 5), bool))):
         with pytest.raises(ArtifactError, match="found others"):
-            Occupied().read(Decoder(b"\1"), 20, size, (), grid)
+            Occupied().read(Decoder(Coded(b"\1", b"")), 20, size, (), grid)
