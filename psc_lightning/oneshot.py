@@ -103,7 +103,7 @@ def compress(
             codebook, deep, none; or callbacks of your own, which are left as they are.
         threshold: share of the entries that are zero, 0 ≤ threshold < 1; None: the preset's default.
         batches: for presets that labels drive (`mask`, `deep`), and callbacks that round activations: batches to compute
-            gradients on, and to see inputs in.
+            gradients on, and to see inputs in; `cross_channel` goes by magnitude without them; others do not read them.
         loss: ``loss(model, batch)`` gives a scalar for each of them.
         options: any other key of ``conf/compression/<preset>.yaml``: `bits`, `k`, `group`, `groups`, `block`, `rank`,
             `targets`, `ignore`, `min_size`, …
@@ -129,6 +129,7 @@ def compress(
     else:
         callbacks = [deepcopy(callback) for callback in compression if isinstance(callback, SlotCallback)]
     driven = ""
+    labelled = any(callback.calibration_steps for callback in callbacks)  # if only where there are labels
     if any(callback.slot == "mask" and MASKS[callback.method].labels != "none" for callback in callbacks):
         driven = "is driven by labels"
     elif any(callback.spec().activations for callback in callbacks):
@@ -148,7 +149,7 @@ def compress(
         for callback in callbacks:
             callback.attach(model)
         held = [(callback, slots, weight) for callback in callbacks for _, slots, weight in callback.held]
-        if batches is not None and loss is not None:
+        if batches is not None and loss is not None and (driven or labelled):
             _calibrate(model, held, batches, loss)
         for _, slots, weight in held:
             slots.harden(weight)

@@ -238,6 +238,10 @@ def test_labels_that_nobody_needs_do_no_harm():
     assert compress(model, "cross_channel", labels="magnitude").file_bytes == with_labels.file_bytes
 
 
+def test_labels_that_nobody_needs_cost_nothing():
+    compress(planted()[0], "binary", batches=iter(()), loss=lambda model, batch: pytest.fail("not asked for"))
+
+
 def test_calibration_leaves_modes_and_gradients_alone():
     model = net().train()
     model[1].eval()  # a frozen BatchNorm
