@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from psc_lightning.symbols import look_up
+
 # One thread: the same numbers on every machine, and tests that do not fight for cores.
 torch.set_num_threads(1)
 
@@ -46,6 +48,9 @@ class Tape:
         assert isinstance(item, tuple)
         assert (len(item[0]), item[1]) == (values, size)
         return item[0].clone()
+
+    def values(self, count: int, table: Tensor, grid: Tensor | None = None) -> Tensor:
+        return look_up(table.numpy(), self.symbols(count, len(table), grid).numpy())
 
     @property
     def finished(self) -> bool:

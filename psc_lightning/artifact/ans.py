@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
-from psc_lightning.symbols import pieces
+from psc_lightning.symbols import look_up, pieces
 
-__all__ = ["PRECISION", "TOTAL", "Coded", "Decoder", "Encoder", "bits", "count", "table"]
+__all__ = ["PRECISION", "TOTAL", "Coded", "Decoder", "Encoder", "Packed", "bits", "count", "table"]
 
 Ints = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
@@ -127,6 +127,52 @@ def _unpack(packed: Bytes, width: int, out: Bytes) -> None:
         for i in range(8):
             symbols = out[i::8]
             symbols[:] = (joined >> np.uint64((7 - i) * width) & mask)[: len(symbols)]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Symbols of `width` bits as they lie in a file, without gaps.
+
+    A byte that holds whole symbols is looked up once for all of them, and once for their histogram.
+
+    Attributes:
+        data: the bytes.
+        number: how many symbols.
+        width: 1 … 8 bits each.
+    """
+
+    data: Bytes
+    number: int
+    width: int
+
+    def symbols(self) -> Tensor:
+        """The symbols, as a uint8 tensor."""
+        symbols = torch.from_numpy(np.empty(self.number, dtype=np.uint8))
+        for start in _starts(symbols):
+            block = symbols[start : start + _BLOCK].numpy()
+            _unpack(self.data[start * self.width // 8 :][: -(-len(block) * self.width // 8)], self.width, block)
+        return symbols
+
+    def values(self, table: Tensor) -> Tensor:
+        """The entry of a table for each symbol."""
+        if 8 % self.width:
+            return look_up(table.numpy(), self.symbols().numpy())
+        return look_up(table.numpy()[self._bytes()], self.data).reshape(-1)[: self.number]
+
+    def histogram(self) -> Ints:
+        """How often each symbol is there."""
+        if 8 % self.width:
+            return count(self.symbols(), 1 << self.width)
+        histogram = np.zeros(1 << self.width, dtype=np.int64)
+        np.add.at(histogram, self._bytes(), count(torch.from_numpy(self.data), 256)[:, None])
+        histogram[0] -= len(self.data) * 8 // self.width - self.number  # what fills the last byte
+        return histogram
+
+    def _bytes(self) -> Bytes:
+        """The symbols in each of the 256 bytes, a row each."""
+        rows = np.empty((256, 8 // self.width), dtype=np.uint8)
+        _unpack(np.arange(256, dtype=np.uint8), self.width, rows.reshape(-1))
+        return rows
 
 
 def _pieces(width: int) -> list[int]:
@@ -260,7 +306,7 @@ class Decoder:
     def __init__(self, data: Coded) -> None:
         self.bits = 0.0
         self._contexts = _Contexts()
-        self._plain = np.frombuffer(data.plain, dtype=np.uint8)
+        self._plain = np.frombuffer(bytearray(data.plain), dtype=np.uint8)  # torch wants to be able to write
         padded = data.stack.rstrip(b"\0")
         padded += bytes(-len(padded) % 4)
         words = np.frombuffer(padded, dtype="<u4").astype(np.uint32)
@@ -286,8 +332,8 @@ class Decoder:
             raise ArtifactError(_DAMAGED)
         return np.concatenate(runs)
 
-    def take_plain(self, number: int, width: int) -> Tensor:
-        """Read symbols of `width` bits that went past the stack, as a uint8 tensor."""
+    def take_plain(self, number: int, width: int) -> Packed:
+        """Read symbols of `width` bits that went past the stack, as they are there."""
         needed, left = -(-number * width // 8), len(self._plain)
         if needed > left:  # before memory is taken
             raise ArtifactError(f"expected {needed} more bytes of plain symbols, found {left}: {ADVICE}")
@@ -295,12 +341,8 @@ class Decoder:
         filling = 8 * needed - number * width
         if packed[-1] & ((1 << filling) - 1):
             raise ArtifactError(f"expected {filling} zeros after plain symbols, found others: {ADVICE}")
-        symbols = torch.empty(number, dtype=torch.uint8)
-        for start in _starts(symbols):
-            block = symbols[start : start + _BLOCK].numpy()
-            _unpack(packed[start * width // 8 :][: -(-len(block) * width // 8)], width, block)
         self.bits += width * number
-        return symbols
+        return Packed(packed, number, width)
 
     def integer(self, context: str) -> int:
         """Read one integer."""

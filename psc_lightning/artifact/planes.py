@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from psc_lightning.artifact.ans import Decoder, Encoder
+from psc_lightning.artifact.ans import Decoder, Encoder, Ints, Packed, count
 from psc_lightning.artifact.codings import CODINGS, Grid, Plane, Proposal
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
+from psc_lightning.symbols import look_up
 
-__all__ = ["CONSTANT", "Choice", "choose", "read"]
+__all__ = ["CONSTANT", "Choice", "Found", "choose", "find", "read"]
 
 #: what stands for a coding where none is needed
 CONSTANT = "constant"
@@ -94,17 +96,62 @@ def choose(plane: Plane, encoder: Encoder, codings: int | None = None) -> Choice
     return min(choices, key=lambda choice: choice.bits + choice.toll)  # uniform always offers
 
 
-def read(
-    decoder: Decoder,
-    number: int,
-    size: int,
-    grid: Grid | None,
-    dtype: torch.dtype = torch.int32,
-    codings: int | None = None,
-) -> tuple[Tensor, str]:
-    """Read `number` symbols, at least one, as a 1-D tensor of this type; and by which coding they came.
+@dataclass(frozen=True)
+class Found:
+    """A plane as it lay in a file.
+
+    Attributes:
+        number: how many symbols.
+        low: what is to be added to each of those below.
+        rest: the symbols, as their coding gave them out; None where all are `low`.
+        coding: its name.
+    """
+
+    number: int
+    low: int
+    rest: Tensor | Packed | None
+    coding: str
+
+    def symbols(self, dtype: torch.dtype) -> Tensor:
+        """The symbols, as a 1-D tensor of this type."""
+        if self.rest is None:
+            return torch.full((self.number,), self.low, dtype=dtype)
+        symbols = (self.rest.symbols() if isinstance(self.rest, Packed) else self.rest).to(dtype)
+        return symbols.add_(self.low) if self.low else symbols
+
+    def values(self, table: Tensor) -> Tensor:
+        """The entry of a table for each symbol."""
+        if self.rest is None:
+            return table[self.low].repeat(self.number)
+        rest = table[self.low :]
+        return self.rest.values(rest) if isinstance(self.rest, Packed) else look_up(rest.numpy(), self.rest.numpy())
+
+    def histogram(self, size: int) -> Ints:
+        """How often each symbol below `size` is there."""
+        if self.rest is None:
+            found = np.array([self.number])
+        elif isinstance(self.rest, Packed):
+            found = self.rest.histogram()
+        else:
+            found = count(self.rest, size - self.low)
+        histogram = np.zeros(size, dtype=np.int64)
+        histogram[self.low : self.low + len(found)] = found
+        return histogram
+
+
+def read(decoder: Decoder, number: int, size: int, grid: Grid | None, codings: int | None = None) -> Tensor:
+    """Read `number` symbols, at least one, as a 1-D int32 tensor.
 
     `codings`: how many of the codings there may be; None: all.
+
+    Raises:
+        ArtifactError: the file says what cannot be.
+    """
+    return find(decoder, number, size, grid, codings).symbols(torch.int32)
+
+
+def find(decoder: Decoder, number: int, size: int, grid: Grid | None, codings: int | None = None) -> Found:
+    """Take `number` symbols, at least one, from what is read next; as `read`.
 
     Raises:
         ArtifactError: the file says what cannot be.
@@ -119,8 +166,7 @@ def read(
     low = below(size, "low")
     high = size - 1 - below(size - low, "high")
     if low == high:
-        return torch.full((number,), low, dtype=dtype), CONSTANT
+        return Found(number, low, None, CONSTANT)
     coding = CODINGS[below(len(CODINGS[:codings]), "coding")]
     parameters = tuple(below(limit, coding.name) for limit in coding.limits)
-    symbols = coding.read(decoder, number, high - low + 1, parameters, grid).to(dtype)
-    return symbols.add_(low) if low else symbols, coding.name
+    return Found(number, low, coding.read(decoder, number, high - low + 1, parameters, grid), coding.name)

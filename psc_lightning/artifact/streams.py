@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from psc_lightning.artifact.ans import Coded, Decoder, Encoder, Ints, count
+from psc_lightning.artifact.ans import Coded, Decoder, Encoder, Ints
 from psc_lightning.artifact.codings import Grid, Plane
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
-from psc_lightning.artifact.planes import choose, read
+from psc_lightning.artifact.planes import Found, choose, find
 
 __all__ = ["Stream", "SymbolReader", "SymbolWriter"]
 
@@ -46,12 +46,8 @@ def _stream(histogram: Ints, coding: str) -> Stream:
     return Stream(number, len(present), entropy, coding)
 
 
-def _grid(grid: Tensor | None, number: int) -> Grid | None:
-    if grid is None:
-        return None
-    found: Grid = grid.detach().cpu().reshape(grid.shape[0], -1).numpy()
-    assert np.count_nonzero(found) == number
-    return found
+def _grid(grid: Tensor | None) -> Grid | None:
+    return None if grid is None else grid.detach().cpu().reshape(grid.shape[0], -1).numpy()
 
 
 class SymbolWriter:
@@ -100,7 +96,7 @@ class SymbolWriter:
             self._plane(Plane((values >> 8).to(torch.uint8), (size - 1 >> 8) + 1))
             self._plane(Plane((values & 255).to(torch.uint8), _PLANE))
         else:
-            self._plane(Plane(values.to(torch.uint8), size, _grid(grid, len(values)), size // 2, around=size % 2 == 1))
+            self._plane(Plane(values.to(torch.uint8), size, _grid(grid), size // 2, around=size % 2 == 1))
 
     def _plane(self, plane: Plane) -> None:
         choice = choose(plane, self._encoder)
@@ -151,17 +147,25 @@ class SymbolReader:
         Raises:
             ArtifactError: the file says otherwise, or `count` is above the limit.
         """
-        if not 0 <= count <= self._limit:
-            raise ArtifactError(f"expected at most {self._limit} symbols in one array, found {count}: {ADVICE}")
+        self._check(count)
         if not count:
             return torch.zeros(0, dtype=torch.uint8 if size <= _PLANE else torch.int32)
         if size <= _PLANE:
-            return self._plane(count, size, _grid(grid, count))
-        values = self._plane(count, (size - 1 >> 8) + 1, None).to(torch.int32) << 8
-        values |= self._plane(count, _PLANE, None)
+            return self._plane(count, size, grid).symbols(torch.uint8)
+        values = self._plane(count, (size - 1 >> 8) + 1).symbols(torch.int32) << 8
+        values |= self._plane(count, _PLANE).symbols(torch.int32)
         if int(values.max()) >= size:
             raise ArtifactError(f"expected symbols below {size}, found {int(values.max())}: {ADVICE}")
         return values
+
+    def values(self, count: int, table: Tensor, grid: Tensor | None = None) -> Tensor:
+        """Read `count` symbols and give for each its entry of a 1-D table, one to 256 numbers on the CPU.
+
+        Raises:
+            ArtifactError: as `symbols`.
+        """
+        self._check(count)
+        return self._plane(count, len(table), grid).values(table) if count else table[:0]
 
     def finish(self) -> None:
         """Check that everything was read and nothing is left.
@@ -171,7 +175,11 @@ class SymbolReader:
         """
         self._decoder.finish()
 
-    def _plane(self, number: int, size: int, grid: Grid | None) -> Tensor:
-        symbols, coding = read(self._decoder, number, size, grid, torch.uint8)
-        self.streams.append(_stream(count(symbols, size), coding))
-        return symbols
+    def _check(self, count: int) -> None:
+        if not 0 <= count <= self._limit:
+            raise ArtifactError(f"expected at most {self._limit} symbols in one array, found {count}: {ADVICE}")
+
+    def _plane(self, number: int, size: int, grid: Tensor | None = None) -> Found:
+        found = find(self._decoder, number, size, _grid(grid))
+        self.streams.append(_stream(found.histogram(size), found.coding))
+        return found

@@ -108,9 +108,13 @@ def read_codes(reader: Reader, keep: Tensor, lowest: int, size: int, dtype: torc
     return codes.add_(lowest) if lowest else codes
 
 
-def read_signs(reader: Reader, keep: Tensor) -> Tensor:
-    """Read codes 0 and 1 as -1 and 1, in the same bytes; -1 where `keep` is false."""
-    return read_codes(reader, keep, 0, 2, torch.uint8).view(torch.int8).mul_(2).sub_(1)
+def read_values(reader: Reader, keep: Tensor, table: Tensor) -> Tensor:
+    """Read them as what a table has for each, counted from 0, into the core's shape; zeros where `keep` is false."""
+    number = int(np.count_nonzero(keep.numpy()))
+    values = reader.values(number, table, keep)
+    if number == keep.numel():
+        return values.reshape(keep.shape)
+    return torch.zeros(keep.shape, dtype=table.dtype).masked_scatter_(keep, values)
 
 
 def write_group(writer: Writer, group: Group) -> None:

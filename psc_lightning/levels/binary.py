@@ -12,7 +12,7 @@ from psc_lightning.functional import (
     spread,
     survivor_mean,
 )
-from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, read_signs, write_codes, write_group
+from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, read_values, write_codes, write_group
 from psc_lightning.precision import read_numbers, write_numbers
 from psc_lightning.symbols import Reader, Writer
 
@@ -126,4 +126,5 @@ class BinaryLevels(Levels):
             levels.offset = read_numbers(reader, levels.scale.numel())
         if form == "01":
             return levels.value(read_codes(reader, keep, 0, 2, dtype))
-        return read_signs(reader, keep).to(dtype).mul_(spread(levels.scale, levels.shape, levels.group))
+        signs = read_values(reader, keep, torch.tensor([-1.0, 1.0], dtype=dtype))
+        return signs.mul_(spread(levels.scale, levels.shape, levels.group))

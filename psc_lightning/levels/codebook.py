@@ -13,7 +13,7 @@ from psc_lightning.functional import (
     spread,
     straight_through,
 )
-from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, write_codes, write_group
+from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, read_values, write_codes, write_group
 from psc_lightning.precision import power_of_two, read_numbers, write_numbers
 from psc_lightning.symbols import Reader, Writer, pieces
 
@@ -122,12 +122,12 @@ class CodebookLevels(Levels):
         # The reader refuses a table that is too large, before there is room for one.
         count, entries = group_counts(tuple(keep.shape), group)
         table = read_numbers(reader, count * k).to(dtype)
+        if count == 1:
+            return read_values(reader, keep, table)
         codes = read_codes(reader, keep, 0, k, torch.uint8)
         out, start = torch.empty(keep.shape, dtype=dtype), 0
         for part, values in pieces(codes.reshape(-1), out.reshape(-1)):
-            place = part.to(torch.int64)
-            if count > 1:
-                place += torch.arange(start, start + len(part)) // entries * k
+            place = torch.arange(start, start + len(part)) // entries * k + part
             torch.index_select(table, 0, place, out=values)
             start += len(part)
         return out

@@ -13,7 +13,7 @@ from psc_lightning.functional import (
     straight_through,
     survivor_mean,
 )
-from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, read_signs, write_codes, write_group
+from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, read_values, write_codes, write_group
 from psc_lightning.precision import power_of_two, read_numbers, write_numbers
 from psc_lightning.symbols import Reader, Writer
 
@@ -134,5 +134,5 @@ class UniformLevels(Levels):
         levels = cls(tuple(keep.shape), reader.integer(1, 8), read_group(reader, keep))
         levels.scale = read_numbers(reader, levels.scale.numel())
         if levels.bits == 1:
-            return levels.value(read_signs(reader, keep).to(dtype))
+            return levels.value(read_values(reader, keep, torch.tensor([-1.0, 1.0], dtype=dtype)))
         return levels.value(read_codes(reader, keep, -levels.top, 2 * levels.top + 1, dtype))

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import psc_lightning
 from psc_lightning import MaskLearning, StraightThroughQuantization, stored
 from psc_lightning.artifact import file, streams
+from psc_lightning.symbols import look_up
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "file_size.md"
 COMPRESSORS = {
@@ -54,6 +55,9 @@ class Recorder(streams.SymbolReader):
         if grid is not None:
             Recorder.matrices.append((symbols, size, grid.reshape(len(grid), -1).numpy()))
         return found
+
+    def values(self, count: int, table: Tensor, grid: Tensor | None = None) -> Tensor:
+        return look_up(table.numpy(), self.symbols(count, len(table), grid).numpy())
 
 
 def packed(symbols: np.ndarray[Any, Any], size: int) -> bytes:

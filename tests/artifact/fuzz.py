@@ -31,9 +31,10 @@ from models import EVERY_METHOD, bag, compressed, fill
 from torch import Tensor, nn
 
 from psc_lightning.artifact import ArtifactError, Report, container, directory, file, inspect, load, streams, to_bytes
-from psc_lightning.artifact.ans import Coded, Decoder, Encoder, Ints, count
+from psc_lightning.artifact.ans import Coded, Decoder, Encoder, Ints, Packed, count
 from psc_lightning.artifact.codings import plain
 from psc_lightning.artifact.directory import DTYPES, Entry, Kind
+from psc_lightning.symbols import look_up
 
 LIMIT = 1 << 20
 ROOM = 1 << 26  # bytes of address space beyond what the process has: what torch and Python themselves want in between
@@ -284,14 +285,17 @@ class Forger:
         self.tape.append((symbols.clone(), k))
         return symbols, count(symbols, len(k))
 
-    def take_plain(self, number: int, width: int) -> Tensor:
+    def take_plain(self, number: int, width: int) -> Packed:
         """Symbols past the coder, which an honest file need not have."""
         try:
-            symbols = self._symbols(number, 1 << width) if self._forges() else self._honest.take_plain(number, width)
+            packed = None if self._forges() else self._honest.take_plain(number, width)
         except ArtifactError:
-            symbols = self._symbols(number, 1 << width)
-        self.tape.append((symbols.clone(), width))
-        return symbols
+            packed = None
+        symbols = self._symbols(number, 1 << width) if packed is None else packed.symbols()
+        self.tape.append((symbols, width))
+        encoder = Encoder()
+        encoder.put_plain(symbols, width)
+        return Packed(np.frombuffer(bytearray(encoder.finish().plain), dtype=np.uint8), number, width)
 
     def take_runs(self, numbers: Sequence[int], tables: Sequence[Ints]) -> npt.NDArray[np.uint8]:
         """Runs of symbols for a reader that asks for them."""
@@ -357,6 +361,10 @@ class Inventor:
             values = size - 1 - values
         self.writer.symbols(values, size, grid)
         return values.to(torch.uint8) if size <= 256 else values
+
+    def values(self, number: int, table: Tensor, grid: Tensor | None = None) -> Tensor:
+        """What a table has for them."""
+        return look_up(table.numpy(), self.symbols(number, len(table), grid).numpy())
 
     def finish(self) -> None:
         """There is always an end."""

@@ -66,7 +66,11 @@ def test_all_widths_and_numbers_return(planes: list[tuple[int, int]], block: int
         decoder, stranger = Decoder(stored), Ans(stored.stack, stored.plain)
         for i, (number, width) in enumerate(planes):
             expected = draw(number, 1 << width, i)
-            assert torch.equal(decoder.take_plain(number, width), expected)
+            packed = decoder.take_plain(number, width)
+            table = torch.rand(1 << width, generator=torch.Generator().manual_seed(i))
+            assert torch.equal(packed.symbols(), expected)
+            assert torch.equal(packed.values(table), table[expected.int()])
+            assert packed.histogram().tolist() == torch.bincount(expected, minlength=1 << width).tolist()
             assert stranger.packed(number, 1 << width, None) == expected.tolist()
             assert decoder.integer("between") == stranger.unsigned("between") == i
         decoder.finish()
@@ -91,6 +95,10 @@ def test_arrays_of_noise_are_read_by_both_readers(size: int, low: int) -> None:
     reader.finish()
     assert reader.streams == writer.streams
     assert reader.bits == pytest.approx(writer.bits)
+    if low + size <= 256:
+        reader, table = SymbolReader(stored), torch.arange(low + size) / 8
+        assert torch.equal(reader.values(number, table), symbols / 8)
+        assert reader.streams == writer.streams
     assert writer.bits / 8 - 8 <= len(stored) <= 1.01 * writer.bits / 8 + 32
     assert Ans(stored.stack, stored.plain).array(number, low + size) == symbols.tolist()
 

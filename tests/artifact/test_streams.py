@@ -15,6 +15,7 @@ from psc_lightning.artifact.codings import CODINGS, Plane, full
 from psc_lightning.artifact.codings.adaptive import spans
 from psc_lightning.artifact.codings.lines import Places
 from psc_lightning.artifact.errors import ArtifactError
+from psc_lightning.artifact.planes import Found
 from psc_lightning.artifact.streams import SymbolReader, SymbolWriter
 
 sizes = st.sampled_from([1, 2, 3, 7, 8, 9, 16, 100, 255, 256, 257, 300, 65535, 65536])
@@ -124,8 +125,10 @@ def test_each_proposal_of_each_coding_returns_at_its_price(code: int, size: int,
         own = {"split": 99, "diagonals": 9, "occupied": 99}
         assert encoder.bits == pytest.approx(proposal.bits, abs=own.get(coding.name, 1e-6))
         decoder = Decoder(encoder.finish())
-        read = coding.read(decoder, number, size, proposal.parameters, grid)
-        assert torch.equal(read.to(torch.uint8), symbols)
+        found = Found(number, 0, coding.read(decoder, number, size, proposal.parameters, grid), coding.name)
+        assert torch.equal(found.symbols(torch.uint8), symbols)
+        assert found.histogram(size).tolist() == plane.histogram.tolist()
+        assert torch.equal(found.values(table := torch.rand(size)), table[symbols.int()])
         assert decoder.bits == pytest.approx(encoder.bits)
         decoder.finish()
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from psc_lightning.artifact.ans import Decoder, Encoder, Ints, count
+from psc_lightning.artifact.ans import Decoder, Encoder, Ints, Packed, count
 
 __all__ = ["Coding", "Grid", "Plane", "Proposal", "full", "inside", "matrix"]
 
@@ -70,8 +70,10 @@ class Coding(Protocol):
     def propose(self, plane: Plane, encoder: Encoder) -> Iterator[Proposal]:
         """Offer ways to code a plane; what integers cost, the encoder knows."""
 
-    def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], grid: Grid | None) -> Tensor:
-        """Read `number` symbols as a 1-D tensor of integers, uint8 or int32."""
+    def read(
+        self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], grid: Grid | None
+    ) -> Tensor | Packed:
+        """Read `number` symbols, still packed, or as a 1-D tensor of integers, uint8 or int32."""
 
 
 def matrix(plane: Plane) -> npt.NDArray[np.uint8]:

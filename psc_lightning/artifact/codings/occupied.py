@@ -52,11 +52,11 @@ class Occupied:
 
         if size != 2 or grid is None:
             raise ArtifactError(f"expected bits of a matrix, found others: {ADVICE}")
-        lines = [read(decoder, length, 2, None)[0].bool().numpy() for length in grid.shape]
+        lines = [read(decoder, length, 2, None).bool().numpy() for length in grid.shape]
         left = grid & np.logical_and.outer(*lines)
         out = np.zeros(grid.shape, dtype=np.uint8)
         if count := int(left.sum()):
-            out[left] = read(decoder, count, 2, left, codings=self._within())[0].numpy()
+            out[left] = read(decoder, count, 2, left, codings=self._within()).numpy()
         return torch.from_numpy(out[grid])
 
     def _within(self) -> int:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor
-
-from psc_lightning.artifact.ans import Decoder, Encoder
+from psc_lightning.artifact.ans import Decoder, Encoder, Packed
 from psc_lightning.artifact.codings.coding import Grid, Plane, Proposal
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
 
@@ -38,7 +36,7 @@ class Plain:
 
         yield Proposal(bits, (), write, toll=-_SHARE * bits)
 
-    def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], grid: Grid | None) -> Tensor:
+    def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], grid: Grid | None) -> Packed:
         """Read `number` symbols."""
         width = _width(size)
         if width is None:

@@ -78,7 +78,7 @@ class Split:
         def plane(number: int, size: int, grid: Grid | None = None) -> Tensor:
             if not number or size == 1:
                 return torch.zeros(number, dtype=torch.int32)
-            return read(decoder, number, size, grid)[0]
+            return read(decoder, number, size, grid)
 
         first = plane(number, 2, grid) > 0
         chosen = int(first.sum())
