@@ -126,7 +126,16 @@ class Ans:
         if low == top:
             return np.full(number, low)
         size = top - low + 1
-        codings = (self.uniform, self.adaptive, self.lines, self.split, self.diagonals, self.packed, self.occupied)
+        codings = (
+            self.uniform,
+            self.adaptive,
+            self.lines,
+            self.split,
+            self.diagonals,
+            self.packed,
+            self.occupied,
+            self.gaps,
+        )
         coding = codings[self.unsigned("coding")]
         return low + np.array(coding(number, size, grid), np.int64)
 
@@ -246,6 +255,23 @@ class Ans:
         bits = np.zeros(grid.shape, np.int64)
         bits[left] = self.plane(int(left.sum()), 2, left)
         return bits[grid]
+
+    def gaps(self, number: int, size: int, grid: Any) -> np.ndarray[Any, Any]:
+        """How many others are before each rare bit."""
+        rare, share, length = (self.unsigned("gaps") for _ in range(3))
+        weights = [1 << 22]
+        for _ in range(255):
+            weights.append(weights[-1] * (65536 - share) >> 16)
+        weights[255] = weights[255] * 65536 // share
+        sums = table([max(w, 1) for w in weights])
+        bits, at = np.full(number, 1 - rare), 0
+        for _ in range(length):
+            gap = self.symbol(sums)
+            at += gap
+            if gap < 255:
+                bits[at] = rare
+                at += 1
+        return bits
 
     def packed(self, number: int, size: int, grid: Any) -> list[int]:
         """Bits of section 5, a symbol's highest first."""

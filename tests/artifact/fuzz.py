@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from psc_lightning.artifact import ArtifactError, Report, container, directory, file, inspect, load, streams, to_bytes
 from psc_lightning.artifact.ans import Coded, Decoder, Encoder, Ints, Packed, count
-from psc_lightning.artifact.codings import plain
+from psc_lightning.artifact.codings import gaps, plain
 from psc_lightning.artifact.directory import DTYPES, Entry, Kind
 from psc_lightning.symbols import look_up
 
@@ -131,6 +131,9 @@ def seeds(step: int = 1) -> list[bytes]:
     with mock.patch.object(plain, "_LEAST", 1):
         files = [to_bytes(noise())[0]]
     assert opened(files[0])[1].plain
+    with mock.patch.multiple(gaps, _LEAST=1, _SHARE=1):
+        files.append(to_bytes(bag({"rare": torch.arange(5000) % 97 == 5}))[0])
+    assert file._decode(*opened(files[-1]), LIMIT).streams[0].coding == "gaps"
     models = [single(**slots) for slots in EVERY_METHOD[::step]]
     models += [ordered(mask=("magnitude", {"threshold": 0.5}), levels=levels) for levels in ("binary", "uniform")]
     models += [ordered(levels="ternary"), ordered(levels=("codebook", {"k": 8}))]

@@ -77,6 +77,7 @@ NETWORKS = {
             "few": noise(8191, 256),
         }
     ),
+    "rare": lambda: bag({"ones": noise(1 << 19, 256) < 4, "zeros": noise(1 << 16, 256) > 0}),
     "none": lambda: network(mask=MASK),
     "float16": lambda: network(levels="float16"),
     "bfloat16": lambda: network(levels="bfloat16", mask=MASK),

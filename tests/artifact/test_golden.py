@@ -9,7 +9,7 @@ import golden
 import pytest
 from fuzz import sealed
 
-from psc_lightning.artifact import ArtifactError, container, load, to_bytes
+from psc_lightning.artifact import ArtifactError, container, file, load, to_bytes
 from psc_lightning.levels import LEVELS
 from psc_lightning.tying import TYINGS
 
@@ -44,6 +44,12 @@ def test_plain_symbols_are_in_a_section_of_their_own() -> None:
     assert sections[5][-8193:] == bytes(golden.noise(8193, 256).tolist())
     for path in set(FILES) - set(golden.generations("noise")):
         assert 5 not in container.unpack(path.read_bytes(), frozenset(range(6)))
+
+
+def test_rare_bits_are_written_as_distances() -> None:
+    """Of the second there are too few for it to pay."""
+    streams = file._decode(*file._open(golden.generations("rare")[-1].read_bytes()), 1 << 20).streams
+    assert [stream.coding for stream in streams] == ["gaps", "adaptive"]
 
 
 def test_optional_sections_are_skipped_and_others_refused(tmp_path: Path) -> None:

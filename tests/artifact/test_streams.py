@@ -114,6 +114,7 @@ def test_each_proposal_of_each_coding_returns_at_its_price(code: int, size: int,
     expected = {"adaptive": number > 8, "lines": size == 2 and number >= 1000, "split": size > 2 and number >= 1000}
     expected["plain"] = number == 40_000 and size in (16, 256)
     expected["occupied"] = size == 2 and grid is not None
+    expected["gaps"] = False  # not among so few
     if coding.name != "diagonals":  # which knows columns no better than lines do; it has tests of its own
         assert bool(proposals) == expected.get(coding.name, True)
     for proposal in proposals[:: 1 if number < 1000 else 7]:
@@ -308,5 +309,5 @@ def test_a_reader_trusts_no_range() -> None:
 
 
 def test_codings_keep_their_numbers() -> None:
-    names = ["uniform", "adaptive", "lines", "split", "diagonals", "plain", "occupied"]
+    names = ["uniform", "adaptive", "lines", "split", "diagonals", "plain", "occupied", "gaps"]
     assert [coding.name for coding in codings.CODINGS][: len(names)] == names

@@ -8,6 +8,7 @@ from __future__ import annotations
 from psc_lightning.artifact.codings.adaptive import Adaptive
 from psc_lightning.artifact.codings.coding import Coding, Grid, Plane, Proposal, full
 from psc_lightning.artifact.codings.diagonals import Diagonals
+from psc_lightning.artifact.codings.gaps import Gaps
 from psc_lightning.artifact.codings.lines import Lines
 from psc_lightning.artifact.codings.occupied import Occupied
 from psc_lightning.artifact.codings.plain import Plain
@@ -16,4 +17,4 @@ from psc_lightning.artifact.codings.uniform import Uniform
 
 __all__ = ["CODINGS", "Coding", "Grid", "Occupied", "Plane", "Proposal", "full"]
 
-CODINGS: tuple[Coding, ...] = (Uniform(), Adaptive(), Lines(), Split(), Diagonals(), Plain(), Occupied())
+CODINGS: tuple[Coding, ...] = (Uniform(), Adaptive(), Lines(), Split(), Diagonals(), Plain(), Occupied(), Gaps())
