@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from psc_lightning.app.files import write_atomic
 
-__all__ = ["cached", "fingerprint"]
+__all__ = ["cached", "fingerprint", "make_cache"]
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,17 @@ def fingerprint(settings: Mapping[str, Any], module: LightningModule) -> str:
     return digest.hexdigest()[:24]
 
 
+def make_cache(folder: Path) -> None:
+    """Make the folder of a cache.
+
+    Raises:
+        OSError: it cannot be, or nothing can be written to it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 def cached(folder: Path, key: str, train: Callable[[Path], LightningModule]) -> dict[str, Tensor]:
     """Return the baseline named `key` from the cache, training it first if it is not there.
 
@@ -53,7 +65,7 @@ def cached(folder: Path, key: str, train: Callable[[Path], LightningModule]) -> 
         train: trains the baseline; gets a folder for what an interrupted training resumes from. While it runs, other
             processes that want the same baseline wait.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_cache(folder)
     path = folder / f"{key}.pt"
     with FileLock(folder / f"{key}.lock"):
         if path.is_file():

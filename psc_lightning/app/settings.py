@@ -51,5 +51,10 @@ def check_settings(cfg: DictConfig) -> None:
     for key in ("max_epochs", "max_steps", "limit_train_batches"):
         if value(f"trainer.{key}") == 0 and value("compression.callbacks"):
             raise UsageError(f"trainer.{key}=0: nothing would be trained, so nothing compressed")
+    if value("trainer.fast_dev_run") and value("compression.callbacks"):
+        raise UsageError(
+            "trainer.fast_dev_run: its few steps would compress nothing; for a quick try give trainer.max_epochs=1 and "
+            "trainer.limit_train_batches=20"
+        )
     if value("trainer.limit_test_batches") == 0:
         raise UsageError("trainer.limit_test_batches=0: nobody would know what the file is worth")

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import psc_lightning
-from psc_lightning.app.baseline import cached, fingerprint
+from psc_lightning.app.baseline import cached, fingerprint, make_cache
 from psc_lightning.app.checkpoint import ResumePoint, read_checkpoint
 from psc_lightning.app.errors import UsageError, explain, one_line
 from psc_lightning.app.runs import Run, register_resolvers
@@ -89,6 +89,8 @@ def run(cfg: DictConfig, folder: Path) -> float:
     )
     if is_main():
         rehearse(cfg, fresh, data, writing)
+        if given is None:
+            make_cache(baselines(cfg))
         if cfg.resume is None:
             this.clear()  # not before: a wrong setting costs no older run
         this.begin(cfg, list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [])
@@ -315,7 +317,12 @@ def baseline(cfg: DictConfig, fresh: LightningModule, data: LightningDataModule)
     of_fine_tuning = ("max_epochs", "max_steps", "devices", "num_nodes", "strategy", "enable_progress_bar")
     chosen["trainer"] = {key: value for key, value in settings["trainer"].items() if key not in of_fine_tuning}
     chosen["optimizer"] = chosen["optimizer"] | {"lr": None}
-    return cached(Path(cfg.cache).expanduser() / "baselines", fingerprint(chosen, fresh), train)
+    return cached(baselines(cfg), fingerprint(chosen, fresh), train)
+
+
+def baselines(cfg: DictConfig) -> Path:
+    """Return the folder of the cached baselines."""
+    return Path(cfg.cache).expanduser() / "baselines"
 
 
 def one_shot(cfg: DictConfig, dense: LightningModule, data: LightningDataModule, calibration: int) -> LightningModule:

@@ -60,6 +60,8 @@ Command = Callable[..., tuple[int, str]]
         (["compression=binary", "trainer.max_epochs=0"], ["trainer.max_epochs=0", "nothing compressed"]),
         (["compression=binary", "trainer.max_steps=0"], ["trainer.max_steps=0", "nothing compressed"]),
         (["trainer.limit_test_batches=0"], ["trainer.limit_test_batches=0"]),
+        (["compression=binary", "trainer.fast_dev_run=true"], ["trainer.fast_dev_run", "limit_train_batches"]),
+        (["cache=/dev/null"], ["/dev/null/baselines", "Not a directory"]),
         (["objective=nothing"], ["objective=nothing", "accuracy, loss"]),
         (["data.batch_size=1.5"], ["batch_size", "1.5"]),
         (["data.validation=abc"], ["validation", "abc"]),
@@ -125,6 +127,7 @@ def test_a_folder_that_cannot_be_written(cli: Command, tmp_path: Path) -> None:
         "baseline.lr=abc",
         "model.classes=3",
         "leftovers={nothing.*:float16}",
+        "cache=/dev/null",
         "resume=run",
     ],
 )
