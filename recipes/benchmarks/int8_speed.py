@@ -5,7 +5,7 @@
 Fine-tunes a CIFAR-10 checkpoint for a few steps with rounded weights and inputs, exports it, and lets its session and the
 dense network's take turns in one process, one thread each, so that a drift of the machine's speed meets both. A ratio is
 the median over the pairs (CPU time); accuracies are of all test images, in onnxruntime, and with torch's own rounding.
-Writes recipes/results/int8_speed.md and int8_speed.json.
+Writes recipes/results/int8_speed_KIND.md, after the kind of processor: with VNNI, without, or another.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
 import statistics
 import tempfile
 import time
@@ -113,8 +112,7 @@ def write(args: argparse.Namespace, dense_accuracy: float, count: int, rows: lis
         ]
     results = Path(__file__).resolve().parents[1] / "results"
     results.mkdir(exist_ok=True)
-    (results / "int8_speed.md").write_text("\n".join(lines) + "\n")
-    (results / "int8_speed.json").write_text(json.dumps({"dense": dense_accuracy, "rows": rows}, indent=1) + "\n")
+    (results / f"int8_speed_{processor.lower().replace(' ', '_')}.md").write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:
