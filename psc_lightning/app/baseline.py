@@ -45,27 +45,28 @@ def fingerprint(settings: Mapping[str, Any], module: LightningModule) -> str:
     return digest.hexdigest()[:24]
 
 
-def make_cache(folder: Path) -> None:
-    """Make the folder of a cache.
+def make_cache(root: str) -> Path:
+    """Make the folder of baselines in a cache, if it is not there, and return it.
 
     Raises:
-        OSError: it cannot be, or nothing can be written to it.
+        OSError: it cannot be made, or nothing can be written to it.
     """
+    folder = Path(root).expanduser() / "baselines"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
+    return folder
 
 
 def cached(folder: Path, key: str, train: Callable[[Path], LightningModule]) -> dict[str, Tensor]:
     """Return the baseline named `key` from the cache, training it first if it is not there.
 
     Args:
-        folder: of the cache; made if missing.
+        folder: see `make_cache`.
         key: see `fingerprint`.
         train: trains the baseline; gets a folder for what an interrupted training resumes from. While it runs, other
             processes that want the same baseline wait.
     """
-    make_cache(folder)
     path = folder / f"{key}.pt"
     with FileLock(folder / f"{key}.lock"):
         if path.is_file():

@@ -90,7 +90,7 @@ def run(cfg: DictConfig, folder: Path) -> float:
     if is_main():
         rehearse(cfg, fresh, data, writing)
         if given is None:
-            make_cache(baselines(cfg))
+            make_cache(cfg.cache)
         if cfg.resume is None:
             this.clear()  # not before: a wrong setting costs no older run
         this.begin(cfg, list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [])
@@ -317,12 +317,7 @@ def baseline(cfg: DictConfig, fresh: LightningModule, data: LightningDataModule)
     of_fine_tuning = ("max_epochs", "max_steps", "devices", "num_nodes", "strategy", "enable_progress_bar")
     chosen["trainer"] = {key: value for key, value in settings["trainer"].items() if key not in of_fine_tuning}
     chosen["optimizer"] = chosen["optimizer"] | {"lr": None}
-    return cached(baselines(cfg), fingerprint(chosen, fresh), train)
-
-
-def baselines(cfg: DictConfig) -> Path:
-    """Return the folder of the cached baselines."""
-    return Path(cfg.cache).expanduser() / "baselines"
+    return cached(make_cache(cfg.cache), fingerprint(chosen, fresh), train)
 
 
 def one_shot(cfg: DictConfig, dense: LightningModule, data: LightningDataModule, calibration: int) -> LightningModule:
@@ -411,10 +406,8 @@ def job(cfg: DictConfig, full: bool) -> float:
 
 def quiet() -> None:
     """Leave out what Lightning says of itself; anything about the user's run stays."""
-    for name in (
-        "lightning.pytorch",
-        "pytorch_lightning",
-    ):  # one speaks for both, once a user's module imports the other
+    # One speaks for both, once a user's module imports the other.
+    for name in ("lightning.pytorch", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).* is deprecated")  # its own use of torch
     warnings.filterwarnings("ignore", r"The '\w+_dataloader' does not have many workers")  # batches come from memory
