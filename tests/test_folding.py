@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from psc_lightning import StraightThroughQuantization, compress, fold_batchnorm, load_into, save
+from psc_lightning import StraightThroughQuantization, compress, fold_batchnorm, load, load_into, save
 from psc_lightning.app.models import ResNet20
 from psc_lightning.artifact import to_bytes
+from psc_lightning.view import plain_state
 
 
 def shaken(model: nn.Module) -> nn.Module:
@@ -61,7 +62,7 @@ METHODS = [
 
 
 @pytest.mark.parametrize(("name", "options", "near"), METHODS, ids=lambda value: str(value))
-def test_the_same_function_and_its_file(name, options, near, tmp_path):
+def test_the_same_function_and_its_file(name, options, near, tmp_path, same_bits):
     model = net()
     compress(model, name, threshold=0.2, **options)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -74,6 +75,9 @@ def test_the_same_function_and_its_file(name, options, near, tmp_path):
     plain = net()
     load_into(plain, tmp_path / "model.psc")
     assert torch.equal(plain(inputs()), found)
+    held, expected_state = load(tmp_path / "model.psc"), plain_state(folded)
+    assert list(held) == list(expected_state)
+    assert [key for key in held if not same_bits(held[key], expected_state[key])] == []
     assert report.file_bytes < to_bytes(model)[1].file_bytes
     for norm in (plain[1], plain[4], plain[7]):
         assert set(norm.weight.tolist()) <= {-1.0, 0.0, 1.0}
