@@ -129,7 +129,7 @@ def compress(
     else:
         callbacks = [deepcopy(callback) for callback in compression if isinstance(callback, SlotCallback)]
     driven = ""
-    labelled = any(callback.calibration_steps for callback in callbacks)  # if only where there are labels
+    labelled = any(callback.calibration_steps for callback in callbacks)  # a tying that takes labels if it gets them
     if any(callback.slot == "mask" and MASKS[callback.method].labels != "none" for callback in callbacks):
         driven = "is driven by labels"
     elif any(callback.spec().activations for callback in callbacks):

@@ -239,7 +239,7 @@ def test_labels_that_nobody_needs_do_no_harm():
 
 
 def test_labels_that_nobody_needs_cost_nothing():
-    compress(planted()[0], "binary", batches=iter(()), loss=lambda model, batch: pytest.fail("not asked for"))
+    compress(planted()[0], "binary", batches=batches(), loss=lambda model, batch: pytest.fail("not asked for"))
 
 
 def test_calibration_leaves_modes_and_gradients_alone():

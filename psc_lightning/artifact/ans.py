@@ -9,7 +9,8 @@ bits below serve the writer's choices and the report.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import constriction
@@ -21,7 +22,7 @@ from torch import Tensor
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
 from psc_lightning.symbols import look_up, pieces
 
-__all__ = ["PRECISION", "TOTAL", "Coded", "Decoder", "Encoder", "Packed", "bits", "count", "table"]
+__all__ = ["PRECISION", "TOTAL", "Coded", "Decoder", "Encoder", "Nesting", "Packed", "bits", "count", "table"]
 
 Ints = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
@@ -133,7 +134,7 @@ def _unpack(packed: Bytes, width: int, out: Bytes) -> None:
 class Packed:
     """Symbols of `width` bits as they lie in a file, without gaps.
 
-    A byte that holds whole symbols is looked up once for all of them, and once for their histogram.
+    Where bytes hold whole symbols (1, 2, 4, 8 bits), each is looked up once for all of them, and once for their histogram.
 
     Attributes:
         data: the bytes.
@@ -228,7 +229,22 @@ class _Models:
         return known[1]
 
 
-class Encoder:
+class Nesting:
+    """How many planes a plane lies within: a coding that holds others counts them, to stop somewhere."""
+
+    depth = 0
+
+    @contextmanager
+    def deeper(self) -> Iterator[None]:
+        """Within it, planes lie one deeper."""
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+
+
+class Encoder(Nesting):
     """Collects symbols with their tables; `finish` turns them into bytes (ANS works from the last symbol to the first).
 
     Attributes:
@@ -296,7 +312,7 @@ class Encoder:
         return Coded(words.view(np.uint8)[: 4 * len(words) - zeros].tobytes(), plain)
 
 
-class Decoder:
+class Decoder(Nesting):
     """Gives back what an `Encoder` took, in the same order.
 
     Attributes:
@@ -306,7 +322,7 @@ class Decoder:
     def __init__(self, data: Coded) -> None:
         self.bits = 0.0
         self._contexts = _Contexts()
-        self._plain = np.frombuffer(bytearray(data.plain), dtype=np.uint8)  # torch wants to be able to write
+        self._plain = np.frombuffer(bytearray(data.plain), dtype=np.uint8)  # a copy: torch wants to be able to write
         padded = data.stack.rstrip(b"\0")
         padded += bytes(-len(padded) % 4)
         words = np.frombuffer(padded, dtype="<u4").astype(np.uint32)

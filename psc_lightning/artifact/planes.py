@@ -102,7 +102,7 @@ class Found:
 
     Attributes:
         number: how many symbols.
-        low: what is to be added to each of those below.
+        low: what is to be added to each of `rest`.
         rest: the symbols, as their coding gave them out; None where all are `low`.
         coding: its name.
     """
@@ -117,7 +117,7 @@ class Found:
         if self.rest is None:
             return torch.full((self.number,), self.low, dtype=dtype)
         symbols = (self.rest.symbols() if isinstance(self.rest, Packed) else self.rest).to(dtype)
-        return symbols.add_(self.low) if self.low else symbols
+        return symbols + self.low if self.low else symbols
 
     def values(self, table: Tensor) -> Tensor:
         """The entry of a table for each symbol."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from psc_lightning.functional import Group, straight_through
 from psc_lightning.precision import PRECISIONS, power_of_two
-from psc_lightning.symbols import Reader, Writer, pieces
+from psc_lightning.symbols import Reader, Writer, look_up, pieces
 
 __all__ = ["Levels"]
 
@@ -109,12 +109,11 @@ def read_codes(reader: Reader, keep: Tensor, lowest: int, size: int, dtype: torc
 
 
 def read_values(reader: Reader, keep: Tensor, table: Tensor) -> Tensor:
-    """Read them as what a table has for each, counted from 0, into the core's shape; zeros where `keep` is false."""
-    number = int(np.count_nonzero(keep.numpy()))
-    values = reader.values(number, table, keep)
-    if number == keep.numel():
-        return values.reshape(keep.shape)
-    return torch.zeros(keep.shape, dtype=table.dtype).masked_scatter_(keep, values)
+    """Read them as what a table has for each, into the core's shape; its first entry where `keep` is false."""
+    if bool(keep.all()):
+        return reader.values(keep.numel(), table, keep).reshape(keep.shape)
+    codes = read_codes(reader, keep, 0, len(table), torch.uint8)  # a byte an entry: it waits while the values are made
+    return look_up(table.numpy(), codes.reshape(-1).numpy()).reshape(keep.shape)
 
 
 def write_group(writer: Writer, group: Group) -> None:

@@ -31,7 +31,7 @@ from models import EVERY_METHOD, bag, compressed, fill
 from torch import Tensor, nn
 
 from psc_lightning.artifact import ArtifactError, Report, container, directory, file, inspect, load, streams, to_bytes
-from psc_lightning.artifact.ans import Coded, Decoder, Encoder, Ints, Packed, count
+from psc_lightning.artifact.ans import Coded, Decoder, Encoder, Ints, Nesting, Packed, count
 from psc_lightning.artifact.codings import gaps, plain
 from psc_lightning.artifact.directory import DTYPES, Entry, Kind
 from psc_lightning.symbols import look_up
@@ -254,7 +254,7 @@ def plain_edited(files: list[bytes], choice: random.Random) -> bytes:
     return closed(entries, replace(symbols, plain=bytes(data)))
 
 
-class Forger:
+class Forger(Nesting):
     """Stands where the decoder stands: an honest file's numbers up to a place, others from there on; keeps them all.
 
     What it gave out, coded properly, is the file of a writer who knows the format and means ill.

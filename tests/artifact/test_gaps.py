@@ -10,12 +10,10 @@ from hypothesis import strategies as st
 from read_with_numpy import Ans
 
 from psc_lightning.artifact.ans import Decoder, Encoder
-from psc_lightning.artifact.codings import CODINGS, Plane
+from psc_lightning.artifact.codings import Plane
 from psc_lightning.artifact.codings.gaps import Gaps, geometric
 from psc_lightning.artifact.errors import ArtifactError
 from psc_lightning.artifact.streams import SymbolReader, SymbolWriter
-
-NUMBER = next(code for code, coding in enumerate(CODINGS) if coding.name == "gaps")
 
 
 def bits(number: int, places: list[int], rare: int = 1) -> torch.Tensor:

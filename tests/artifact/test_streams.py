@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from psc_lightning.artifact.codings import CODINGS, Plane, full
 from psc_lightning.artifact.codings.adaptive import spans
 from psc_lightning.artifact.codings.lines import Places
 from psc_lightning.artifact.errors import ArtifactError
-from psc_lightning.artifact.planes import Found
+from psc_lightning.artifact.planes import Found, find
 from psc_lightning.artifact.streams import SymbolReader, SymbolWriter
 
 sizes = st.sampled_from([1, 2, 3, 7, 8, 9, 16, 100, 255, 256, 257, 300, 65535, 65536])
@@ -126,10 +127,12 @@ def test_each_proposal_of_each_coding_returns_at_its_price(code: int, size: int,
         own = {"split": 99, "diagonals": 9, "occupied": 99}
         assert encoder.bits == pytest.approx(proposal.bits, abs=own.get(coding.name, 1e-6))
         decoder = Decoder(encoder.finish())
-        found = Found(number, 0, coding.read(decoder, number, size, proposal.parameters, grid), coding.name)
-        assert torch.equal(found.symbols(torch.uint8), symbols)
-        assert found.histogram(size).tolist() == plane.histogram.tolist()
-        assert torch.equal(found.values(table := torch.rand(size)), table[symbols.int()])
+        found = Found(number, 3, coding.read(decoder, number, size, proposal.parameters, grid), coding.name)
+        for _ in range(2 if size < 254 else 0):  # and reading leaves it as it is
+            assert torch.equal(found.symbols(torch.uint8), symbols + 3)
+            assert found.histogram(size + 3).tolist() == [0, 0, 0, *plane.histogram.tolist()]
+            assert torch.equal(found.values(table := torch.rand(size + 3)), table[symbols.int() + 3])
+        assert torch.equal(replace(found, low=0).symbols(torch.uint8), symbols)
         assert decoder.bits == pytest.approx(encoder.bits)
         decoder.finish()
 
@@ -306,6 +309,30 @@ def test_a_reader_trusts_no_range() -> None:
         SymbolReader(stored).symbols(2, 2)
     with pytest.raises(ArtifactError, match="at most 10 symbols"):
         SymbolReader(stored, limit=10).symbols(11, 10)
+
+
+def nested(levels: int, size: int) -> Encoder:
+    """Split in 1 and more, again and again: in each, all bits are ones; then all symbols are 0."""
+    encoder = Encoder()
+    for _ in range(levels):
+        for value, context in ((0, "low"), (0, "high"), (3, "coding"), (1, "split"), (1, "split")):
+            encoder.integer(value, context)
+        encoder.integer(1, "low")
+        encoder.integer(0, "high")
+    encoder.integer(0, "low")
+    encoder.integer(size - levels - 1, "high")
+    return encoder
+
+
+def test_splits_within_splits_come_to_an_end() -> None:
+    """A file of a few hundred bytes took hundreds of times the memory of its tensors."""
+    grid = full(20, 30)
+    decoder = Decoder(nested(5, 200).finish())
+    assert find(decoder, 600, 200, grid).symbols(torch.uint8).tolist() == [5] * 600
+    decoder.finish()
+    for levels in (6, 197):
+        with pytest.raises(ArtifactError, match="at most 5 splits within one another"):
+            find(Decoder(nested(levels, 200).finish()), 600, 200, grid)
 
 
 def test_codings_keep_their_numbers() -> None:

@@ -43,7 +43,8 @@ def geometric(share: int) -> Ints:
 class Gaps:
     """Distances from one rare bit to the next, each as likely as if every bit were drawn alone.
 
-    It costs what those bits would cost under one table; but a reader takes only as many symbols as there are rare bits.
+    It costs what those bits would cost under one table; but a reader takes only a symbol for each rare bit, and one for
+    every 255 others in a row.
 
     Stored: three integers: which bit is the rare one, its share of 2^16, and how many symbols there are. A symbol below 255
     is so many of the other bits and then a rare one, 255 is 255 of the others; the bits after the last are others. The
@@ -77,8 +78,11 @@ class Gaps:
     def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], grid: Grid | None) -> Tensor:
         """Read `number` bits."""
         rare, share, length = parameters
-        if size != 2 or not share or not length <= number:
-            raise ArtifactError(f"expected at most {number} distances between bits, found {length} of {size}: {ADVICE}")
+        if size != 2 or not share or length > number:
+            raise ArtifactError(
+                f"expected at most {number} distances between bits of two kinds, at a share above 0, found {length} between "
+                f"{size} kinds at {share}: {ADVICE}"
+            )
         gaps = decoder.take(length, geometric(share))[0]
         out = torch.full((number,), 1 - rare, dtype=torch.uint8)
         before = 0  # bits that are known

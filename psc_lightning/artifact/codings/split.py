@@ -18,6 +18,7 @@ from psc_lightning.artifact.errors import ADVICE, ArtifactError
 __all__ = ["Split"]
 
 _ENTRIES = 1 << 20  # a larger matrix is to be written fast, too
+_DEEPEST = 5  # splits within splits: each takes memory, and a bad file would have hundreds
 
 
 class Split:
@@ -26,7 +27,7 @@ class Split:
     Stored: two integers, how and a symbol t. How 0, around t: planes of the bits [s ≠ t] of all symbols, of the bits
     [s > t] of those that are not t, and of their |s - t| - 1. How 1, at t: planes of the bits [s ≥ t], of the symbols
     below t, and of the others less t. Each is coded as any plane is, those of its entries being its grid; one without
-    symbols is left out, and so is one of an alphabet of one.
+    symbols is left out, and so is one of an alphabet of one. No more than five splits lie within one another.
     """
 
     name = "split"
@@ -36,7 +37,7 @@ class Split:
         """Offer to split at the middle, or so that as many symbols are below as above."""
         from psc_lightning.artifact.planes import choose  # which knows all codings, this one too
 
-        if plane.grid is None or plane.size < 3 or plane.grid.size > _ENTRIES:
+        if plane.grid is None or plane.size < 3 or plane.grid.size > _ENTRIES or encoder.depth == _DEEPEST:
             return
         s, size = plane.symbols.to(torch.int16), plane.size
         t = min(max(1, plane.middle if plane.middle is not None else _median(plane)), size - 1)
@@ -54,11 +55,12 @@ class Split:
         chosen = {i: choose(part, encoder) for i, part in enumerate(planes) if part.size == 2 and len(part.symbols)}
         if not any(choice.coding in (Lines.name, Diagonals.name, Occupied.name) for choice in chosen.values()):
             return
-        parts = [
-            chosen.get(i) or choose(part, encoder)
-            for i, part in enumerate(planes)
-            if len(part.symbols) and part.size > 1
-        ]
+        with encoder.deeper():
+            parts = [
+                chosen.get(i) or choose(part, encoder)
+                for i, part in enumerate(planes)
+                if len(part.symbols) and part.size > 1
+            ]
 
         def write(encoder: Encoder) -> None:
             for part in parts:
@@ -74,24 +76,28 @@ class Split:
         how, t = parameters
         if grid is None or size < 3 or not 0 < t < size:
             raise ArtifactError(f"expected symbols of a matrix to split, found {t} of {size}: {ADVICE}")
+        if decoder.depth == _DEEPEST:
+            raise ArtifactError(f"expected at most {_DEEPEST} splits within one another, found more: {ADVICE}")
 
         def plane(number: int, size: int, grid: Grid | None = None) -> Tensor:
             if not number or size == 1:
                 return torch.zeros(number, dtype=torch.int32)
-            return read(decoder, number, size, grid)
+            with decoder.deeper():
+                return read(decoder, number, size, grid)
 
         first = plane(number, 2, grid) > 0
         chosen = int(first.sum())
-        out = torch.full((number,), t, dtype=torch.int32)
+        out = torch.full((number,), t, dtype=torch.uint8)
         if how == 0:
             above = plane(chosen, 2, inside(grid, first)) > 0
             distance = plane(chosen, max(t, size - 1 - t), inside(grid, first)) + 1
-            out[first] += torch.where(above, distance, -distance)
-            if chosen and not 0 <= int(out.min()) <= int(out.max()) < size:
-                raise ArtifactError(f"expected symbols below {size}, found {int(out.max())}: {ADVICE}")
+            others = t + torch.where(above, distance, -distance)
+            if chosen and not 0 <= int(others.min()) <= int(others.max()) < size:
+                raise ArtifactError(f"expected symbols below {size}, found {int(others.max())}: {ADVICE}")
         else:
-            out[~first] = plane(number - chosen, t, inside(grid, ~first))
-            out[first] += plane(chosen, size - t, inside(grid, first))
+            out[~first] = plane(number - chosen, t, inside(grid, ~first)).to(torch.uint8)
+            others = plane(chosen, size - t, inside(grid, first)) + t
+        out[first] = others.to(torch.uint8)
         return out
 
 
