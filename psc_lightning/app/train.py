@@ -50,6 +50,9 @@ __all__ = ["main", "run"]
 log = logging.getLogger(__name__)
 
 CALIBRATION_BATCHES = 16
+#: arguments of a Trainer beside the run's own: in this process alone, without a trace
+ALONE = {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
+ALONE |= {"enable_checkpointing": False, "enable_progress_bar": False}
 
 
 def run(cfg: DictConfig, folder: Path) -> float:
@@ -127,6 +130,7 @@ def run(cfg: DictConfig, folder: Path) -> float:
 def rehearse(cfg: DictConfig, module: LightningModule, data: LightningDataModule, writing: Mapping[str, Any]) -> None:
     """Find with one batch what would fail later, when it has cost a dense baseline, or an older run in the same folder."""
     try:
+        build_trainer(cfg, fast_dev_run=1, **ALONE).fit(copy.deepcopy(module), datamodule=data)
         metrics, compressed = before_training(cfg, copy.deepcopy(module), data, calibration=1, limit_test_batches=1)
     except (RuntimeError, IndexError) as error:  # what torch has for tensors that do not fit
         raise UsageError(f"model, data: a batch fails: {error} (HYDRA_FULL_ERROR=1 shows where)") from error
@@ -345,17 +349,7 @@ def step_loss(module: nn.Module, batch: Any) -> Tensor:
 
 def evaluate(cfg: DictConfig, module: LightningModule, data: LightningDataModule, **limits: Any) -> dict[str, float]:
     """Return the test metrics, without `test_` in front of their names; `limits` are arguments of the Trainer."""
-    trainer = build_trainer(
-        cfg,
-        devices=1,
-        num_nodes=1,
-        strategy="auto",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        **limits,
-    )
-    results = trainer.test(module, datamodule=data, verbose=False)
+    results = build_trainer(cfg, **ALONE, **limits).test(module, datamodule=data, verbose=False)
     return {
         name.removeprefix("test_").removeprefix("test/"): float(value)
         for result in results
