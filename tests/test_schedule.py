@@ -59,11 +59,14 @@ def test_zero_before_begin_one_from_end_and_monotone(schedule, step, later, tota
     assert schedule.strength(begin + 2000, total) == 1.0  # no end lies farther than that
 
 
-@given(schedules(), st.integers(0, 2000))
-def test_exactly_one_at_end_and_less_just_before(schedule, total):
-    assume(schedule.kind in ("linear", "cubic"))
-    begin, end = schedule.begins(total), Schedule("constant", begin=schedule.end).begins(total)
-    assume(begin < end <= 2000)
+@given(st.sampled_from(["linear", "cubic"]), positions, positions, st.integers(100, 2000))
+def test_exactly_one_at_end_and_less_just_before(kind, one, other, total):
+    def step(position: float) -> int:
+        return Schedule("constant", begin=position).begins(total)
+
+    first, last = sorted((one, other), key=lambda position: (step(position), position))
+    schedule, begin, end = Schedule(kind, first, last), step(first), step(last)
+    assume(begin < end)
     assert schedule.strength(end, total) == 1.0
     assert schedule.strength(end - 1, total) < 1.0
 
