@@ -96,7 +96,9 @@ class SymbolWriter:
             self._plane(Plane((values >> 8).to(torch.uint8), (size - 1 >> 8) + 1))
             self._plane(Plane((values & 255).to(torch.uint8), _PLANE))
         else:
-            self._plane(Plane(values.to(torch.uint8), size, _grid(grid), size // 2, around=size % 2 == 1))
+            places = _grid(grid)
+            assert places is None or np.count_nonzero(places) == len(values)
+            self._plane(Plane(values.to(torch.uint8), size, places, size // 2, around=size % 2 == 1))
 
     def _plane(self, plane: Plane) -> None:
         choice = choose(plane, self._encoder)

@@ -311,6 +311,11 @@ def test_a_reader_trusts_no_range() -> None:
         SymbolReader(stored, limit=10).symbols(11, 10)
 
 
+def test_a_grid_of_other_places_than_symbols_is_a_mistake() -> None:
+    with pytest.raises(AssertionError):
+        SymbolWriter().symbols(torch.tensor([0, 1, 0]), 2, torch.ones(2, 2, dtype=torch.bool))
+
+
 def nested(levels: int, size: int) -> Encoder:
     """Split in 1 and more, again and again: in each, all bits are ones; then all symbols are 0."""
     encoder = Encoder()
