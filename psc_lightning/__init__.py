@@ -9,26 +9,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from psc_lightning.artifact import ArtifactError, Report, TensorReport, load, load_into, save, verify
+    from psc_lightning.artifact import ArtifactError, Report, TensorReport, load, load_into, measure, save, verify
     from psc_lightning.callbacks import GradientClipping, MaskLearning, StraightThroughQuantization, WeightSharing
     from psc_lightning.configs import config_dir
     from psc_lightning.export.onnx import export_onnx
     from psc_lightning.folding import fold_batchnorm
+    from psc_lightning.live import detach
     from psc_lightning.oneshot import Plan, attach, compress, plan
     from psc_lightning.schedule import Schedule
-    from psc_lightning.view import detach, raw
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "artifact": ("ArtifactError", "Report", "TensorReport", "load", "load_into", "save", "verify"),
+    "artifact": ("ArtifactError", "Report", "TensorReport", "load", "load_into", "measure", "save", "verify"),
     "callbacks": ("GradientClipping", "MaskLearning", "StraightThroughQuantization", "WeightSharing"),
     "configs": ("config_dir",),
     "export.onnx": ("export_onnx",),
     "folding": ("fold_batchnorm",),
+    "live": ("detach",),
     "oneshot": ("Plan", "attach", "compress", "plan"),
     "schedule": ("Schedule",),
-    "view": ("detach", "raw"),
 }
 
 __all__ = [
@@ -49,8 +49,8 @@ __all__ = [
     "fold_batchnorm",
     "load",
     "load_into",
+    "measure",
     "plan",
-    "raw",
     "save",
     "verify",
 ]

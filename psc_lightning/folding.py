@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, Tracer
 
 from psc_lightning.layout import Layout
+from psc_lightning.live import held
 from psc_lightning.sharding import sharded_modules
-from psc_lightning.view import plain_class, slots_of
 
 __all__ = ["fold_batchnorm"]
 
@@ -133,7 +133,7 @@ def _fold(model: nn.Module, layer_name: str, norm_name: str) -> None:
 
 
 def _is(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    return plain_class(type(module)) in kinds
+    return type(module) in kinds
 
 
 def _named(model: nn.Module, name: str, kinds: tuple[type[nn.Module], ...]) -> nn.Module:
@@ -148,10 +148,9 @@ def _named(model: nn.Module, name: str, kinds: tuple[type[nn.Module], ...]) -> n
 
 def _scale(layer: nn.Module, weight: nn.Parameter, factor: Tensor) -> None:
     """Multiply what a layer gives, a factor an output channel."""
-    slots = slots_of(layer, "weight")
-    if slots is not None and slots.begun:
-        slots.harden(weight)
-        slots.rescale(weight, factor)
+    tensor = held(layer, "weight")
+    if tensor is not None and tensor.slots.begun:
+        tensor.rescale(weight, factor)
         return
     layout = Layout.of(layer)
     matrix = layout.matrix(weight)

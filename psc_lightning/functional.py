@@ -15,18 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from psc_lightning.strips import STRIP, survivors
+
 __all__ = [
     "Group",
     "block_expand",
     "block_mean",
     "group_counts",
-    "kmeans_1d",
-    "largest",
     "masked",
     "split",
     "spread",
     "straight_through",
+    "survivor_largest",
+    "survivor_magnitude",
     "survivor_mean",
+    "survivor_room",
     "zero_count",
 ]
 
@@ -136,9 +139,52 @@ def spread(values: Tensor, shape: tuple[int, ...], group: Group) -> Tensor:
     return values[:, None].expand(-1, size).reshape(-1)[: prod(shape)].reshape(shape)
 
 
-def survivor_mean(values: Tensor, keep: Tensor) -> Tensor:
-    """Mean over the kept entries of each group; 0 for a group without any."""
+def survivor_mean(values: Tensor, keep: Tensor | None) -> Tensor:
+    """Mean over the kept entries (None: all) of each group; 0 for a group without any.
+
+    >>> survivor_mean(torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([[True, False, True]])).tolist()
+    [3.5]
+    """
+    if keep is None:
+        return values.sum(1) / max(values.shape[1], 1)
     return torch.where(keep, values, 0.0).sum(1) / keep.sum(1).clamp_min(1)
+
+
+def survivor_magnitude(core: Tensor, keep: Tensor | None, group: Group) -> Tensor:
+    """Mean of |x| over the kept entries (None: all) of each group of a core; 0 for a group without any.
+
+    >>> survivor_magnitude(torch.tensor([[1.0, -2.0], [8.0, -6.0]]), None, "channel").tolist()
+    [1.5, 7.0]
+    """
+    count, size = group_counts(tuple(core.shape), group)
+    total, number = survivor_room(core, count), survivor_room(core, count)
+    for groups, values, kept, spare in survivors(core, keep, size):
+        total[groups].add_(torch.abs(values, out=spare).sum(1))
+        number[groups].add_(kept())
+    return total / number.clamp_min(1)
+
+
+def survivor_largest(core: Tensor, keep: Tensor | None, group: Group) -> Tensor:
+    """The largest |x| of the kept entries (None: all) of each group of a core; 0 for a group without any.
+
+    >>> survivor_largest(torch.tensor([[1.0, -2.0], [8.0, -6.0]]), torch.tensor([[True, False]] * 2), "channel").tolist()
+    [1.0, 8.0]
+    """
+    count, size = group_counts(tuple(core.shape), group)
+    largest = survivor_room(core, count)
+    if keep is None and core.is_contiguous() and count * size == core.numel() > 0:
+        # Two passes that write nothing are the fastest.
+        rows = core.detach().view(count, size)
+        return torch.maximum(rows.amax(1), -rows.amin(1)).to(largest.dtype)
+    for groups, values, _, spare in survivors(core, keep, size):
+        top = largest[groups]
+        torch.maximum(top, torch.abs(values, out=spare).amax(1), out=top)
+    return largest
+
+
+def survivor_room(core: Tensor, count: int) -> Tensor:
+    """Zeros to sum up over groups in."""
+    return torch.zeros(count, dtype=core.dtype if core.element_size() >= 4 else torch.float32, device=core.device)
 
 
 # ------------------------------------------------------------------------------------------------------- blocks
@@ -147,19 +193,48 @@ def survivor_mean(values: Tensor, keep: Tensor) -> Tensor:
 def block_mean(matrix: Tensor, axis: int, size: int) -> Tensor:
     """Mean of each block of `size` neighbours along an axis of a matrix; the last block may be shorter.
 
+    The mean of equal numbers is that number, bit for bit: what is tied already stays as it is. Every member of a block
+    of n gets g/n.
+
     >>> block_mean(torch.tensor([[1.0, 3.0, 8.0]]), axis=1, size=2).tolist()
     [[2.0, 8.0]]
     """
+    if not (torch.is_grad_enabled() and matrix.requires_grad):
+        return _block_mean(matrix, axis, size)
     length = matrix.shape[axis]
     blocks = -(-length // size)
     missing = blocks * size - length
+    first = matrix.detach()[:, ::size] if axis == 1 else matrix.detach()[::size]
+    below = block_expand(first, axis, size, length) - matrix
     if missing:
-        matrix = F.pad(matrix, (0, missing) if axis == 1 else (0, 0, 0, missing))
+        below = F.pad(below, (0, missing) if axis == 1 else (0, 0, 0, missing))
     parts = (len(matrix), blocks, size) if axis == 1 else (blocks, size, matrix.shape[1])
-    sums = matrix.reshape(parts).sum(axis + 1)
+    sums = below.reshape(parts).sum(axis + 1)
     counts = torch.full((blocks,), float(size), dtype=sums.dtype, device=sums.device)
     counts[-1] = size - missing
-    return sums / (counts if axis == 1 else counts[:, None])
+    return first - sums / (counts if axis == 1 else counts[:, None])
+
+
+def _block_mean(matrix: Tensor, axis: int, size: int) -> Tensor:
+    """The means alone, some rows at a time: a sum over a short last axis is slow, and its terms would all be written down."""
+    length = matrix.shape[axis]
+    full = length // size
+    out = matrix.new_empty((len(matrix), -(-length // size)) if axis == 1 else (-(-length // size), matrix.shape[1]))
+    if full < out.shape[axis]:  # the last block is shorter
+        last = matrix.narrow(axis, full * size, length - full * size)
+        out.narrow(axis, full, 1).copy_(_block_mean(last, axis, length - full * size))
+    if not full:
+        return out
+    means = out.narrow(axis, 0, full)
+    parts = matrix.narrow(axis, 0, full * size).unflatten(axis, (full, size))
+    rows = max(STRIP // max(parts[0].numel(), 1), 1) if matrix.device.type == "cpu" else len(parts)
+    for start in range(0, len(parts), rows):
+        first, *others = parts[start : start + rows].unbind(axis + 1)
+        total = torch.zeros_like(first)
+        for other in others:
+            total.add_(other).sub_(first)
+        torch.add(first, total.div_(size), out=means[start : start + rows])
+    return out
 
 
 def block_expand(core: Tensor, axis: int, size: int, length: int) -> Tensor:
@@ -180,61 +255,3 @@ def zero_count(threshold: float, units: int) -> int:
     (3, 3, 0)
     """
     return max(0, min(math.floor(threshold * units + 0.5), units - 1))
-
-
-def largest(scores: Tensor, tiebreak: Tensor, zeros: int) -> Tensor:
-    """Keep all but the `zeros` smallest entries of each row, in the order (score, tiebreak, index).
-
-    Selection first, sorting only in rows where the cut runs through equal scores: a full sort is ten times dearer.
-
-    >>> largest(torch.tensor([[0.0, 0.0, 0.0, 5.0]]), torch.tensor([[3.0, 1.0, 1.0, 0.0]]), 2).tolist()
-    [[True, False, False, True]]
-    """
-    if zeros == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
-    cut = scores.kthvalue(zeros, dim=1, keepdim=True).values
-    drop = scores <= cut
-    for row in (drop.sum(1) != zeros).nonzero().flatten().tolist():
-        below = scores[row] < cut[row]
-        tied = (scores[row] == cut[row]).nonzero().flatten()
-        chosen = tied[tiebreak[row][tied].argsort(stable=True)[: zeros - int(below.sum())]]
-        drop[row] = below.index_fill(0, chosen, True)
-    return ~drop
-
-
-# ------------------------------------------------------------------------------------------------------- levels
-
-
-def kmeans_1d(values: Tensor, keep: Tensor, k: int, iterations: int = 30) -> Tensor:
-    """Centroids of k-means on a line, for each row of `values` over its kept entries, sorted: ``(rows, k)`` float32.
-
-    Lloyd's iteration on sorted data: a cluster is an interval, its mean a difference of prefix sums, so an iteration
-    costs k searches, not n distances. It starts half-way between evenly spaced values (which keep the few large
-    weights apart) and quantiles (which follow the many small ones); a cluster that runs empty stays where it is.
-
-    Source: Lloyd 1982; Han et al. 2016, "Deep Compression", §3 (linear start).
-
-    >>> kmeans_1d(torch.tensor([[0.0, 0.1, 0.9, 1.0, 77.0]]), torch.tensor([[True] * 4 + [False]]), 2)
-    tensor([[0.0500, 0.9500]])
-    """
-    # Entries that are left out sort to the end, where no interval reaches.
-    ordered = torch.where(keep, values.double(), math.inf).sort(1).values
-    count = keep.sum(1, keepdim=True)
-    finite = torch.where(ordered.isinf(), 0.0, ordered)
-    sums = F.pad(finite.cumsum(1), (1, 0))
-    low = finite[:, :1]
-    high = finite.gather(1, (count - 1).clamp_min(0))
-    steps = (torch.arange(k, dtype=torch.float64, device=values.device) + 0.5) / k
-    quantiles = finite.gather(1, (steps * count).long().clamp_max(values.shape[1] - 1))
-    centroids = 0.5 * (low + (high - low) * steps) + 0.5 * quantiles
-    for _ in range(iterations):
-        middles = (centroids[:, 1:] + centroids[:, :-1]) / 2
-        edges = F.pad(torch.searchsorted(ordered, middles, right=True), (1, 0))
-        edges = torch.cat((edges, count), 1)
-        inside = edges.diff(dim=1)
-        means = sums.gather(1, edges).diff(dim=1) / inside.clamp_min(1)
-        moved = torch.where(inside > 0, means, centroids).sort(1).values
-        if torch.equal(moved, centroids):
-            break
-        centroids = moved
-    return centroids.float()

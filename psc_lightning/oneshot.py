@@ -16,9 +16,9 @@ from psc_lightning.artifact import Report, to_bytes
 from psc_lightning.callbacks.slot import SlotCallback
 from psc_lightning.configs import config_dir
 from psc_lightning.masks import MASKS
+from psc_lightning.live import Place, compressed, held, let_go
 from psc_lightning.slots import SLOTS
 from psc_lightning.targets import Target, patterns
-from psc_lightning.view import remove_slots, slots_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -73,7 +73,7 @@ def preset(compression: str, threshold: float | None = None, **options: Any) -> 
 
 
 def attach(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> None:
-    """View the tensors that callbacks target, before a Trainer does: for models that are sharded by hand.
+    """Fill the slots of the tensors that callbacks target, before a Trainer does: for processes that are spawned.
 
     The slots stay off until training begins; the same callbacks then go to the Trainer.
 
@@ -95,10 +95,10 @@ def compress(
 ) -> Report:
     """Compress any torch model once, in place, without training.
 
-    The model's layers then compute with the compressed weights; `save` writes them, `detach` bakes them in.
+    Its Parameters then hold the compressed weights; `save` writes them compactly, `detach` makes them all there is.
 
     Args:
-        model: the model, changed in place (its dense weights stay in its Parameters until `detach`).
+        model: the model, changed in place (its dense weights are kept beside until `detach`).
         compression: a preset: float, binary, ternary, mask, cross_channel, row, column, separable, low_rank, log,
             codebook, deep, none; or callbacks of your own, which are left as they are.
         threshold: share of the entries that are zero, 0 ≤ threshold < 1; None: the preset's default.
@@ -143,40 +143,37 @@ def compress(
         )
     chosen = [(callback, target) for callback in callbacks for target in callback.choose(model).targets]
     for _, target in chosen:
-        if any(slots_of(*holder) is not None for holder in target.holders):
+        if any(held(*holder) is not None for holder in target.holders):
             raise ValueError(f"{target.name} is compressed already; call psc_lightning.detach(model) first")
     with _undone_on_error(chosen):
-        for callback in callbacks:
-            callback.attach(model)
-        held = [(callback, slots, weight) for callback in callbacks for _, slots, weight in callback.held]
+        places = [(callback, place) for callback in callbacks for place in callback.attach(model)]
         if batches is not None and loss is not None and (driven or labelled):
-            _calibrate(model, held, batches, loss)
-        for _, slots, weight in held:
-            slots.harden(weight)
+            _calibrate(model, places, batches, loss)
+        for _, place in places:
+            place.tensor.harden(place.parameter)
         return to_bytes(model)[1]
 
 
 @contextmanager
 def _undone_on_error(chosen: Sequence[tuple[SlotCallback, Target]]) -> Iterator[None]:
-    """Where something fails within it, take the views away again, unbaked: the model is as it was."""
-    holders = [(layer, name, type(layer)) for _, target in chosen for layer, name in target.holders]
-    tied = [target.parameter for callback, target in chosen if callback.slot == "tying"]  # a tying overwrites them
-    values = [parameter.detach().clone() for parameter in tied]
+    """Where something fails within it, forget the slots again: the model is as it was."""
+    parameters = list({id(target.parameter): target.parameter for _, target in chosen}.values())
+    values = [parameter.detach().clone() for parameter in parameters]
     try:
         yield
     except BaseException:
-        for layer, name, cls in holders:
-            remove_slots(layer, name)
-            layer.__class__ = cls
+        for _, target in chosen:
+            for layer, name in target.holders:
+                let_go(layer, name)
         with torch.no_grad():
-            for parameter, value in zip(tied, values, strict=True):
+            for parameter, value in zip(parameters, values, strict=True):
                 parameter.copy_(value)
         raise
 
 
 def _calibrate(
     model: nn.Module,
-    held: Sequence[tuple[SlotCallback, Any, nn.Parameter]],
+    places: Sequence[tuple[SlotCallback, Place]],
     batches: Iterable[Any],
     loss: Callable[[nn.Module, Any], Tensor],
 ) -> None:
@@ -188,10 +185,10 @@ def _calibrate(
     model.eval()
     number = -1
     try:
-        for _, slots, weight in held:
-            weight.requires_grad_()  # a frozen weight has labels too
-            if slots.inputs is not None:
-                slots.inputs.observing = True
+        for _, place in places:
+            place.parameter.requires_grad_()  # a frozen weight has labels too
+            if place.tensor.slots.inputs is not None:
+                place.tensor.slots.inputs.observing = True
         for number, batch in enumerate(
             track(batches, description="calibrating", transient=True, disable=not sys.stdout.isatty())
         ):
@@ -202,17 +199,18 @@ def _calibrate(
                 if not bool(value.detach().isfinite().all()):
                     raise ValueError(f"loss: expected a finite number, found {value.detach()} for batch {number}")
                 value.backward()  # type: ignore[no-untyped-call]  # torch's
-            for callback, slots, weight in held:
-                slots.observe(callback.slot, weight)
+            for callback, place in places:
+                weight = place.parameter
+                place.tensor.slots.observe(callback.slot, weight.detach(), weight.grad)
     finally:
         for parameter, gradient, learns in before:
             parameter.grad = gradient
             parameter.requires_grad_(learns)
         for layer, mode in training:
             layer.training = mode
-        for _, slots, _ in held:
-            if slots.inputs is not None:
-                slots.inputs.observing = False
+        for _, place in places:
+            if place.tensor.slots.inputs is not None:
+                place.tensor.slots.inputs.observing = False
     if number < 0:
         raise ValueError("batches: expected one batch or more, found none; a generator can be read only once")
 
@@ -260,8 +258,6 @@ def plan(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> Plan:
     >>> made.notes
     {'2.weight': 'separable does not apply: it has no kernel of two or more entries to separate'}
     """
-    from psc_lightning.view import views
-
     ours = [
         c for c in ([callbacks] if not isinstance(callbacks, Sequence) else callbacks) if isinstance(c, SlotCallback)
     ]
@@ -274,9 +270,10 @@ def plan(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> Plan:
             reasons = skipped.setdefault(name, [])
             if reason not in reasons:
                 reasons.append(reason)
-    taken = {name: slots.method for name, slots, _ in views(copy)}
-    for _, slots, weight in views(copy):
-        slots.harden(weight)
+    taken = {}
+    for name, tensor, parameter in compressed(copy):
+        taken[name] = tensor.slots.method
+        tensor.harden(parameter)
     why = {name: "; ".join(parts) for name, parts in skipped.items()}
     return Plan(
         taken=taken,

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-__all__ = ["by_rank_zero", "gather", "is_sharded", "reshard", "scatter", "sharded_modules", "whole"]
-
-T = TypeVar("T", bound="Tensor | None")
+__all__ = ["by_rank_zero", "gather", "is_sharded", "local", "reshard", "scatter", "sharded_modules", "whole"]
 
 
 def is_sharded(tensor: object) -> bool:
@@ -40,6 +38,12 @@ def gather(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().detach() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The part that this rank holds, detached: of a tensor that is not sharded all of it."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return part.detach()
+
+
 @torch.no_grad()
 def scatter(full: Tensor, shard: Tensor) -> None:
     """Overwrite a sharded tensor with its part of a whole one, which is the same on every rank."""
@@ -52,42 +56,26 @@ def scatter(full: Tensor, shard: Tensor) -> None:
 
 
 @contextmanager
-def whole(module: nn.Module, weight: T = None, gradients: bool = False) -> Iterator[T]:  # type: ignore[assignment]
-    """Within it, sharded Parameters of `module` are whole and plain; what is written to them goes back to the shards.
-
-    Args:
-        module: where nothing is sharded, nothing happens.
-        weight: one Parameter more, which lies elsewhere, is sharded where those of `module` are, and is given out.
-        gradients: gather their gradients, too.
-    """
-    if weight is not None and not is_sharded(weight):
-        yield weight
-        return
-    reshard(module)
-    found: dict[int, tuple[Tensor, nn.Parameter]] = {}
-
-    def gathered(parameter: Any) -> Any:
-        if id(parameter) not in found:
-            full = nn.Parameter(gather(parameter), parameter.requires_grad)
-            full.grad = gather(parameter.grad) if gradients and parameter.grad is not None else None
-            found[id(parameter)] = parameter, full
-        return found[id(parameter)][1]
-
-    places: list[tuple[dict[str, Any], str, Tensor]] = [
+def whole(module: nn.Module) -> Iterator[None]:
+    """Within it, sharded Parameters of a module are whole and plain, for reading."""
+    found: dict[int, nn.Parameter] = {}
+    places = [
         (owner._parameters, name, parameter)
         for owner in module.modules()
         for name, parameter in owner._parameters.items()
         if parameter is not None and is_sharded(parameter)
     ]
+    if places:
+        reshard(module)
     try:
         for parameters, name, parameter in places:
-            parameters[name] = gathered(parameter)
-        yield weight if weight is None else gathered(weight)
+            if id(parameter) not in found:
+                found[id(parameter)] = nn.Parameter(gather(parameter), parameter.requires_grad)
+            parameters[name] = found[id(parameter)]
+        yield
     finally:
         for parameters, name, parameter in places:
             parameters[name] = parameter
-        for shard, full in found.values():
-            scatter(full.detach(), shard)
 
 
 def by_rank_zero(action: Callable[[], None], together: bool) -> None:

@@ -1,16 +1,17 @@
 """The three slots of one tensor: tying, mask, levels, always applied in this order.
 
-    weight ──tying.reduce──▶ core ──mask──▶ core with zeros ──levels──▶ core of few values ──tying.expand──▶ effective
+    latent ──tying.reduce──▶ core ──mask──▶ core with zeros ──levels──▶ core of few values ──tying.expand──▶ hard
 
-`Slots` holds what a compressed tensor needs beside its Parameter: strengths, scores, scales, centroids, factors. Training
-(`effective`), writing (`encode`) and reading (`decode`) use the same buffers and the same few exact operations, which is
-why a file holds the model bit for bit.
+`Slots` holds what a compressed tensor needs beside its latent weight: strengths, scores, scales, centroids, factors.
+Training (`make`), writing (`encode`) and reading (`decode`) use the same buffers and the same few exact operations, which
+is why a file holds the model bit for bit. It is told the latent weight, whole, at each call, and keeps none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +23,8 @@ from psc_lightning.bits import write_bits
 from psc_lightning.layout import Layout, memory_format
 from psc_lightning.levels import LEVELS, Levels
 from psc_lightning.masks import MASKS, Mask
-from psc_lightning.sharding import whole
 from psc_lightning.stored import Stored
+from psc_lightning.strips import blank_
 from psc_lightning.symbols import Writer
 from psc_lightning.tying import TYINGS, Tying
 
@@ -54,19 +55,6 @@ class Spec:
         return {**self.options, **({"activations": self.activations} if self.activations else {})}
 
 
-class _Linked(torch.autograd.Function):
-    """The value itself, with a zero gradient to tensors that this step does not use: DDP waits for every gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, *others: Tensor) -> Tensor:
-        ctx.save_for_backward(*others)
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, ...]:
-        return (grads[0], *(torch.zeros_like(other) for other in ctx.saved_tensors))
-
-
 @contextmanager
 def _float32() -> Iterator[None]:
     """Sidecars are float32 whatever the default is: Lightning changes it while a bf16-true model is built."""
@@ -92,9 +80,15 @@ class Chain(nn.Module):
         super().__init__()
         self.mask, self.levels = mask, levels
 
-    def keep(self, core: Tensor, masking: bool) -> Tensor:
-        """Which entries survive."""
-        return self.mask.keep if masking and self.mask is not None else torch.ones_like(core, dtype=torch.bool)
+    def keep(self, masking: bool) -> Tensor | None:
+        """Which entries survive; None: all."""
+        return self.mask.keep if masking and self.mask is not None and self.mask.threshold > 0 else None
+
+    def straight(self, masking: bool, levelling: bool) -> bool:
+        """Whether a gradient passes unchanged and nothing is trained."""
+        mask, levels = self.mask if masking else None, self.levels if levelling else None
+        idle = mask is None or mask.straight or (mask.threshold == 0 and mask.learned_scores() is None)
+        return idle and (levels is None or levels.straight)
 
 
 class Slots(nn.Module):
@@ -116,12 +110,11 @@ class Slots(nn.Module):
         self.layout, self.stored_shape = layout, tuple(shape)
         self.specs: dict[str, Spec] = {}
         self.register_buffer("strength", torch.zeros(len(SLOTS), dtype=torch.float32))
-        # Python's view of `strength`, so that forward never waits for a device.
+        # Python's view of `strength`, so that nothing waits for a device.
         self.phase = [OFF, OFF, OFF]
-        self.stale = False
-        self.sharded = False
+        self.stale = False  # the buffers are not those of the latent weight as it is now
+        self.due = [True, True, True]  # which slots the next refresh recomputes
         self.unborn = False  # levels that have begun but have not yet seen a core
-        self.untied = False  # a tying that has begun with another weight than the one that was loaded since
         self.tying: Tying | None = None
         self.cores = nn.ModuleDict()
         self.inputs: Activations | None = None
@@ -158,14 +151,14 @@ class Slots(nn.Module):
             self.inputs = Activations(spec.activations, channels).to(device)
 
     @property
-    def filled(self) -> bool:
-        """Whether any slot has a method."""
-        return bool(self.specs)
-
-    @property
     def begun(self) -> bool:
         """Whether any slot is in force."""
         return any(self.phase)
+
+    @property
+    def soft(self) -> bool:
+        """Whether any slot is in its ramp."""
+        return SOFT in self.phase
 
     @property
     def method(self) -> str:
@@ -177,7 +170,7 @@ class Slots(nn.Module):
         return self.tying.core_shapes() if self.tying is not None else {"core": self.layout.shape(self.stored_shape)}
 
     def sidecars(self, slot: str) -> Iterable[nn.Parameter]:
-        """What a slot trains beside the weight."""
+        """What a slot trains beside the latent weight."""
         if slot == "tying":
             return self.tying.parameters() if self.tying is not None else ()
         parts = [getattr(chain, slot) for chain in self.cores.values()]
@@ -185,8 +178,8 @@ class Slots(nn.Module):
 
     # --------------------------------------------------------------------------------------------- strength
 
-    def set_strength(self, slot: str, value: float, weight: Tensor) -> None:
-        """Set how hard a filled slot acts, 0 … 1; the first value above 0 begins it (a tying overwrites the weight)."""
+    def set_strength(self, slot: str, value: float, latent: Tensor) -> None:
+        """Set how hard a filled slot acts, 0 … 1; the first value above 0 begins it (a tying overwrites the latent weight)."""
         if slot not in self.specs:
             return
         index = SLOTS.index(slot)
@@ -195,93 +188,205 @@ class Slots(nn.Module):
         if slot == "tying" and value > 0:
             value = 1.0  # a tying has no soft phase
         if self.phase[index] == OFF and value > 0:
-            self._begin(slot, weight)
+            self._begin(slot, latent)
         phase = OFF if value <= 0 else HARD if value >= 1 else SOFT
         if phase == SOFT or phase != self.phase[index]:
             self.strength[index] = value
             self.phase[index] = phase
-            self.stale = True
+            self.stale, self.due = True, [True, True, True]
+
+    def acts(self, slot: str, value: float) -> bool:
+        """Whether a slot has this strength, which is no ramp's, already."""
+        phase = self.phase[SLOTS.index(slot)]
+        return (phase == OFF and value <= 0) or (phase == HARD and value >= 1)
 
     @torch.no_grad()
-    def _begin(self, slot: str, weight: Tensor) -> None:
+    def _begin(self, slot: str, latent: Tensor) -> None:
         if slot == "tying":
             assert self.tying is not None
-            with whole(self, weight) as full:
-                full.copy_(self.layout.weight(self.tying.begin(self._matrix(full)), self.stored_shape))
+            latent.copy_(self.layout.weight(self.tying.begin(self._matrix(latent)), self.stored_shape))
         self.unborn = self.unborn or slot == "levels"
 
-    def harden(self, weight: Tensor) -> bool:
-        """Bring every filled slot to strength 1 and its buffers up to date; whether anything changed."""
-        changed = any(self.phase[i] != HARD for i, slot in enumerate(SLOTS) if slot in self.specs)
-        for slot in SLOTS:
-            self.set_strength(slot, 1.0, weight)
-        if self.stale:
-            self.refresh(weight)
-        return changed
+    def begin_again(self, latent: Tensor) -> None:
+        """What has begun begins anew, from another latent weight than the one that it began with."""
+        if self.phase[0]:
+            self._begin("tying", latent)
+        self.unborn = bool(self.phase[2])
+        self.stale, self.due = self.begun, [True, True, True]
 
-    # ---------------------------------------------------------------------------------------------- forward
+    def harden(self, latent: Tensor) -> None:
+        """Bring every filled slot to strength 1 and its buffers up to date."""
+        for slot in SLOTS:
+            self.set_strength(slot, 1.0, latent)
+        if self.stale:
+            self.refresh(latent)
+
+    # ----------------------------------------------------------------------------------------------- making
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return self.layout.matrix(weight if weight.dtype == torch.float64 else weight.float())
 
-    def _reduce(self, weight: Tensor) -> dict[str, Tensor]:
-        matrix = self._matrix(weight)
+    def _reduce(self, latent: Tensor) -> dict[str, Tensor]:
+        matrix = self._matrix(latent)
         return self.tying.reduce(matrix) if self.tying is not None and self.phase[0] else {"core": matrix}
 
     @torch.no_grad()
-    def refresh(self, weight: Tensor) -> None:
-        """Recompute what needs sorting, clustering or sums, from the weight as it is now."""
+    def refresh(self, latent: Tensor) -> None:
+        """Recompute what needs sorting, clustering or sums, from the latent weight as it is now."""
+        due, self.due = self.due, [True, True, True]
         self.stale = False
-        if self.untied:
-            self.untied = False
-            self._begin("tying", weight)
-        tying, masking, levelling = self.phase
-        if self.tying is not None and not tying:
+        _, masking, levelling = self.phase
+        if self.tying is not None and not self.phase[0]:
             return
-        with whole(self, weight) as full:
-            for name, core in self._reduce(full).items():
-                chain = self._chain(name)
-                if masking and chain.mask is not None:
-                    chain.mask.refresh(core, float(self.strength[1]) if masking == SOFT else 1.0)
-                if levelling and chain.levels is not None:
-                    keep = chain.keep(core, bool(masking))
-                    if self.unborn:
-                        chain.levels.begin(core, keep)
-                    chain.levels.refresh(core, keep)
+        for name, core in self._reduce(latent).items():
+            chain = self._chain(name)
+            if masking and due[1] and chain.mask is not None:
+                chain.mask.refresh(core, float(self.strength[1]) if masking == SOFT else 1.0)
+            if levelling and due[2] and chain.levels is not None:
+                keep = chain.keep(bool(masking))
+                if self.unborn:
+                    chain.levels.begin(core, keep)
+                chain.levels.refresh(core, keep)
         self.unborn = self.unborn and not levelling
 
-    def observe(self, slot: str, weight: Tensor) -> None:
-        """Let a labelled method of a slot take in the weight's gradient (its factors', where these are trained).
+    @torch.no_grad()
+    def make(self, latent: Tensor, out: Tensor | None = None) -> Tensor:
+        """What the layer computes with: the latent weight through the slots that have begun, as the buffers are.
+
+        Args:
+            latent: whole, of the Parameter's shape.
+            out: a tensor to write it into.
+        """
+        if not self.begun:
+            return latent if out is None else out.copy_(latent)
+        if out is not None and not self.phase[0] and not self.layout.transposed and latent.dtype == torch.float32:
+            self._value(self._chain("core"), self.layout.matrix(latent), latent.dtype, self.layout.matrix(out))
+            return out  # its core is the weight itself: no copy in between
+        made = self._expand(self._cores(latent), latent)
+        return made if out is None else out.copy_(made)
+
+    def _cores(self, latent: Tensor) -> dict[str, Tensor]:
+        cores = self._reduce(latent)
+        return {name: self._value(self._chain(name), core, latent.dtype) for name, core in cores.items()}
+
+    def _value(self, chain: Chain, core: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """A core's value after mask and levels, in a new tensor or in `out`."""
+        _, masking, levelling = self.phase
+        keep = chain.keep(bool(masking))
+        if levelling and chain.levels is not None:
+            soft = levelling == SOFT
+            value = chain.levels.hard(core, out, None if soft else keep)
+            if soft:
+                blank_(value.add_((1 - self.strength[2]) * (core - value)), keep)
+            return value
+        # Unquantised cores are stored in the Parameter's dtype.
+        value = core.to(dtype).to(core.dtype) if core.dtype != dtype else core
+        if keep is not None and chain.mask is not None:
+            return chain.mask.hard(value, out)
+        return value if out is None else out.copy_(value)
+
+    def _expand(self, cores: dict[str, Tensor], latent: Tensor) -> Tensor:
+        tied = self.tying is not None and self.phase[0]
+        matrix = self.tying.expand(cores) if self.tying is not None and tied else cores["core"]
+        expanded = self.layout.weight(matrix, self.stored_shape).to(latent.dtype)
+        # Equal numbers in another memory layout give other logits after loading, and slower convolutions.
+        return expanded.contiguous(memory_format=memory_format(latent))
+
+    def _chain(self, name: str) -> Chain:
+        chain = self.cores[name]
+        assert isinstance(chain, Chain)
+        return chain
+
+    # -------------------------------------------------------------------------------------------- gradients
+
+    @property
+    def straight(self) -> bool:
+        """Whether the gradient at the hard weight is that at the latent one, and nothing is trained beside it."""
+        tying, masking, levelling = self.phase
+        chains = [self._chain(name) for name in self.cores]
+        return not tying and all(chain.straight(bool(masking), bool(levelling)) for chain in chains)
+
+    def pull(self, latent: Tensor, gradient: Tensor) -> Tensor | None:
+        """Turn the gradient at the weight that `make` gave into that at the latent one, straight through what rounds.
+
+        The sidecars of the slots that have begun get theirs, in `grad`.
+
+        Returns:
+            The latent weight's; None where the loss does not depend on it (its factors are trained).
+        """
+        if self.straight:
+            return gradient
+        tying, masking, levelling = self.phase
+        chains = [self._chain(name) for name in self.cores]
+        if not tying and all(not levelling or chain.levels is None or chain.levels.pulls for chain in chains):
+            return self._pull_core(latent, gradient)
+        if self.tying is not None and all(chain.straight(bool(masking), bool(levelling)) for chain in chains):
+            if not any(True for _ in self.tying.parameters()):  # every member gets the mean of the members' gradients
+                return self._expand(self.tying.reduce(self._matrix(gradient)), gradient)
+        return self._pull_by_autograd(latent, gradient)
+
+    @torch.no_grad()
+    def _pull_core(self, latent: Tensor, gradient: Tensor) -> Tensor:
+        """Of an untied weight."""
+        _, masking, levelling = self.phase
+        chain, core, found = self._chain("core"), self._matrix(latent), self._matrix(gradient)
+        if levelling and chain.levels is not None:
+            strength = float(self.strength[2]) if levelling == SOFT else 1.0
+            chain.levels.pull(core, found, chain.keep(bool(masking)), strength)
+        if masking and chain.mask is not None:
+            found = chain.mask.pull(core, found)
+        return self.layout.weight(found, self.stored_shape)
+
+    def _pull_by_autograd(self, latent: Tensor, gradient: Tensor) -> Tensor | None:
+        """Of factors, and of what has no formula of its own."""
+        sidecars = list(self.awake())
+        with torch.enable_grad():
+            leaf = latent.detach().requires_grad_()
+            cores = self._reduce(leaf)
+            for name, core in cores.items():
+                cores[name] = self._through(self._chain(name), core)
+            made = self._expand(cores, leaf)
+        first, *others = torch.autograd.grad(made, [leaf, *sidecars], gradient.to(made.dtype), allow_unused=True)
+        for sidecar, found in zip(sidecars, others, strict=True):
+            sidecar.grad = found
+        return first
+
+    def _through(self, chain: Chain, core: Tensor) -> Tensor:
+        """Something whose gradient is that of the core's value; the value itself only factors need."""
+        _, masking, levelling = self.phase
+        value = core
+        if levelling and chain.levels is not None:
+            factor = isinstance(core, nn.Parameter)  # its value is in the other one's gradient
+            value = chain.levels(core) if factor or not chain.levels.straight else core
+            if levelling == SOFT:
+                value = value + (1 - self.strength[2]) * (core - value)
+        return chain.mask(value, core) if masking and chain.mask is not None else value
+
+    def awake(self) -> Iterator[nn.Parameter]:
+        """The sidecars of the slots that have begun."""
+        for slot, phase in zip(SLOTS, self.phase):
+            if phase:
+                yield from self.sidecars(slot)
+
+    @torch.no_grad()
+    def observe(self, slot: str, latent: Tensor, gradient: Tensor | None) -> None:
+        """Let a labelled method of a slot take in the latent weight's gradient (its factors', where these are trained).
 
         One that is not finite says nothing, and would be all that the labels ever say.
         """
-        with torch.no_grad(), whole(self, weight, gradients=True) as weight:
-            found = _finite(weight.grad)
-            gradient = None if found is None else self._matrix(found)
-            if slot == "tying" and self.tying is not None and gradient is not None:
-                self.tying.observe(self._matrix(weight), gradient)
-            elif slot == "mask" and (self.tying is None or self.phase[0]):
-                reduced = {} if gradient is None else {"core": gradient}
-                if self.tying is not None and gradient is not None:
-                    reduced = self.tying.reduce(gradient)
-                for name, core in self._reduce(weight).items():
-                    mask = self._chain(name).mask
-                    own = _finite(core.grad) if isinstance(core, nn.Parameter) else reduced.get(name)
-                    if mask is not None and own is not None:
-                        mask.observe(core, own)
-
-    def effective(self, weight: Tensor) -> Tensor:
-        """What the layer computes with: the weight seen through the slots that have begun."""
-        if self.stale:
-            self.refresh(weight)
-        out = weight if not any(self.phase) else self._through(weight)
-        if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
-            others = [p for p in (weight, *self.parameters()) if p.requires_grad]
-            linked: Tensor = _Linked.apply(out, *others)  # type: ignore[no-untyped-call]
-            return linked
-        return out
-
-    forward = effective
+        found = _finite(gradient)
+        matrix = None if found is None else self._matrix(found)
+        if slot == "tying" and self.tying is not None and matrix is not None:
+            self.tying.observe(self._matrix(latent), matrix)
+        elif slot == "mask" and (self.tying is None or self.phase[0]):
+            reduced = {} if matrix is None else {"core": matrix}
+            if self.tying is not None and matrix is not None:
+                reduced = self.tying.reduce(matrix)
+            for name, core in self._reduce(latent).items():
+                mask = self._chain(name).mask
+                own = _finite(core.grad) if isinstance(core, nn.Parameter) else reduced.get(name)
+                if mask is not None and own is not None:
+                    mask.observe(core, own)
 
     def rounded(self, x: Tensor) -> Tensor:
         """What a layer's input becomes: as the levels' owner says, from where they begin (and no softer then)."""
@@ -289,110 +394,105 @@ class Slots(nn.Module):
             self.inputs.see(x)
         return self.inputs(x) if self.inputs is not None and self.phase[2] else x
 
-    def _through(self, weight: Tensor) -> Tensor:
-        return self._expand(self._cores(weight), weight)
-
-    def _cores(self, weight: Tensor) -> dict[str, Tensor]:
-        _, masking, levelling = self.phase
-        cores = self._reduce(weight)
-        for name, core in cores.items():
-            chain = self._chain(name)
-            value = core
-            if levelling and chain.levels is not None:
-                value = chain.levels(core).to(core.dtype)
-                if levelling == SOFT:
-                    value = value + (1 - self.strength[2]) * (core - value)
-            elif weight.dtype != core.dtype:
-                value = core.to(weight.dtype).to(core.dtype)  # unquantised cores are stored in the Parameter's dtype
-            if masking and chain.mask is not None:
-                value = chain.mask(value, core)
-            cores[name] = value
-        return cores
-
-    def _expand(self, cores: dict[str, Tensor], weight: Tensor) -> Tensor:
-        tied = self.tying is not None and self.phase[0]
-        matrix = self.tying.expand(cores) if self.tying is not None and tied else cores["core"]
-        expanded = self.layout.weight(matrix, self.stored_shape).to(weight.dtype)
-        # Equal numbers in another memory layout give other logits after loading, and slower convolutions.
-        return expanded.contiguous(memory_format=memory_format(weight))
-
-    def _chain(self, name: str) -> Chain:
-        chain = self.cores[name]
-        assert isinstance(chain, Chain)
-        return chain
-
     # ---------------------------------------------------------------------------------------------- storing
 
     @torch.no_grad()
-    def stored(self, weight: Tensor) -> Stored:
+    def stored(self, latent: Tensor) -> Stored:
         """What `encode` would store, as it is now."""
-        if self.stale:
-            self.refresh(weight)
-        cores = self._cores(weight)
+        cores = self._cores(latent)
         tying = self.tying if self.phase[0] else None
         inputs = self.inputs.grid() if self.inputs is not None and self.phase[2] else None
         seen = self.inputs.output if self.inputs is not None else None
         outputs = None if seen is None else torch.stack((seen.low, seen.high))
-        return Stored(self.method, dict(cores), self._expand(cores, weight), self.layout, tying, inputs, outputs)
+        return Stored(self.method, dict(cores), self._expand(cores, latent), self.layout, tying, inputs, outputs)
 
     @torch.no_grad()
-    def encode(self, writer: Writer, weight: Tensor) -> None:
-        """Store the effective weight, which is finite, as it is now: layout, tying, then each core's mask and levels."""
-        if self.stale:
-            self.refresh(weight)
+    def encode(self, writer: Writer, latent: Tensor) -> None:
+        """Store the hard weight, which is finite, as it is now: layout, tying, then each core's mask and levels."""
         tying, masking, levelling = self.phase
         self.layout.encode(writer)
         writer.integer(self.tying.code_number if self.tying is not None and tying else 0)
         if self.tying is not None and tying:
             self.tying.encode(writer)
-        for name, core in self._reduce(weight).items():
+        for name, core in self._reduce(latent).items():
             chain = self._chain(name)
-            keep = chain.keep(core, bool(masking))
-            masks = bool(masking) and chain.mask is not None and not bool(chain.mask.keep.all())
+            keep = chain.keep(bool(masking))
+            masks = keep is not None and not bool(keep.all())
             writer.integer(int(masks))
             if masks and chain.mask is not None:
                 chain.mask.encode(writer)
+            kept = torch.ones_like(core, dtype=torch.bool) if keep is None else keep
             if levelling and chain.levels is not None:
                 writer.integer(chain.levels.code_number)
-                chain.levels.encode(writer, core, keep)
+                chain.levels.encode(writer, core, kept)
             else:
                 writer.integer(0)
-                write_bits(writer, core.masked_select(keep).to(weight.dtype))
+                write_bits(writer, core.masked_select(kept).to(latent.dtype))
 
     @torch.no_grad()
-    def rescale(self, weight: Tensor, factor: Tensor) -> None:
-        """Multiply the effective weight, a positive factor an output channel; scales are rounded as always.
+    def rescale(self, latent: Tensor, factor: Tensor) -> None:
+        """Multiply the hard weight, a positive factor an output channel; scales are rounded as always.
 
         Raises:
             ValueError: no core has a row, or no level a scale, for each output channel.
         """
-        cores = self._reduce(weight)
+        cores = self._reduce(latent)
         name, core = next(iter(cores.items()))  # of two factors, the one that has the outputs
         if core.shape[0] != len(factor):
             raise ValueError(f"{self.method} has no row of its own for each output channel")
         chain, rows = self._chain(name), factor.to(core.dtype).reshape(-1, *(1,) * (core.dim() - 1))
         levels = chain.levels if self.phase[2] else None
         value = core * rows if levels is None else levels.rescale(levels.code(core), factor.float()).to(core.dtype)
-        value = torch.where(chain.keep(core, bool(self.phase[1])), value, 0.0)
+        value = blank_(value, chain.keep(bool(self.phase[1])))
         if isinstance(core, nn.Parameter):
             core.copy_(value)
         else:
             matrix = self.tying.expand({name: value}) if self.tying is not None and self.phase[0] else value
-            weight.copy_(self.layout.weight(matrix, self.stored_shape))
+            latent.copy_(self.layout.weight(matrix, self.stored_shape))
 
     # -------------------------------------------------------------------------------- checkpoints and moves
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A checkpoint of the plain class has no keys of ours: what has begun begins anew from the weight it brings."""
-        # Sharded checkpoints have them; but Lightning loads a whole one key by key.
-        plain = not self.sharded and not any(key.startswith(prefix) for key in state_dict)
-        if plain:
-            state_dict.update({prefix + key: value for key, value in self.state_dict().items()})
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        strengths = self.strength.tolist()
-        self.phase = [OFF if value <= 0 else HARD if value >= 1 else SOFT for value in strengths]
-        self.stale = plain and self.begun
-        self.untied, self.unborn = plain and bool(self.phase[0]), plain and bool(self.phase[2])
+    def _blank(self, latent: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state that these sidecars, and a refresh from this latent weight, lead to; nothing older."""
+        blank = self.reshaped(self.stored_shape).to(latent.device)
+        trained = {name: state[name] for name, _ in blank.named_parameters()}
+        blank.load_state_dict(trained, strict=False)
+        blank.strength.copy_(state["strength"])
+        blank.phase = _phases(blank.strength)
+        blank.refresh(latent)
+        return blank.state_dict()
+
+    def training_state(self, latent: Tensor) -> dict[str, Tensor]:
+        """What a checkpoint needs beside the latent weight: sidecars, labels, strengths; not what follows from these."""
+        state = self.state_dict()
+        derived = self._blank(latent, state)
+        trained = {name for name, _ in self.named_parameters()}
+        return {
+            key: value.detach().clone()
+            for key, value in state.items()
+            if key in trained or key == "strength" or not torch.equal(value, derived[key])
+        }
+
+    def load_training_state(self, latent: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Put back what `training_state` gave, for the same latent weight."""
+        moved = {key: value.to(latent.device) for key, value in state.items()}
+        self.load_state_dict({**self._blank(latent, moved), **moved})
+        self.phase = _phases(self.strength)
+        self.stale = self.unborn = False
+
+    def reshaped(self, shape: Shape) -> Slots:
+        """Slots of the same methods and strengths for a weight of another shape; what they had learned is gone."""
+        other = Slots(self.layout, shape).to(self.strength.device)
+        for slot in SLOTS:
+            if slot in self.specs:
+                other.fill(slot, self.specs[slot])
+        other.strength.copy_(self.strength)
+        other.phase = list(self.phase)
+        return other
+
+    def twin(self) -> Slots:
+        """A copy, to look ahead with."""
+        return deepcopy(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slots:
         """Sidecars follow the model to a device, but stay float32 when it goes to half precision."""
@@ -407,3 +507,7 @@ class Slots(nn.Module):
     def extra_repr(self) -> str:
         """The methods and how hard they act."""
         return f"{self.method}, strength={[round(value, 3) for value in self.strength.tolist()]}"
+
+
+def _phases(strength: Tensor) -> list[int]:
+    return [OFF if value <= 0 else HARD if value >= 1 else SOFT for value in strength.tolist()]

@@ -20,7 +20,6 @@ from torch.nn.parameter import UninitializedParameter
 
 from psc_lightning.layout import Layout
 from psc_lightning.sharding import is_sharded
-from psc_lightning.view import CHILD
 
 __all__ = ["Selection", "Target", "patterns", "select"]
 
@@ -98,12 +97,10 @@ def _flat(value: Any) -> Iterator[Any]:
 
 
 def tensors(model: nn.Module) -> Iterator[Target]:
-    """Every Parameter of the model once; not the plugin's own."""
+    """Every Parameter of the model once."""
     found: dict[int, Target] = {}
     seen: set[int] = set()
     for prefix, layer in model.named_modules(remove_duplicate=False):
-        if prefix.split(".")[-1] == CHILD or f".{CHILD}." in f".{prefix}.":
-            continue
         for name, parameter in layer._parameters.items():
             if parameter is not None:
                 full = f"{prefix}.{name}" if prefix else name
@@ -134,7 +131,7 @@ def _matches(pattern: str, target: Target) -> bool:
 
 
 def _refusal(target: Target) -> str | None:
-    """Why a tensor cannot have a view, or None."""
+    """Why a tensor cannot be compressed, or None."""
     parameter = target.parameter
     if isinstance(parameter, UninitializedParameter):
         return "a lazy layer has no weight yet: run one batch through the model first"
@@ -169,7 +166,7 @@ def select(
         min_size: fewest entries of a tensor.
 
     Raises:
-        ValueError: a pattern matches nothing, all matches are excluded, or a chosen tensor cannot have a view or holds an
+        ValueError: a pattern matches nothing, all matches are excluded, or a chosen tensor cannot be compressed or holds an
             infinity or a NaN.
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 2))

@@ -16,7 +16,6 @@ from torch import nn
 
 from psc_lightning.artifact import container, inspect, load_into, save
 from psc_lightning.cli import main
-from psc_lightning.view import plain_state
 
 
 def small() -> nn.Module:
@@ -103,7 +102,7 @@ def prefixed(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 def test_verify_against_a_checkpoint_of_any_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = compressed(mask="magnitude", levels="ternary")
     save(model, tmp_path / "model.psc")
-    state = plain_state(model)
+    state = dict(model.state_dict())
     torch.save(state, tmp_path / "plain.pt")
     torch.save({"state_dict": prefixed("model.net.", state), "epoch": 3}, tmp_path / "lightning.ckpt")
     save_file(state, tmp_path / "dense.safetensors")
@@ -158,13 +157,13 @@ def test_diff(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = str(tmp_path / "a.psc"), str(tmp_path / "b.psc")
     model = compressed(mask="magnitude", levels="ternary")
     save(model, a)
-    save(bag(plain_state(model)), b)  # the same weights, in another file
+    save(bag(dict(model.state_dict())), b)  # the same weights, in another file
     assert main(["diff", a, b]) == 0
     equal = capsys.readouterr().out
     assert "9 equal" in equal
     assert f"{Path(a).stat().st_size:,}" in equal
     assert f"{Path(b).stat().st_size:,}" in equal
-    state = plain_state(model)
+    state = dict(model.state_dict())
     state["3.weight"] = state["3.weight"] + 0.5
     state["0.bias"] = torch.zeros(3)
     del state["3.bias"]

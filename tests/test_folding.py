@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from psc_lightning import StraightThroughQuantization, compress, fold_batchnorm, load, load_into, save
 from psc_lightning.app.models import ResNet20
 from psc_lightning.artifact import to_bytes
-from psc_lightning.view import plain_state
+from psc_lightning.live import compressed
 
 
 def shaken(model: nn.Module) -> nn.Module:
@@ -66,16 +66,18 @@ def test_the_same_function_and_its_file(name, options, near, tmp_path, same_bits
     model = net()
     compress(model, name, threshold=0.2, **options)
     before = {key: value.clone() for key, value in model.state_dict().items()}
+    latent = {key: tensor.latent.clone() for key, tensor, _ in compressed(model)}
     expected = model(inputs())
     folded = fold_batchnorm(model, PAIRS)
     found = folded(inputs())
     assert float((found - expected).detach().abs().max() / expected.detach().abs().max()) < near
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())  # not touched
+    assert all(torch.equal(tensor.latent, latent[key]) for key, tensor, _ in compressed(model))
     report = save(model, tmp_path / "model.psc", fold_batchnorm=PAIRS)
     plain = net()
     load_into(plain, tmp_path / "model.psc")
     assert torch.equal(plain(inputs()), found)
-    held, expected_state = load(tmp_path / "model.psc"), plain_state(folded)
+    held, expected_state = load(tmp_path / "model.psc"), dict(folded.state_dict())
     assert list(held) == list(expected_state)
     assert [key for key in held if not same_bits(held[key], expected_state[key])] == []
     assert report.file_bytes < to_bytes(model)[1].file_bytes

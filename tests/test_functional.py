@@ -1,18 +1,20 @@
 from __future__ import annotations
 
-import itertools
 import math
 from fractions import Fraction
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psc_lightning import functional as F
+from psc_lightning import strips
 
 shapes = st.lists(st.integers(1, 5), min_size=2, max_size=4).map(tuple)
+seeds = st.integers(0, 99)
 groups = st.one_of(st.sampled_from(["tensor", "channel"]), st.integers(1, 60))
 
 
@@ -91,6 +93,31 @@ def test_survivor_mean_by_hand():
     assert F.survivor_mean(values, keep).tolist() == [3.5, 0.0]
 
 
+def test_survivor_mean_of_all():
+    assert F.survivor_mean(torch.tensor([[1.0, 2.0, 6.0]]), None).tolist() == [3.0]
+
+
+@settings(deadline=None)
+@given(shapes, groups, st.sampled_from([None, 0.0, 0.5, 1.0]), st.sampled_from([1, 4, 1 << 16]), st.integers(0, 99))
+def test_magnitudes_of_the_survivors_are_the_loop(shape, group, share, strip, seed):
+    random = np.random.default_rng(seed)
+    core = random.normal(size=shape)
+    keep = random.random(shape) >= (share or 0.0)
+    kept = None if share is None else torch.from_numpy(keep)
+    with patch.object(strips, "STRIP", strip):
+        mean = F.survivor_magnitude(torch.from_numpy(core), kept, group)
+        largest = F.survivor_largest(torch.from_numpy(core), kept, group)
+    parts = [np.abs(core.reshape(-1)[row])[keep.reshape(-1)[row]] for row in rows_of(shape, group)]
+    np.testing.assert_allclose(mean.numpy(), [part.mean() if len(part) else 0.0 for part in parts], rtol=1e-12)
+    assert largest.tolist() == [part.max(initial=0.0) for part in parts]
+
+
+def test_survivors_of_half_precision_are_summed_in_single():
+    core = torch.full((1, 4096), 1.0, dtype=torch.bfloat16)
+    core[0, 0] = 2.0
+    assert F.survivor_magnitude(core, None, "tensor").tolist() == [4097 / 4096]
+
+
 # ------------------------------------------------------------------------------------------------------- blocks
 
 
@@ -109,6 +136,25 @@ def test_block_mean_and_expand_are_the_loop(rows, columns, axis, size):
     for i in range(rows):
         for j in range(columns):
             assert back[i, j] == (core[i // size, j] if axis == 0 else core[i, j // size])
+
+
+@given(
+    shape=st.tuples(st.integers(1, 7), st.integers(1, 9)), axis=st.integers(0, 1), size=st.integers(1, 10), seed=seeds
+)
+def test_equal_members_have_themselves_as_their_mean_and_share_the_gradient(shape, axis, size, seed, same_bits):
+    rows, columns = shape
+    torch.manual_seed(seed)
+    shape = (-(-rows // size), columns) if axis == 0 else (rows, -(-columns // size))
+    core = torch.where(torch.rand(shape) < 0.2, -0.0, torch.randn(shape))
+    tied = F.block_expand(core, axis, size, (rows, columns)[axis]).clone().requires_grad_()
+    mean = F.block_mean(tied, axis, size)
+    assert same_bits(mean, core)
+    gradient = torch.randn(shape)
+    mean.backward(gradient)
+    length = (rows, columns)[axis]
+    members = torch.tensor([float(min(size, length - first)) for first in range(0, length, size)])
+    each = gradient / (members[:, None] if axis == 0 else members)
+    assert torch.equal(tied.grad, F.block_expand(each, axis, size, length))  # g/n, the first member as the others
 
 
 # -------------------------------------------------------------------------------------------------------- masks
@@ -131,51 +177,3 @@ def test_zero_count_by_hand():
         0,
         58,
     ]
-
-
-@settings(deadline=None)
-@given(st.data(), st.integers(1, 3), st.integers(1, 9))
-def test_largest_is_the_stable_sort(data, rows, columns):
-    small = st.integers(-2, 2).map(float)  # few values: many ties
-    draw = st.lists(st.lists(small, min_size=columns, max_size=columns), min_size=rows, max_size=rows)
-    scores, tiebreak = data.draw(draw), data.draw(draw)
-    zeros = data.draw(st.integers(0, columns - 1))
-    keep = F.largest(torch.tensor(scores), torch.tensor(tiebreak), zeros).tolist()
-    for kept, score, second in zip(keep, scores, tiebreak, strict=True):
-        order = sorted(range(columns), key=lambda i: (score[i], second[i], i))
-        assert [i for i in range(columns) if not kept[i]] == sorted(order[:zeros])
-
-
-# ------------------------------------------------------------------------------------------------------- levels
-
-
-def lloyd(values: list[float], k: int, iterations: int = 30) -> list[float]:
-    """k-means by loops, with the start that the docstring states."""
-    ordered = sorted(values)
-    low, high, n = ordered[0], ordered[-1], len(ordered)
-    steps = [(j + 0.5) / k for j in range(k)]
-    centroids = [0.5 * (low + (high - low) * s) + 0.5 * ordered[int(s * n)] for s in steps]
-    for _ in range(iterations):
-        clusters: list[list[float]] = [[] for _ in range(k)]
-        for x in ordered:
-            clusters[sum(x > (a + b) / 2 for a, b in itertools.pairwise(centroids))].append(x)
-        centroids = sorted(sum(c) / len(c) if c else centroids[j] for j, c in enumerate(clusters))
-    return centroids
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)  # an entry half-way between two centroids may go to either
-@example([0.0, 4.38671875, 4.79296875, 6.8984375, 7.4609375, 7.16796875], 2, 0)
-@given(st.lists(st.floats(-8, 8, width=16), min_size=1, max_size=24), st.integers(2, 6), st.integers(0, 5))
-def test_kmeans_is_lloyds_loop_over_the_kept(values, k, left_out):
-    row = torch.tensor([[99.0] * left_out + values])
-    keep = torch.arange(row.shape[1])[None] >= left_out
-    found = F.kmeans_1d(row, keep, k)
-    assert found.shape == (1, k)
-    assert (found.diff(dim=1) >= 0).all()
-    np.testing.assert_allclose(found[0].numpy(), lloyd(values, k), rtol=1e-5, atol=1e-6)
-
-
-def test_kmeans_of_nothing_and_of_one_value():
-    values = torch.tensor([[3.0, 4.0], [5.0, 5.0]])
-    keep = torch.tensor([[False, False], [True, True]])
-    assert F.kmeans_1d(values, keep, 3).tolist() == [[0.0] * 3, [5.0] * 3]

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import math
+import pickle
 from copy import deepcopy
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from training import COMBINATIONS, QUIET, Net, fit
+from training import COMBINATIONS, QUIET, Net, fit, slotted
 
 import psc_lightning
 from psc_lightning import (
@@ -20,7 +21,7 @@ from psc_lightning import (
     plan,
 )
 from psc_lightning.artifact import to_bytes
-from psc_lightning.view import plain_state, views
+from psc_lightning.live import compressed
 
 PRESETS = sorted(path.stem for path in (config_dir() / "compression").glob("*.yaml"))
 DRIVEN = ("mask", "deep")
@@ -54,6 +55,9 @@ def fingerprint(model: nn.Module) -> dict[str, object]:
         "state": {key: value.clone() for key, value in model.state_dict().items()},
         "classes": [type(layer) for layer in model.modules()],
         "modes": [layer.training for layer in model.modules()],
+        "ours": [
+            (sorted(vars(layer)), len(layer._forward_pre_hooks), len(layer._forward_hooks)) for layer in model.modules()
+        ],
         "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
     }
 
@@ -64,6 +68,7 @@ def assert_untouched(model: nn.Module, before: dict[str, object]) -> None:
     assert all(torch.equal(after["state"][key], value) for key, value in before["state"].items())
     assert after["classes"] == before["classes"]
     assert after["modes"] == before["modes"]
+    assert after["ours"] == before["ours"]
     for new, old in zip(after["gradients"], before["gradients"], strict=True):
         assert (new is None and old is None) or torch.equal(new, old)
 
@@ -98,10 +103,10 @@ def test_the_threshold_is_the_share_of_the_core_that_is_zero(preset: str):
     model = net()
     report = compress(model, preset, threshold=0.3, **labels(preset))
     assert compress(net(), preset, **labels(preset)).tensors != report.tensors
-    for _, slots, weight in views(model):
-        cores = slots._reduce(weight)
+    for _, tensor, weight in compressed(model):
+        cores = tensor.slots._reduce(tensor.dense(weight))
         for name, core in cores.items():
-            zeros = int((~slots._chain(name).mask.keep).sum())
+            zeros = int((~tensor.slots._chain(name).mask.keep).sum())
             assert zeros == math.floor(0.3 * core.numel() + 0.5)
 
 
@@ -120,7 +125,7 @@ def test_what_each_preset_means_in_the_decoded_weights():
     def state(preset: str, **options: object) -> dict[str, Tensor]:
         model = net()
         compress(model, preset, **labels(preset), **options)
-        return plain_state(model)
+        return dict(model.state_dict())
 
     w = state("float")["3.weight"]
     assert int((w == 0).sum()) >= 288
@@ -153,6 +158,23 @@ def test_what_each_preset_means_in_the_decoded_weights():
     w = state("deep")["3.weight"]
     assert len(w[w != 0].unique()) <= 16
     assert int((w == 0).sum()) >= 518
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "none"])
+def test_a_compressed_model_is_still_the_plain_one(preset: str, same_bits):
+    model, dense = net(), net()
+    parameters, layers = list(model.parameters()), list(model.modules())
+    compress(model, preset, **labels(preset))
+    assert [type(layer) for layer in model.modules()] == [type(layer) for layer in dense.modules()]
+    assert all(a is b for a, b in zip(model.modules(), layers, strict=True))
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == list(dense.state_dict())
+    dense_weights = dense.state_dict()
+    for name, tensor, parameter in compressed(model):
+        assert not same_bits(parameter, dense_weights[name])
+        assert same_bits(parameter, tensor.slots.make(tensor.latent))
+        if tensor.slots.tying is None:  # a tying overwrites it
+            assert same_bits(tensor.latent, dense_weights[name])
 
 
 # ---------------------------------------------------------------------------------------------------- labels
@@ -195,7 +217,7 @@ def planted() -> tuple[nn.Module, list[Tensor], set[int]]:
 
 
 def kept_inputs(model: nn.Module) -> set[int]:
-    return set(plain_state(model)["0.weight"].abs().sum(0).nonzero().flatten().tolist())
+    return set(model[0].weight.detach().abs().sum(0).nonzero().flatten().tolist())
 
 
 def moving_away(model: nn.Module, x: Tensor) -> Tensor:
@@ -222,12 +244,12 @@ def test_labels_pick_the_member_in_cross_channel():
     dense = model[0].weight.detach().clone()
     compress(model, "cross_channel", groups=2, batches=inputs, loss=moving_away)
     # inputs 1, 4 live in the first half, 9, 14 in the second: positions 1, 4 and 9 - 8, 14 - 8
-    bank = plain_state(model)["0.weight"][:, :8]
+    bank = model[0].weight.detach()[:, :8]
     assert torch.allclose(bank[:, 4], dense[:, 4], rtol=0.2)
     assert torch.allclose(bank[:, 6], dense[:, 14], rtol=0.2)
     model, inputs, _ = planted()
     compress(model, "cross_channel", groups=2)
-    bank = plain_state(model)["0.weight"][:, :8]
+    bank = model[0].weight.detach()[:, :8]
     assert (bank[:, 4] > 3).all()
 
 
@@ -256,9 +278,9 @@ def test_calibration_leaves_modes_and_gradients_alone():
 
     compress(model, "mask", batches=batches(), loss=spying)
     assert seen == [False, False]
-    assert {name: layer.training for name, layer in model.named_modules() if "psc" not in name} == modes
-    assert torch.equal(model[5]._parameters["weight"].grad, torch.ones(4, 128))
-    assert model[0]._parameters["weight"].grad is None
+    assert {name: layer.training for name, layer in model.named_modules()} == modes
+    assert torch.equal(model[5].weight.grad, torch.ones(4, 128))
+    assert model[0].weight.grad is None
     assert torch.equal(model[1].running_mean, running)
 
 
@@ -267,7 +289,7 @@ def test_a_frozen_weight_has_labels_too():
     model.requires_grad_(False)
     compress(model, "mask", threshold=0.75, method="saliency", batches=inputs, loss=moving_away)
     assert kept_inputs(model) == matter
-    assert not model[0]._parameters["weight"].requires_grad
+    assert not model[0].weight.requires_grad
 
 
 def test_labels_are_computed_within_no_grad_too():
@@ -365,7 +387,8 @@ def test_a_tensor_that_cannot_be_stored_leaves_the_model_alone(preset: str):
     after = fingerprint(model)
     assert list(after["state"]) == list(before["state"])
     assert after["classes"] == before["classes"]
-    assert torch.equal(after["state"]["3.weight"], before["state"]["3.weight"])
+    assert after["ours"] == before["ours"]
+    assert all(torch.equal(value, before["state"][key]) for key, value in after["state"].items() if key != "0.bias")
 
 
 def test_options_reach_their_methods():
@@ -373,7 +396,7 @@ def test_options_reach_their_methods():
     compress(
         model, "float", threshold=0.25, bits=4, group=16, targets=("Conv2d",), ignore="0", min_size=1, granularity="row"
     )
-    ((name, slots, _),) = views(model)
+    ((name, slots, _),) = slotted(model)
     chain = slots._chain("core")
     assert name == "3.weight"
     assert (chain.levels.bits, chain.levels.group) == (4, 16)
@@ -406,9 +429,10 @@ def test_the_plan_says_what_is_taken_what_is_left_and_why_and_touches_nothing():
         GradientClipping(max_norm=1.0),
         WeightSharing("separable", targets=["3", "Linear"]),
     ]
+    told = [pickle.dumps(callback) for callback in callbacks]
     made = plan(model, callbacks)
     assert_untouched(model, before)
-    assert not any(getattr(callback, "held", None) for callback in callbacks)
+    assert [pickle.dumps(callback) for callback in callbacks] == told
     assert made.taken == {"3.weight": "separable+uniform", "5.weight": "uniform"}
     assert made.left["0.weight"] in ("ignored; not among the targets", "not among the targets; ignored")
     assert "one axis" in made.left["0.bias"]
@@ -433,12 +457,12 @@ def test_the_plan_refuses_what_training_would():
 def test_the_plan_foresees_the_bytes(name):
     """Of what it compresses; BatchNorm has still to learn its numbers."""
 
-    def compressed(report):
+    def compressed_bytes(report):
         return sum(tensor.stored_bytes for tensor in report.tensors if tensor.method != "plain")
 
-    expected = compressed(plan(Net(), COMBINATIONS[name]("constant")).report)
+    expected = compressed_bytes(plan(Net(), COMBINATIONS[name]("constant")).report)
     model, _ = fit(COMBINATIONS[name]("constant"), max_epochs=1)
-    assert compressed(to_bytes(model)[1]) == pytest.approx(expected, rel=0.1)
+    assert compressed_bytes(to_bytes(model)[1]) == pytest.approx(expected, rel=0.1)
 
 
 def test_plan_takes_one_callback_too():
@@ -450,4 +474,5 @@ def test_attach_by_hand_leaves_the_slots_off():
     before = model(x)
     psc_lightning.attach(model, [MaskLearning(), GradientClipping(max_norm=1.0)])
     assert torch.equal(model(x), before)
-    assert [slots.begun for _, slots, _ in views(model)] == [False] * 3
+    assert [slots.begun for _, slots, _ in slotted(model)] == [False] * 3
+    assert [tensor.latent for _, tensor, _ in compressed(model)] == [None] * 3  # the Parameter is all there is

@@ -12,9 +12,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from psc_lightning import MaskLearning, StraightThroughQuantization, WeightSharing
-from psc_lightning.callbacks.slot import SlotCallback
+from psc_lightning.live import compressed
+from psc_lightning.slots import Slots
+from psc_lightning.training.conductor import KEY, Conductor
 
 # What Lightning says of small CPU runs; everything else stays an error.
 QUIET = [
@@ -100,6 +103,20 @@ class Net(LightningModule):
         return [adamw], [{"scheduler": schedule, "interval": "step"}]
 
 
+class Shown(torch.optim.SGD):
+    """SGD that lets a function look at what it is about to step: latent weights and their gradients."""
+
+    def __init__(self, parameters: Any, look: Callable[[Optimizer], None], lr: float = 0.05, **options: Any) -> None:
+        super().__init__(parameters, lr, **options)
+        self.look = look
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        self.look(self)
+        super().step()
+        return loss
+
+
 class CpuScaler(MixedPrecision):
     """fp16 with a GradScaler on a CPU, in the arithmetic of float32."""
 
@@ -157,18 +174,47 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
     return [] if type(a) is type(b) and a == b else [f"{path}: {a!r} and {b!r}"]
 
 
-def run_state(model: LightningModule, made: Trainer, sidecars: bool = True) -> dict[str, Any]:
+def conductor(made: Trainer) -> Conductor:
+    """What of ours does something in a run."""
+    (found,) = (callback for callback in made.callbacks if isinstance(callback, Conductor))
+    return found
+
+
+def slotted(model: nn.Module) -> Iterator[tuple[str, Slots, nn.Parameter]]:
+    """Each compressed tensor: its name, its slots, its Parameter, which holds the hard weight."""
+    for name, tensor, parameter in compressed(model):
+        yield name, tensor.slots, parameter
+
+
+def slots_at(model: nn.Module, name: str) -> Slots:
+    """The slots of the tensor of that name."""
+    return {own: slots for own, slots, _ in slotted(model)}[name]
+
+
+def latents(model: nn.Module) -> dict[str, Tensor]:
+    """Each compressed tensor's latent weight, as it is now."""
+    return {name: tensor.dense(parameter).clone() for name, tensor, parameter in compressed(model)}
+
+
+def sidecars(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained beside the weights."""
+    return {f"{name}:{key}": p for name, slots, _ in slotted(model) for key, p in slots.named_parameters()}
+
+
+def run_state(model: LightningModule, made: Trainer) -> dict[str, Any]:
     """All that a run leaves: what it trained, how it would go on."""
-    state: dict[str, Any] = {
-        "model": {key: value for key, value in model.state_dict().items() if sidecars or ".psc." not in key},
+    ours: dict[str, Any] = {}
+    for callback in made.callbacks:
+        if isinstance(callback, Conductor):
+            callback.on_save_checkpoint(made, model, ours)
+    return {
+        "model": dict(model.state_dict()),
         "optimizers": [optimizer.state_dict() for optimizer in made.optimizers],
         "schedulers": [config.scheduler.state_dict() for config in made.lr_scheduler_configs],
         "metrics": dict(made.callback_metrics),
         "step": made.global_step,
+        "ours": ours.get(KEY),
     }
-    if sidecars:
-        state["ours"] = [callback.state_dict() for callback in made.callbacks if isinstance(callback, SlotCallback)]
-    return state
 
 
 Q, M, W = StraightThroughQuantization, MaskLearning, WeightSharing

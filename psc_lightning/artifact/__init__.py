@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from psc_lightning.artifact.errors import ArtifactError, NamelessError
-from psc_lightning.artifact.file import inspect, load, load_into, load_stored, save, to_bytes, verify
+from psc_lightning.artifact.file import inspect, load, load_into, load_stored, measure, save, to_bytes, verify
 from psc_lightning.artifact.report import Report, TensorReport
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "load",
     "load_into",
     "load_stored",
+    "measure",
     "save",
     "to_bytes",
     "verify",

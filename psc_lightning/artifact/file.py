@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from psc_lightning import folding, view
+from psc_lightning import folding
 from psc_lightning.artifact import container, directory, leftovers
 from psc_lightning.artifact.ans import Coded
 from psc_lightning.artifact.directory import DTYPES, Entry, Kind
@@ -21,12 +21,13 @@ from psc_lightning.artifact.errors import ADVICE, ArtifactError
 from psc_lightning.artifact.leftovers import Precisions
 from psc_lightning.artifact.report import Report, TensorReport
 from psc_lightning.artifact.streams import Stream, SymbolReader, SymbolWriter
-from psc_lightning.sharding import by_rank_zero, sharded_modules, whole
+from psc_lightning.live import compressed, under_names
+from psc_lightning.sharding import by_rank_zero, reshard, sharded_modules, whole
 from psc_lightning.slots import Slots
 from psc_lightning.stored import Stored, decode
 from psc_lightning.symbols import PIECE
 
-__all__ = ["inspect", "load", "load_into", "load_stored", "save", "to_bytes", "verify"]
+__all__ = ["inspect", "load", "load_into", "load_stored", "measure", "save", "to_bytes", "verify"]
 
 MAX_BYTES = 2**31
 _SHOWN = 6  # differences that a message names
@@ -69,39 +70,84 @@ def save(
     return report
 
 
+def measure(
+    model: nn.Module,
+    leftovers: Precisions = "float32",
+    names: bool = True,
+    fold_batchnorm: bool | Mapping[str, str] = False,
+) -> Report:
+    """What `save` would write now, with each slot that has begun at full strength; nothing is written, nothing changes.
+
+    At any time, in training too: in a step, in a ramp, on any rank (of a sharded model on all of them).
+
+    Args:
+        model, leftovers, names, fold_batchnorm: as for `save`.
+
+    Raises:
+        ValueError: as `save`.
+
+    >>> from psc_lightning.oneshot import compress
+    >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    >>> measure(model).file_bytes > 9000
+    True
+    >>> compress(model, "binary").file_bytes == measure(model).file_bytes < 1900
+    True
+    """
+    return to_bytes(model, leftovers, names, fold_batchnorm)[1]
+
+
 def to_bytes(
     model: nn.Module,
     leftovers: Precisions = "float32",
     names: bool = True,
     fold_batchnorm: bool | Mapping[str, str] = False,
 ) -> tuple[bytes, Report]:
-    """What `save` would write, and its report.
+    """What `save` would write, and its report; the model is not changed.
 
     Raises:
         ValueError: as `save`.
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped bears the plain names
     if fold_batchnorm:
         model = folding.fold_batchnorm(model, None if fold_batchnorm is True else fold_batchnorm)
-    with torch.no_grad(), whole(model):
-        return _to_bytes(model, leftovers, names)
+    with torch.no_grad():
+        snapshots = _snapshots(model)
+        with whole(model):
+            return _to_bytes(model, snapshots, leftovers, names)
 
 
-def _to_bytes(model: nn.Module, precisions: Precisions, names: bool) -> tuple[bytes, Report]:
-    sources = view.sources(model)
-    for name, (value, _) in sources.items():
-        _check(name, value)  # levels would make a number of an infinity
-    viewed = {name: (its_slots, weight) for name, its_slots, weight in view.views(model)}
-    softened = [name for name, (its_slots, weight) in viewed.items() if its_slots.begun and its_slots.harden(weight)]
-    if softened:
-        warnings.warn(
-            f"{', '.join(softened)}: not at full strength yet, hardened before writing; accuracy may drop until the "
-            "schedule has ended",
-            stacklevel=3,
-        )
-    compressed = {name: pair for name, pair in viewed.items() if pair[0].begun}
-    leftovers.check(precisions, [name for name in sources if name not in compressed])
-    entries = _entries(sources, frozenset(compressed), precisions)
+#: slots at full strength, and the latent weight they are of
+_Snapshot = tuple[Slots, Tensor]
+
+
+def _snapshots(model: nn.Module) -> dict[str, _Snapshot]:
+    """What a file would hold of each compressed tensor, under every name that it has; one object, where it is one tensor."""
+    reshard(model)
+    once = {}
+    for name, tensor, parameter in compressed(model):
+        once[id(tensor)] = tensor.snapshot(parameter)
+        if once[id(tensor)] is not None:
+            _check(name, once[id(tensor)][1])  # levels would make a number of an infinity
+    found = {_plain_name(name): once.get(id(tensor)) for name, tensor in under_names(model).items()}
+    return {name: snapshot for name, snapshot in found.items() if snapshot is not None}
+
+
+def _plain_name(name: str) -> str:
+    """A name without what torch.compile puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _plain_state(model: nn.Module) -> dict[str, Any]:
+    return {_plain_name(name): value for name, value in model.state_dict().items()}
+
+
+def _to_bytes(
+    model: nn.Module, snapshots: Mapping[str, _Snapshot], precisions: Precisions, names: bool
+) -> tuple[bytes, Report]:
+    state = _plain_state(model)
+    for name, value in state.items():
+        _check(name, value)
+    leftovers.check(precisions, [name for name in state if name not in snapshots])
+    entries = _entries(state, snapshots, precisions)
     repeated = {entry.alias for entry in entries}
     writer = SymbolWriter()
     held: dict[int, _Summary] = {}
@@ -111,18 +157,18 @@ def _to_bytes(model: nn.Module, precisions: Precisions, names: bool) -> tuple[by
         before = writer.bits
         entry = entries[group[0]]
         if entry.kind is Kind.SLOTS:
-            its_slots, weight = compressed[entry.name]
-            stored = its_slots.stored(weight)
+            slots, latent = snapshots[entry.name]
+            stored = slots.stored(latent)
             _check(entry.name, stored.weight)
             held[group[0]] = _summary(list(stored.cores.values()), stored.method)
             if group[0] in repeated:
                 plain[group[0]] = _summary([stored.weight])
             del stored  # a large model's memory is better not held twice
-            its_slots.encode(writer, weight)
+            slots.encode(writer, latent)
         else:
-            together = {entries[i].name: sources[entries[i].name][0] for i in group}
+            together = {entries[i].name: state[entries[i].name] for i in group}
             leftovers.encode(writer, together, leftovers.stored_as(entry))
-            held |= {i: _summary([sources[entries[i].name][0]]) for i in group}
+            held |= {i: _summary([state[entries[i].name]]) for i in group}
         _share(bits, entries, group, writer.bits - before)
     tag, content = directory.encode(entries) if names else directory.encode_nameless(entries)
     coded = writer.finish()
@@ -190,7 +236,7 @@ def inspect(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Report:
 
 @torch.no_grad()
 def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Put a file's weights into a model of the same class, plain or with views; all of them, or none on an error.
+    """Put a file's weights into a model of the same class, plain or live; all of them, or none on an error.
 
     Raises:
         ArtifactError: as `load`, or names or shapes differ; the message lists them.
@@ -198,8 +244,8 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     if sharded_modules(model):
         raise ValueError("load_into: the model is sharded already: load into it before fully_shard")
-    model = getattr(model, "_orig_mod", model)
-    model.load_state_dict(_read_for(model, path).tensors)
+    tensors = _read_for(model, path).tensors
+    model.load_state_dict({name: tensors[_plain_name(name)] for name in model.state_dict()})
 
 
 @dataclass(frozen=True)
@@ -230,7 +276,7 @@ def _read(path: str | os.PathLike[str], max_bytes: int, keep: bool = False) -> _
 
 def _read_for(model: nn.Module, path: str | os.PathLike[str], keep: bool = False) -> _Content:
     """Read a file that must go into a model, which says what one without names leaves out."""
-    state = view.plain_state(model)
+    state = _plain_state(model)
     expected = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
     # The file's types may be wider than the model's, but no more than eight bytes an entry.
     limit = 8 * sum(map(_room, expected.values()))
@@ -292,21 +338,19 @@ def _check(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: expected finite numbers, found NaN or infinity: look for a diverged training run")
 
 
-def _entries(
-    sources: Mapping[str, tuple[Tensor, Slots | None]], compressed: frozenset[str], precisions: Precisions
-) -> list[Entry]:
+def _entries(state: Mapping[str, Tensor], snapshots: Mapping[str, _Snapshot], precisions: Precisions) -> list[Entry]:
     entries: list[Entry] = []
     seen: dict[object, int] = {}
-    for index, (name, (tensor, slots)) in enumerate(sources.items()):
+    for index, (name, tensor) in enumerate(state.items()):
         shape = tuple(tensor.shape)
-        # The same numbers seen through slots and without are two tensors; an empty one has no address of its own.
-        seen_through = slots if slots is not None and slots.begun else None
-        key = (seen_through, tensor.data_ptr(), tensor.dtype, shape, tensor.stride()) if tensor.numel() else name
+        # The same memory compressed and not is two tensors; an empty one has no address of its own.
+        slots = snapshots[name][0] if name in snapshots else None
+        key = (slots, tensor.data_ptr(), tensor.dtype, shape, tensor.stride()) if tensor.numel() else name
         first = seen.setdefault(key, index)
-        if name in compressed:
-            entries.append(Entry(name, Kind.SLOTS, tensor.dtype, shape))
-        elif first != index:
+        if first != index:
             entries.append(Entry(name, Kind.ALIAS, tensor.dtype, shape, first))
+        elif slots is not None:
+            entries.append(Entry(name, Kind.SLOTS, tensor.dtype, shape))
         else:
             entries.append(Entry(name, leftovers.kind_of(name, tensor.dtype, precisions), tensor.dtype, shape))
     return entries
@@ -338,7 +382,7 @@ def _compare(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[
 
 def _layer_types(model: nn.Module) -> dict[str, str]:
     return {
-        f"{path}.{name}" if path else name: type(module).__name__
+        _plain_name(f"{path}.{name}" if path else name): type(module).__name__
         for path, module in model.named_modules(remove_duplicate=False)
         for name in (*module._parameters, *module._buffers)
     }

@@ -11,9 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from psc_lightning.callbacks.company import callbacks_of, reorder
-from psc_lightning.callbacks.slot import SlotCallback
 from psc_lightning.layout import Layout
+from psc_lightning.training.conductor import Conductor
 
 __all__ = ["Clipped", "GradientClipping"]
 
@@ -39,10 +38,10 @@ class GradientClipping(Callback):
     - ``adaptive`` (AGC): gᵢ ← gᵢ · min(1, adaptive · max(‖wᵢ‖₂, 10⁻³) / ‖gᵢ‖₂) for each output row i of a weight, and
       for a bias or any other vector as a whole.
 
-    It works in ``on_before_optimizer_step``, so on gradients that are accumulated, unscaled and reduced, once for each
-    step of each optimizer and on that optimizer's parameters only. Whatever the order in the Trainer's list, saliency and
-    other bookkeeping of this package sees the clipped gradients; a callback of the user's that adds to the gradient
-    (a penalty) is listed before this one.
+    It works when an optimizer is about to step, so on gradients that are accumulated, unscaled and reduced, once for each
+    step of each optimizer and on that optimizer's parameters only, after every callback's and the module's own
+    ``on_before_optimizer_step``. Whatever the order in the Trainer's list, it sees the gradients of the latent weights, and
+    saliency and other bookkeeping of this package sees the clipped ones.
 
     Afterwards a norm is at most the limit: rounding is paid for by aiming one machine epsilon of the gradient's dtype
     below it (10⁻⁷ in float32, 0.8 % in bfloat16). What is below its limit keeps its bits. A unit whose norm is
@@ -110,17 +109,12 @@ class GradientClipping(Callback):
         self.clipped_steps = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start counting (a checkpoint is restored after this), and go before the callbacks that look at gradients."""
-        if stage != "fit":
-            return
-        self.steps = self.clipped_steps = 0
-        callbacks = callbacks_of(trainer)
-        others = [callback for callback in callbacks if callback is not self]
-        slots = [index for index, callback in enumerate(others) if isinstance(callback, SlotCallback)]
-        place = min([callbacks.index(self), *slots])
-        reorder(trainer, [*others[:place], self, *others[place:]])
+        """Start counting (a checkpoint is restored after this), and take part in a fit."""
+        if stage == "fit":
+            self.steps = self.clipped_steps = 0
+            Conductor.of(trainer).join_clipping(trainer, self)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def check(self, trainer: Trainer) -> None:
         """Refuse what would clip twice, or clip something other than the gradient."""
         if trainer.gradient_clip_val:
             raise ValueError(
@@ -144,17 +138,17 @@ class GradientClipping(Callback):
                     " ModelParallelStrategy (FSDP2)"
                 )
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def before_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         """Clip the gradients of this optimizer's parameters."""
-        before, after, clipped = self.clip(pl_module, (p for group in optimizer.param_groups for p in group["params"]))
+        before, after, clipped = self.clip(module, (p for group in optimizer.param_groups for p in group["params"]))
         self.steps += 1
         self.clipped_steps += clipped
         if self.log_norms and not trainer.barebones:  # barebones forbids logging
             several = len(trainer.optimizers) > 1
             suffix = f"/{[other is optimizer for other in trainer.optimizers].index(True)}" if several else ""
-            pl_module.log(f"grad_norm/before{suffix}", before)
-            pl_module.log(f"grad_norm/after{suffix}", after)
-            pl_module.log("grad_norm/clipped_share", self.clipped_steps / self.steps)
+            module.log(f"grad_norm/before{suffix}", before)
+            module.log(f"grad_norm/after{suffix}", after)
+            module.log("grad_norm/clipped_share", self.clipped_steps / self.steps)
 
     @torch.no_grad()
     def clip(self, module: nn.Module, parameters: Iterable[nn.Parameter]) -> Clipped:

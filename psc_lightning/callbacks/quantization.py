@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningModule, Trainer
-from torch import distributed, nn
+from torch import nn
 
 from psc_lightning.callbacks.arguments import grouping, one_of, positive, whole
 from psc_lightning.callbacks.slot import SlotCallback
 from psc_lightning.levels import FORMS, LEVELS, ROOTS
+from psc_lightning.live import takes_inputs
 from psc_lightning.precision import PRECISIONS
 from psc_lightning.schedule import Schedule
 from psc_lightning.slots import Spec
 from psc_lightning.targets import Selection
-from psc_lightning.view import takes_inputs
 
 __all__ = ["StraightThroughQuantization"]
 
@@ -134,33 +132,3 @@ class StraightThroughQuantization(SlotCallback):
                 f"activations: only inputs of Linear and Conv layers can be rounded, the targets are {found}"
             )
         return chosen
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """See the inputs of this batch; before the levels begin, too, so that these find a range that has settled."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._observe(True)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """See no more inputs until the next batch; all processes go on with the mean of their ranges."""
-        self._observe(False)
-        seen = [slots.inputs for _, slots, _ in self.held if slots.inputs is not None]
-        if seen and distributed.is_available() and distributed.is_initialized():
-            bounds = [bound for inputs in seen for bound in inputs.buffers()]
-            sums = torch.cat([bound.reshape(-1) for bound in bounds])
-            distributed.all_reduce(sums)
-            means = sums / distributed.get_world_size()
-            for bound, mean in zip(bounds, torch.split(means, [bound.numel() for bound in bounds])):
-                bound.copy_(mean.reshape(bound.shape))
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave a usable model."""
-        self._observe(False)
-        super().on_exception(trainer, pl_module, exception)
-
-    def _observe(self, now: bool) -> None:
-        for _, slots, _ in self.held:
-            if slots.inputs is not None:
-                slots.inputs.observing = now

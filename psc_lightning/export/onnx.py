@@ -18,13 +18,13 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("ONNX export needs onnx and onnxscript: pip install onnx onnxscript") from error
 
-from psc_lightning import view
 from psc_lightning.artifact import container
 from psc_lightning.export.channels import remove_dead_channels
 from psc_lightning.export.graph import Graph, reads
 from psc_lightning.export.integers import run_in_integers
 from psc_lightning.export.separable import split_convolutions
 from psc_lightning.export.weights import write_weight
+from psc_lightning.live import compressed, detach
 from psc_lightning.stored import Stored
 
 __all__ = ["export_onnx", "export_stored"]
@@ -73,11 +73,12 @@ def export_onnx(
     plain = deepcopy(model, {id(getattr(model, "_trainer", None)): None})
     stored = {}
     with torch.no_grad():
-        for name, slots, weight in view.views(plain):
-            if slots.begun:
-                slots.harden(weight)
-                stored[name] = slots.stored(weight)
-    export_stored(view.detach(plain), stored, path, example, weights, dynamic_batch)
+        for name, tensor, parameter in compressed(plain):
+            snapshot = tensor.snapshot(parameter)
+            if snapshot is not None:
+                slots, latent = snapshot
+                stored[name] = slots.stored(latent)
+    export_stored(detach(plain), stored, path, example, weights, dynamic_batch)
 
 
 def export_stored(

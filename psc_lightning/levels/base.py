@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.functional import Group, straight_through
+from psc_lightning.functional import Group, group_counts, straight_through
 from psc_lightning.precision import PRECISIONS, power_of_two
+from psc_lightning.strips import blank_, strips
 from psc_lightning.symbols import Reader, Writer, look_up, pieces
 
 __all__ = ["Levels"]
@@ -32,6 +33,13 @@ class Levels(nn.Module):
     """
 
     code_number: ClassVar[int]
+    #: whether the gradient passes to the core unchanged and nothing is trained: a hard weight may then stand for its core
+    straight: bool = True
+    #: whether the core's gradient is the levels', and `pull` gives what is trained its own; else autograd through `forward`
+    pulls: bool = True
+
+    #: the types whose strips `_snap` can take
+    _snaps: ClassVar[tuple[torch.dtype, ...]] = ()
 
     def __init__(self, shape: Shape, group: Group = "channel", scales: str = "float16") -> None:
         super().__init__()
@@ -39,11 +47,11 @@ class Levels(nn.Module):
         # A group of more entries than there are is all of them; a file names no larger one.
         self.shape, self.group = shape, min(group, max(1, prod(shape))) if isinstance(group, int) else group
 
-    def begin(self, core: Tensor, keep: Tensor) -> None:
+    def begin(self, core: Tensor, keep: Tensor | None = None) -> None:
         """Called once when the levels start: set what is trained from here on (steps, centroids)."""
 
-    def refresh(self, core: Tensor, keep: Tensor) -> None:
-        """Recompute scales and tables from the entries that `keep` marks."""
+    def refresh(self, core: Tensor, keep: Tensor | None = None) -> None:
+        """Recompute scales and tables from the entries that `keep` marks; None: all."""
         raise NotImplementedError
 
     def code(self, core: Tensor) -> Tensor:
@@ -52,6 +60,34 @@ class Levels(nn.Module):
 
     def value(self, code: Tensor) -> Tensor:
         """The level of each code; never -0.0."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def hard(self, core: Tensor, out: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """``value(code(core))``, bit for bit, and +0.0 where `keep` is false: what is stored, as of the last refresh.
+
+        Args:
+            core: of any strides.
+            out: where to write it: the core's shape and dtype, any strides, no entry of the core; None: a new tensor.
+            keep: which entries the mask keeps; None: all.
+        """
+        if out is None:
+            out = torch.empty_like(core)
+        if core.dtype not in self._snaps:
+            return blank_(out.copy_(self.value(self.code(core))), keep)
+        tables = [table[:, None] for table in self._tables()]
+        for strip in strips(core, group_counts(self.shape, self.group)[1], keep, out):
+            assert strip.place is not None
+            self._snap(strip.values, strip.place, *(table[strip.groups] for table in tables))
+            blank_(strip.place, strip.keep)
+        return out
+
+    def _tables(self) -> tuple[Tensor, ...]:
+        """What `_snap` needs, a number a group."""
+        return ()
+
+    def _snap(self, values: Tensor, place: Tensor, *tables: Tensor) -> None:
+        """Write the levels of a strip of groups to `place`; both are ``(groups, entries of each)``, tables a column."""
         raise NotImplementedError
 
     def rescale(self, code: Tensor, factor: Tensor) -> Tensor:
@@ -66,7 +102,13 @@ class Levels(nn.Module):
         """Round values to what the file holds, and keep them and their power of two in the tensors of these names."""
         power: Tensor = getattr(self, unit)
         power.fill_(power_of_two(values))
-        getattr(self, into).copy_(self.precision.round(values, power, positive))
+        rounded = self.precision.round(values, power, positive)
+        # The largest may have been rounded up to the power itself. Then the next one is the unit, as it will be for those
+        # who start from what these levels make: they find the same again.
+        if power_of_two(rounded) > float(power):
+            power.mul_(2)
+            rounded = self.precision.round(values, power, positive)
+        getattr(self, into).copy_(rounded)
 
     def _by_channel(self) -> None:
         if self.group != "channel":
@@ -79,6 +121,16 @@ class Levels(nn.Module):
         with torch.no_grad():
             hard = self.value(self.code(core))
         return straight_through(hard, core)
+
+    def pull(self, core: Tensor, gradient: Tensor, keep: Tensor | None = None, strength: float = 1.0) -> None:
+        """Give what is trained its gradient, from that of the levels, where the core's is that itself.
+
+        Args:
+            core: what the levels were made of.
+            gradient: of their values; only read.
+            keep: which entries the mask keeps; None: all.
+            strength: how hard they acted, 0 … 1.
+        """
 
     def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
         """Store the options, the tables, and the codes of the kept entries in memory order."""

@@ -8,12 +8,13 @@ from torch import Tensor
 from psc_lightning.functional import (
     Group,
     group_counts,
-    split,
     spread,
-    survivor_mean,
+    survivor_magnitude,
+    survivor_room,
 )
 from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, read_values, write_codes, write_group
 from psc_lightning.precision import read_numbers, write_numbers
+from psc_lightning.strips import survivors, whole
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["FORMS", "BinaryLevels"]
@@ -51,6 +52,7 @@ class BinaryLevels(Levels):
     """
 
     code_number = 3
+    _snaps = (torch.float32, torch.float64)
 
     unit: Tensor
     scale: Tensor
@@ -70,19 +72,37 @@ class BinaryLevels(Levels):
             self.register_buffer("middle", torch.zeros(count))
 
     @torch.no_grad()
-    def refresh(self, core: Tensor, keep: Tensor) -> None:
+    def refresh(self, core: Tensor, keep: Tensor | None = None) -> None:
         """Set scale (and offset) from the kept entries."""
-        values, kept = split(core, self.group), split(keep, self.group)
         if self.form == "sign":
-            scale = survivor_mean(values.abs(), kept)
-        else:
-            middle = survivor_mean(values, kept)
-            upper = values > middle[:, None]
-            low = survivor_mean(values, kept & ~upper)
-            scale = torch.where((upper & kept).any(1), survivor_mean(values, kept & upper) - low, 0.0)
-            self.middle.copy_(middle)
-            self._settle(low, "offset", "offset_unit", positive=False)
-        self._settle(scale)
+            self._settle(survivor_magnitude(core, keep, self.group))
+            return
+        count, size = group_counts(self.shape, self.group)
+        lower, upper, above, number = (survivor_room(core, count) for _ in range(4))
+        at_once = whole(core, size)
+        middle = lower.clone() if at_once else self._mean(core, keep, size)
+        for groups, values, kept, spare in survivors(core, keep, size):
+            here = kept()
+            if at_once:
+                middle[groups] = values.sum(1) / here.clamp_min(1)
+            torch.gt(values, middle[groups, None], out=spare)
+            # Those that are not kept are zeros here: they add nothing to a sum, but were counted where zero is above.
+            above[groups].add_(spare.sum(1)).sub_((middle[groups] < 0) * (values.shape[1] - here))
+            number[groups].add_(here)
+            spare.mul_(values)
+            upper[groups].add_(spare.sum(1))
+            lower[groups].add_(torch.sub(values, spare, out=spare).sum(1))
+        low = lower / (number - above).clamp_min(1)
+        self.middle.copy_(middle)
+        self._settle(low, "offset", "offset_unit", positive=False)
+        self._settle(torch.where(above > 0, upper / above.clamp_min(1) - low, 0.0))
+
+    def _mean(self, core: Tensor, keep: Tensor | None, size: int) -> Tensor:
+        total, number = survivor_room(core, len(self.scale)), survivor_room(core, len(self.scale))
+        for groups, values, kept, _ in survivors(core, keep, size):
+            total[groups].add_(values.sum(1))
+            number[groups].add_(kept())
+        return total / number.clamp_min(1)
 
     def code(self, core: Tensor) -> Tensor:
         """1 for the upper level, 0 for the lower."""
@@ -96,6 +116,17 @@ class BinaryLevels(Levels):
         if self.form == "sign":
             return (2 * code).sub_(1).mul_(scale)
         return (code * scale).add_(spread(self.offset, self.shape, self.group))
+
+    def _tables(self) -> tuple[Tensor, ...]:
+        return (self.scale,) if self.form == "sign" else (self.scale, self.middle, self.offset)
+
+    def _snap(self, values: Tensor, place: Tensor, *tables: Tensor) -> None:
+        scale, *rest = tables
+        if self.form == "sign":
+            torch.ge(values, 0, out=place).mul_(2).sub_(1).mul_(scale)
+        else:
+            middle, offset = rest
+            torch.gt(values, middle, out=place).mul_(scale).add_(offset)
 
     @torch.no_grad()
     def rescale(self, code: Tensor, factor: Tensor) -> Tensor:

@@ -2,26 +2,62 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from psc_lightning.clustering import optimal_centroids
 from psc_lightning.functional import (
     Group,
     group_counts,
-    kmeans_1d,
     split,
     spread,
     straight_through,
 )
 from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, read_values, write_codes, write_group
 from psc_lightning.precision import power_of_two, read_numbers, write_numbers
+from psc_lightning.strips import blank_, strips
 from psc_lightning.symbols import Reader, Writer, pieces
 
 __all__ = ["CodebookLevels"]
 
+_COUNT = 32  # centroids: up to here counting middles is faster than halving
+
+
+def _assign(values: Tensor, middles: Tensor, codes: Tensor) -> None:
+    """How many of a row's sorted middles are smaller than each value, all ``(groups, …)``; codes are uint8."""
+    if values.device.type != "cpu":
+        codes.copy_(torch.searchsorted(middles.contiguous(), values.contiguous()))
+        return
+    # NumPy compares into bytes, and gathers, several times as fast as torch; nothing leaves the processor's cache.
+    x, m, found = values.numpy(), middles.numpy(), codes.numpy()
+    rows, k = len(m), m.shape[1] + 1
+    if k <= _COUNT:
+        above = np.empty(x.shape, dtype=bool)
+        np.greater(x, m[:, :1], out=found.view(bool))
+        for j in range(1, k - 1):
+            np.greater(x, m[:, j : j + 1], out=above)
+            np.add(found, above.view(np.uint8), out=found)
+        return
+    # Halving, without a branch: the table is filled up to a power of two that nothing exceeds.
+    width = 1 << (k - 1).bit_length()
+    table = np.full((rows, width), np.inf, dtype=m.dtype)
+    table[:, : k - 1] = m
+    row = torch.arange(0, rows * width, width, dtype=torch.int32)[:, None]
+    place, at, other = row.expand(x.shape).contiguous(), torch.empty(x.shape, dtype=torch.int32), torch.empty(x.shape)
+    less, all_middles = np.empty(x.shape, dtype=bool), torch.from_numpy(table).view(-1)
+    step = width // 2
+    while step:
+        torch.add(place, step - 1, out=at)
+        torch.index_select(all_middles, 0, at.view(-1), out=other.view(-1))
+        np.less(other.numpy(), x, out=less)
+        place.add_(torch.from_numpy(less.view(np.int8)), alpha=step)
+        step //= 2
+    codes.copy_(place.sub_(row))
+
 
 class CodebookLevels(Levels):
-    """``x̂ = c[argmin_j |x - c_j|]``: the nearest of k centroids, found by k-means and then trained.
+    """``x̂ = c[argmin_j |x - c_j|]``: the nearest of k centroids, placed by optimal clustering and then trained.
 
     Pseudo-gradient: ∂/∂x = g; ∂/∂c_j = Σ g over the entries of cluster j.
     Stored: a code of at most log2 k bits an entry, entropy-coded; k · 16 bits a group; one exponent.
@@ -41,10 +77,11 @@ class CodebookLevels(Levels):
     ([[1.5, 1.5, -5.0, -5.0]], [[1.0, 2.0, 3.0, 4.0]], [[7.0, 3.0]])
 
     Source: Han et al. 2016, "Deep Compression", §3, eq. 2-3; here the weights move too (straight-through) and may change
-    their cluster at every refresh.
+    their cluster at every refresh. Wang and Song 2011, "Ckmeans.1d.dp" (the start).
     """
 
     code_number = 6
+    straight = False
 
     unit: Tensor
     codes: Tensor
@@ -54,26 +91,36 @@ class CodebookLevels(Levels):
         self.k = k
         count, _ = group_counts(shape, group)
         self.register_buffer("unit", torch.ones(()))
-        self.register_buffer("codes", torch.zeros(shape, dtype=torch.int32))
+        self.register_buffer("codes", torch.zeros(shape, dtype=torch.uint8))
         self.centroids = nn.Parameter(torch.zeros(count, k))
 
     @torch.no_grad()
-    def begin(self, core: Tensor, keep: Tensor) -> None:
-        """Place the centroids by k-means."""
-        self.centroids.copy_(kmeans_1d(split(core, self.group), split(keep, self.group), self.k))
+    def begin(self, core: Tensor, keep: Tensor | None = None) -> None:
+        """Place the centroids where their squared error is least."""
+        count, size = group_counts(self.shape, self.group)
+        if keep is None and count * size > core.numel():
+            keep = torch.ones_like(core, dtype=torch.bool)  # what fills up the last group must not count
+        kept = None if keep is None else split(keep, self.group)
+        self.centroids.copy_(optimal_centroids(split(core, self.group), kept, self.k))
+        self._place_unit()
+
+    def _place_unit(self) -> None:
+        """Take the power of two above the centroids, and above what they are rounded to."""
         self.unit.fill_(power_of_two(self.centroids))
+        self.unit.clamp_(min=power_of_two(self.precision.round(self.centroids, self.unit, positive=False)))
 
     @torch.no_grad()
-    def refresh(self, core: Tensor, keep: Tensor) -> None:
+    def refresh(self, core: Tensor, keep: Tensor | None = None) -> None:
         """Put the centroids in order and find the nearest of each entry."""
         # A trained centroid may have passed its neighbour; the optimizer's state moves with neither: a swap is rare.
         self.centroids.copy_(self.centroids.sort(1).values)
         self.unit.clamp_(min=power_of_two(self.centroids))
         table = self.precision.round(self.centroids, self.unit, positive=False)
         middles = (table[:, 1:] + table[:, :-1]) / 2
-        values = split(core, self.group).to(middles.dtype)
-        nearest = torch.searchsorted(middles, values, out_int32=True)
-        self.codes.copy_(nearest.reshape(-1)[: core.numel()].reshape(self.shape))
+        _, size = group_counts(self.shape, self.group)
+        for strip in strips(core, size, out=self.codes):
+            assert strip.place is not None
+            _assign(strip.values.to(middles.dtype), middles[strip.groups], strip.place)
 
     def _table(self) -> Tensor:
         return straight_through(
@@ -89,23 +136,78 @@ class CodebookLevels(Levels):
         return self._gather(self._table(), code)
 
     def _gather(self, table: Tensor, code: Tensor) -> Tensor:
-        table = table.reshape(-1)
+        table, code = table.reshape(-1), code.to(torch.int32)
         if table.numel() > self.k:
             first = torch.arange(0, table.numel(), self.k, dtype=torch.int32, device=code.device)
             code = code + spread(first, self.shape, self.group)
         # index_select, never table[index]: the latter's gradient differs from run to run
         return table.index_select(0, code.reshape(-1)).reshape(self.shape)
 
+    @torch.no_grad()
+    def hard(self, core: Tensor, out: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """The centroids of the last refresh's codes, and +0.0 where `keep` is false; see `Levels.hard`."""
+        if out is None:
+            out = torch.empty_like(core)
+        _, size = group_counts(self.shape, self.group)
+        table = self._table().reshape(-1).to(out.dtype)
+        first = torch.arange(0, table.numel(), self.k, dtype=torch.int32, device=core.device)[:, None]
+        for strip in strips(self.codes, size, keep, out):
+            assert strip.place is not None
+            places = strip.values.to(torch.int32)
+            if len(first) > 1:
+                places += first[strip.groups]
+            torch.index_select(table, 0, places.view(-1), out=strip.place.view(-1))
+            blank_(strip.place, strip.keep)
+        return out
+
+    @torch.no_grad()
+    def centroid_gradient(self, gradient: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Σ of the weight's gradient over the kept entries of each cluster: ``(groups, k)`` float32, the same every time.
+
+        Args:
+            gradient: of the core's shape.
+            keep: which entries the mask keeps; None: all.
+
+        >>> levels = CodebookLevels((1, 4), k=2)
+        >>> x = torch.tensor([[1.0, 2.0, -4.0, -6.0]])
+        >>> levels.begin(x); levels.refresh(x)
+        >>> levels.centroid_gradient(torch.tensor([[1.0, 2.0, 3.0, 4.0]])).tolist()
+        [[7.0, 3.0]]
+        """
+        count, size = group_counts(self.shape, self.group)
+        if gradient.device.type != "cpu":
+            # Sums of a fixed order; a histogram with weights has none on a graphics processor.
+            kept = gradient if keep is None else torch.where(keep, gradient, 0.0)
+            codes, terms = split(self.codes, self.group), split(kept, self.group)
+            clusters = [torch.where(codes == j, terms, 0.0).sum(1, dtype=torch.float32) for j in range(self.k)]
+            return torch.stack(clusters, 1)
+        total = torch.zeros(count, self.k, dtype=torch.float64)
+        # Where all lie alike, the strips of both are those of the same entries.
+        gradient, keep = gradient.contiguous(), None if keep is None else keep.contiguous()
+        for strip, here in zip(strips(gradient, size, keep), strips(self.codes.contiguous(), size)):
+            terms, places = blank_(strip.values.to(torch.float64, copy=True), strip.keep), here.values
+            rows = len(places)
+            if rows > 1:
+                places = places + torch.arange(0, rows * self.k, self.k, dtype=torch.int32)[:, None]
+            sums = torch.bincount(places.reshape(-1), terms.view(-1), minlength=rows * self.k)
+            total[strip.groups].add_(sums.view(rows, self.k))
+        return total.float()
+
     def forward(self, core: Tensor) -> Tensor:
         """The centroids, with gradients to them and straight through to the core."""
         return straight_through(self.value(self.codes), core)
+
+    @torch.no_grad()
+    def pull(self, core: Tensor, gradient: Tensor, keep: Tensor | None = None, strength: float = 1.0) -> None:
+        """Give the centroids their gradient; the core's is the gradient itself."""
+        self.centroids.grad = strength * self.centroid_gradient(gradient, keep)
 
     @torch.no_grad()
     def rescale(self, code: Tensor, factor: Tensor) -> Tensor:
         """Multiply the centroids."""
         self._by_channel()
         self.centroids.mul_(factor[:, None])
-        self.unit.fill_(power_of_two(self.centroids))
+        self._place_unit()
         return self.value(code)
 
     def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from psc_lightning.bits import read_kept, write_bits
-from psc_lightning.functional import Group
+from psc_lightning.functional import Group, survivor_largest
 from psc_lightning.levels.base import Levels, Shape
 from psc_lightning.symbols import Reader, Writer
 
@@ -17,8 +17,8 @@ def _round(core: Tensor, dtype: torch.dtype) -> Tensor:
     return core.to(dtype) + 0.0  # a tiny negative number rounds to -0.0
 
 
-def _check(core: Tensor, keep: Tensor, dtype: torch.dtype) -> None:
-    largest = float(torch.where(keep, core, 0.0).abs().max()) if core.numel() else 0.0
+def _check(core: Tensor, keep: Tensor | None, dtype: torch.dtype) -> None:
+    largest = float(survivor_largest(core, keep, "tensor"))
     if not largest <= torch.finfo(dtype).max:
         raise ValueError(
             f"{dtype} holds numbers up to {torch.finfo(dtype).max:g}, a weight of size {largest:g} overflows"
@@ -47,11 +47,13 @@ class Float16Levels(Levels):
 
     code_number = 1
     stored = torch.float16
+    _snaps = (torch.float32, torch.float64)
 
     def __init__(self, shape: Shape, group: Group = "channel") -> None:
         super().__init__(shape, group)
 
-    def refresh(self, core: Tensor, keep: Tensor) -> None:
+    @torch.no_grad()
+    def refresh(self, core: Tensor, keep: Tensor | None = None) -> None:
         """Nothing to compute; an overflow is an error."""
         _check(core, keep, self.stored)
 
@@ -62,6 +64,9 @@ class Float16Levels(Levels):
     def value(self, code: Tensor) -> Tensor:
         """The same number."""
         return code
+
+    def _snap(self, values: Tensor, place: Tensor, *tables: Tensor) -> None:
+        place.copy_(values.to(self.stored)).add_(0.0)
 
     def rescale(self, code: Tensor, factor: Tensor) -> Tensor:
         """Multiply the numbers themselves."""
@@ -96,11 +101,13 @@ class BFloat16Levels(Levels):
 
     code_number = 7
     stored = torch.bfloat16
+    _snaps = (torch.float32, torch.float64)
 
     def __init__(self, shape: Shape, group: Group = "channel") -> None:
         super().__init__(shape, group)
 
-    def refresh(self, core: Tensor, keep: Tensor) -> None:
+    @torch.no_grad()
+    def refresh(self, core: Tensor, keep: Tensor | None = None) -> None:
         """Nothing to compute; an overflow is an error."""
         _check(core, keep, self.stored)
 
@@ -111,6 +118,9 @@ class BFloat16Levels(Levels):
     def value(self, code: Tensor) -> Tensor:
         """The same number."""
         return code
+
+    def _snap(self, values: Tensor, place: Tensor, *tables: Tensor) -> None:
+        place.copy_(values.to(self.stored)).add_(0.0)
 
     def rescale(self, code: Tensor, factor: Tensor) -> Tensor:
         """Multiply the numbers themselves."""

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from psc_lightning.functional import Group, group_counts, split, spread
+from psc_lightning.functional import Group, group_counts, spread, survivor_largest
 from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, write_codes, write_group
 from psc_lightning.symbols import Reader, Writer
 
@@ -16,6 +16,8 @@ __all__ = ["ROOTS", "LogLevels"]
 #: roots of two that square roots alone can form, so that every machine has the same table
 ROOTS = (1, 2, 4, 8)
 
+_BIAS = 127  # of a float32's exponent
+_FRACTION = 0x7FFFFF  # its bits
 _LOWEST = -126  # exponent of the smallest normal float32: below it a weight becomes zero
 
 
@@ -51,6 +53,7 @@ class LogLevels(Levels):
     """
 
     code_number = 5
+    _snaps = (torch.float32,)
 
     highest: Tensor
 
@@ -75,10 +78,9 @@ class LogLevels(Levels):
         return out
 
     @torch.no_grad()
-    def refresh(self, core: Tensor, keep: Tensor) -> None:
+    def refresh(self, core: Tensor, keep: Tensor | None = None) -> None:
         """Set each group's largest exponent."""
-        values, kept = split(core.abs(), self.group), split(keep, self.group)
-        largest = torch.where(kept, values, 0.0).amax(1)
+        largest = survivor_largest(core, keep, self.group)
         # At most 2^126, far from overflow; at least the smallest normal number.
         self.highest.copy_(self._position(largest).clamp(_LOWEST * self.root, 126 * self.root))
 
@@ -98,6 +100,39 @@ class LogLevels(Levels):
             table = torch.tensor(self.fractions, dtype=torch.float32, device=code.device)
             power = power * table.index_select(0, (position % self.root).reshape(-1)).reshape(position.shape)
         return code.sign() * power + 0.0
+
+    def _tables(self) -> tuple[Tensor, ...]:
+        lowest = (self.highest - (self.top - 1)).clamp_min(_LOWEST * self.root)
+        return self.highest + _BIAS * self.root, lowest + _BIAS * self.root
+
+    def _snap(self, values: Tensor, place: Tensor, *tables: Tensor) -> None:
+        # The same as `code` and `value`, on the bits of float32: sign, eight of the exponent (biased), 23 of the fraction.
+        highest, lowest = tables
+        source, bits = values.view(torch.int32), place.view(torch.int32)
+        edges = [int(edge) & _FRACTION for edge in torch.tensor(self.edges, dtype=torch.float32).view(torch.int32)]
+        marks = torch.empty_like(bits)
+        torch.bitwise_and(source, 0x7FFFFFFF, out=bits)
+        # Below the smallest normal number only what is nearer to it than to the next level counts as that number.
+        bits.mul_(torch.ge(bits, math.floor(self.edges[-1] * 2**22) + 1, out=marks))
+        if self.root == 1:
+            bits.add_(_FRACTION - edges[0]).bitwise_right_shift_(23)  # above the edge, it carries
+        else:
+            fraction = bits & _FRACTION
+            bits.bitwise_right_shift_(23).mul_(self.root)
+            for edge in edges:
+                bits.add_(torch.gt(fraction, edge, out=marks))
+        torch.ge(bits, lowest, out=marks)
+        torch.minimum(bits, highest, out=bits)
+        if self.root == 1:
+            bits.bitwise_left_shift_(23)
+        else:
+            table = torch.tensor(self.fractions, dtype=torch.float32, device=values.device)
+            steps = table.index_select(0, (bits & (self.root - 1)).view(-1)).view(values.shape)
+            bits.bitwise_right_shift_(ROOTS.index(self.root)).bitwise_left_shift_(23)
+            place.mul_(steps)
+        bits.mul_(marks)
+        bits.bitwise_or_(torch.bitwise_and(source, -0x80000000, out=marks))
+        place.add_(0.0)
 
     def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
         """Store bits, root, group, exponents, codes."""

@@ -8,12 +8,13 @@ from torch import Tensor
 from psc_lightning.functional import (
     Group,
     group_counts,
-    split,
     spread,
-    survivor_mean,
+    survivor_magnitude,
+    survivor_room,
 )
 from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, write_codes, write_group
 from psc_lightning.precision import read_numbers, write_numbers
+from psc_lightning.strips import survivors, whole
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["TernaryLevels"]
@@ -40,6 +41,7 @@ class TernaryLevels(Levels):
     """
 
     code_number = 4
+    _snaps = (torch.float32, torch.float64)
 
     unit: Tensor
     scale: Tensor
@@ -53,13 +55,22 @@ class TernaryLevels(Levels):
         self.register_buffer("limit", torch.ones(count))
 
     @torch.no_grad()
-    def refresh(self, core: Tensor, keep: Tensor) -> None:
+    def refresh(self, core: Tensor, keep: Tensor | None = None) -> None:
         """Set Δ and s from the kept entries."""
-        values, kept = split(core.abs(), self.group), split(keep, self.group)
-        limit = 0.7 * survivor_mean(values, kept)
-        scale = survivor_mean(values, kept & (values > limit[:, None]))
+        count, size = group_counts(self.shape, self.group)
+        total, number = survivor_room(core, count), survivor_room(core, count)
+        at_once = whole(core, size)  # Δ and s from one look at the entries
+        limit = total.clone() if at_once else 0.7 * survivor_magnitude(core, keep, self.group)
+        large = torch.empty(0, dtype=total.dtype, device=core.device)
+        for groups, values, kept, spare in survivors(core, keep, size):
+            torch.abs(values, out=spare)
+            if at_once:
+                limit[groups] = 0.7 * (spare.sum(1) / kept().clamp_min(1))
+            torch.gt(spare, limit[groups, None], out=large.resize_(spare.shape))
+            number[groups].add_(large.sum(1))
+            total[groups].add_(spare.mul_(large).sum(1))
         self.limit.copy_(limit)
-        self._settle(scale)
+        self._settle(total / number.clamp_min(1))
 
     def code(self, core: Tensor) -> Tensor:
         """-1, 0, 1."""
@@ -68,6 +79,14 @@ class TernaryLevels(Levels):
     def value(self, code: Tensor) -> Tensor:
         """code · s."""
         return (code * spread(self.scale, self.shape, self.group)).add_(0.0)
+
+    def _tables(self) -> tuple[Tensor, ...]:
+        return self.limit, self.scale
+
+    def _snap(self, values: Tensor, place: Tensor, *tables: Tensor) -> None:
+        limit, scale = tables
+        torch.abs(values, out=place).gt_(limit).mul_(scale)
+        torch.copysign(place, values, out=place).add_(0.0)
 
     @torch.no_grad()
     def rescale(self, code: Tensor, factor: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ from psc_lightning.functional import (
     split,
     spread,
     straight_through,
-    survivor_mean,
+    survivor_largest,
+    survivor_magnitude,
 )
+from psc_lightning.grid import grid_steps
 from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, read_values, write_codes, write_group
 from psc_lightning.precision import power_of_two, read_numbers, write_numbers
 from psc_lightning.symbols import Reader, Writer
@@ -25,7 +27,7 @@ class UniformLevels(Levels):
 
     One bit has no room for zero: x̂ = ±s. The step s = max|x| / m over the kept entries (mean |x| at one bit).
     Pseudo-gradient: ∂/∂x = g. With `learned_step` (LSQ) s is trained: ∂/∂x = g·[|x/s| ≤ m], ∂/∂s = g·(round(x/s) - x/s)
-    inside and ±m·g outside; s starts at 2·mean|x|/√m.
+    inside and ±m·g outside; s starts at 2·mean|x|/√m, or where the entries lie on a grid already, at its step.
     Stored: a code of at most `bits` bits an entry, entropy-coded; 16 bits a group for s; one exponent.
 
     Args:
@@ -47,6 +49,7 @@ class UniformLevels(Levels):
     """
 
     code_number = 2
+    _snaps = (torch.float32, torch.float64)
 
     unit: Tensor
     scale: Tensor
@@ -56,6 +59,7 @@ class UniformLevels(Levels):
     ) -> None:
         super().__init__(shape, group, scales)
         self.bits, self.learned_step = bits, learned_step
+        self.straight = self.pulls = not learned_step
         self.top = max(1, 2 ** (bits - 1) - 1)
         count, _ = group_counts(shape, group)
         self.register_buffer("unit", torch.ones(()))
@@ -65,21 +69,33 @@ class UniformLevels(Levels):
             self.register_buffer("scale", torch.ones(count))
 
     @torch.no_grad()
-    def begin(self, core: Tensor, keep: Tensor) -> None:
-        """Set the learned step and its power of two."""
-        if self.learned_step:
-            step = 2 * survivor_mean(split(core.abs(), self.group), split(keep, self.group)) / self.top**0.5
-            self._settle(step, "step")
+    def begin(self, core: Tensor, keep: Tensor | None = None) -> None:
+        """Set the learned step and its power of two: of a group that lies on a grid already, that grid's step."""
+        if not self.learned_step:
+            return
+        step = 2 * survivor_magnitude(core, keep, self.group) / self.top**0.5
+        if keep is None:
+            keep = torch.ones_like(core, dtype=torch.bool)
+        rows, marks = split(core.detach().cpu(), self.group), split(keep.cpu(), self.group)
+        rows = rows if rows.element_size() >= 4 else rows.float()
+        for i, (row, kept) in enumerate(zip(rows.numpy(), marks.numpy())):
+            for found in grid_steps(row[kept], self.top, zero=self.bits > 1):
+                exact = torch.tensor([found])
+                if torch.equal(self.precision.round(exact, power_of_two(exact)), exact):
+                    step[i] = found
+                    break
+        self._settle(step, "step")
 
     @torch.no_grad()
-    def refresh(self, core: Tensor, keep: Tensor) -> None:
+    def refresh(self, core: Tensor, keep: Tensor | None = None) -> None:
         """Set the scales from the kept entries; where they are learned, only see that their power of two is above them."""
         if self.learned_step:
             self.unit.clamp_(min=power_of_two(self.step))
             return
-        values, kept = split(core.abs(), self.group), split(keep, self.group)
-        scale = survivor_mean(values, kept) if self.bits == 1 else torch.where(kept, values, 0.0).amax(1) / self.top
-        self._settle(scale)
+        if self.bits == 1:
+            self._settle(survivor_magnitude(core, keep, self.group))
+        else:
+            self._settle(survivor_largest(core, keep, self.group) / self.top)
 
     def _scale(self) -> Tensor:
         return (
@@ -100,6 +116,18 @@ class UniformLevels(Levels):
     def value(self, code: Tensor) -> Tensor:
         """code · s."""
         return (code * spread(self._scale(), self.shape, self.group)).add_(0.0)
+
+    def _tables(self) -> tuple[Tensor, ...]:
+        return (self._scale(),)
+
+    def _snap(self, values: Tensor, place: Tensor, *tables: Tensor) -> None:
+        (scale,) = tables
+        torch.div(values, scale, out=place)
+        if self.bits == 1:
+            place.ge_(0).mul_(2).sub_(1)
+        else:
+            place.round_().clamp_(-self.top, self.top)
+        place.mul_(scale).add_(0.0)
 
     def forward(self, core: Tensor) -> Tensor:
         """The levels; gradients as the class says."""

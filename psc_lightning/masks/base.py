@@ -8,7 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.functional import Group, block_expand, block_mean, group_counts, largest, masked, zero_count
+from psc_lightning.functional import Group, block_expand, block_mean, group_counts, masked, zero_count
+from psc_lightning.selection import largest, magnitudes, mark_largest, numbers
+from psc_lightning.strips import blank_, strips
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["GRANULARITIES", "Mask", "read_keep"]
@@ -44,6 +46,20 @@ def unit_mean(core: Tensor, granularity: str, block: int) -> Tensor:
     return block_mean(matrix, 1 if granularity == "row" else 0, block)
 
 
+def unit_sum(core: Tensor, granularity: str, block: int) -> Tensor:
+    """Sum over the entries of each unit."""
+    matrix = _matrix(core)
+    if granularity == "element":
+        return matrix
+    if granularity == "channel":
+        return matrix.sum(1, keepdim=True)
+    axis = 1 if granularity == "row" else 0
+    length = matrix.shape[axis]
+    counts = torch.full((-(-length // block),), float(block), dtype=matrix.dtype, device=matrix.device)
+    counts[-1] = length - (len(counts) - 1) * block
+    return block_mean(matrix, axis, block) * (counts if axis == 1 else counts[:, None])
+
+
 def unit_expand(units: Tensor, shape: Shape, granularity: str, block: int) -> Tensor:
     """Each unit's value at each of its entries."""
     columns = prod(shape[1:])
@@ -75,6 +91,10 @@ class Mask(nn.Module):
 
     #: whether masked entries go on getting a gradient, so that they may return
     dense_gradient: ClassVar[bool] = True
+    #: whether every entry gets the gradient of the weight that stands in its place, and nothing else is trained
+    straight: ClassVar[bool] = False
+    #: whether the score is the tiebreak, |weight|
+    by_magnitude: ClassVar[bool] = False
     #: which labels (gradients of the user's loss) choose the mask: `none`, those `before` it begins, those `during` training
     labels: ClassVar[str] = "none"
 
@@ -122,23 +142,56 @@ class Mask(nn.Module):
         if self.threshold == 0:
             self.kept.fill_(1)
             return
-        share = self.threshold * strength
+        share, count = self.threshold * strength, prod(self.units())
+        _, size = group_counts(self.units(), self.group)
+        if size == count and core.device.type == "cpu":
+            self._refresh_row(core, zero_count(share, count))
+            return
         scores = self.score(core).float()
-        weights = unit_mean(core.abs(), self.granularity, self.block).float()
+        weights = None if self.by_magnitude else unit_mean(core.abs(), self.granularity, self.block).float()
         kept = torch.ones_like(scores, dtype=torch.bool).reshape(-1)
-        _, size = group_counts(tuple(scores.shape), self.group)
-        full = (scores.numel() // size) * size
+        full = (count // size) * size
         # All full groups at once, then the shorter last one: their counts of zeros differ.
-        for part, width in ((slice(0, full), size), (slice(full, None), scores.numel() - full)):
+        for part, width in ((slice(0, full), size), (slice(full, None), count - full)):
             if width:
                 rows = (-1, width)
                 chosen = largest(
                     scores.reshape(-1)[part].reshape(rows),
-                    weights.reshape(-1)[part].reshape(rows),
+                    None if weights is None else weights.reshape(-1)[part].reshape(rows),
                     zero_count(share, width),
                 )
                 kept[part] = chosen.reshape(-1)
         self.keep.copy_(unit_expand(kept.reshape(scores.shape), self.shape, self.granularity, self.block))
+
+    def _refresh_row(self, core: Tensor, zeros: int) -> None:
+        """The same where all units are one group, on the CPU: nothing of the core's size is made but the mask."""
+        if self.granularity == "element":
+            weights = magnitudes(core.reshape(-1))
+        else:
+            weights = numbers(unit_mean(core.abs(), self.granularity, self.block).reshape(-1))
+        direct = self.granularity == "element" and self.kept.is_contiguous()
+        kept = self.keep.view(-1) if direct else torch.empty(prod(self.units()), dtype=torch.bool)
+        if self.by_magnitude:
+            mark_largest(weights, None, zeros, kept.numpy())
+        else:
+            mark_largest(numbers(self.score(core).reshape(-1)), weights, zeros, kept.numpy())
+        if not direct:
+            self.keep.copy_(unit_expand(kept.view(self.units()), self.shape, self.granularity, self.block))
+
+    @torch.no_grad()
+    def hard(self, core: Tensor, out: Tensor | None = None) -> Tensor:
+        """The core, +0.0 where the mask drops, as of the last refresh.
+
+        Args:
+            core: of any strides.
+            out: where to write it: the core's shape and dtype, any strides, no entry of the core; None: a new tensor.
+        """
+        if out is None:
+            out = torch.empty_like(core)
+        for strip in strips(core, max(core.numel(), 1), self.keep, out):
+            assert strip.place is not None
+            blank_(strip.place.copy_(strip.values), strip.keep)
+        return out
 
     def forward(self, value: Tensor, core: Tensor) -> Tensor:
         """`value` where the mask keeps, else +0.0; gradients as `functional.masked` says."""
@@ -149,6 +202,11 @@ class Mask(nn.Module):
             scores = unit_expand(scores, self.shape, self.granularity, self.block)
         keep = self.kept != 0  # not the view: inductor's C++ for a view of another type does not compile
         return masked(value, keep, core, scores, self.dense_gradient)
+
+    @torch.no_grad()
+    def pull(self, core: Tensor, gradient: Tensor) -> Tensor:
+        """The core's gradient, from that of what the mask leaves, which may be overwritten: `forward` the other way."""
+        return gradient if self.straight or self.threshold == 0 else blank_(gradient, self.keep)
 
     def encode(self, writer: Writer) -> None:
         """Store the granularity, the block and one bit a unit."""

@@ -31,6 +31,9 @@ class MagnitudeMask(Mask):
     "Dynamic model pruning with feedback".
     """
 
+    straight = True
+    by_magnitude = True
+
     def score(self, core: Tensor) -> Tensor:
         """Mean |w| of each unit."""
         return unit_mean(core.abs(), self.granularity, self.block)

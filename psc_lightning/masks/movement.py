@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.masks.base import Mask, unit_mean
+from psc_lightning.masks.base import Mask, unit_mean, unit_sum
+from psc_lightning.strips import blank_
 
 __all__ = ["MovementMask"]
 
@@ -45,6 +46,12 @@ class MovementMask(Mask):
     def observe(self, core: Tensor, gradient: Tensor) -> None:
         """One step of plain gradient descent on the scores, for use without an optimizer (one-shot)."""
         self.scores.sub_(unit_mean(gradient * core, self.granularity, self.block))
+
+    @torch.no_grad()
+    def pull(self, core: Tensor, gradient: Tensor) -> Tensor:
+        """The core's gradient; the scores get theirs, a unit's is the sum of its entries'."""
+        self.scores.grad = unit_sum(gradient * core, self.granularity, self.block)
+        return blank_(gradient, self.keep)
 
     def score(self, core: Tensor) -> Tensor:
         """The learned scores."""

@@ -1,12 +1,15 @@
-"""What a compressed training step costs: CPU time of a fit over that of the same fit without our callbacks.
+"""What compression costs a training step: CPU time of a step with our callbacks over that of the same step without.
 
-    python recipes/benchmarks/step_cost.py
+    MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=4294967296 \\
+        python recipes/benchmarks/step_cost.py [--nets encoder lenet] [--methods uniform movement] [--pairs 7] [--steps 8]
 
-ResNet-20 (batch 64) and a 6-layer, 384-wide transformer encoder (batch 8 × 64), one thread, random inputs (the numbers do
-not depend on them). Plain and compressed fits take turns in one process, so that a drift of the machine's speed meets
-both; a row is the median ratio over the pairs. A quiet machine and one untrimmed heap (MALLOC_ARENA_MAX=1
-MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=4294967296) make it repeatable to about 2 %.
-Writes recipes/results/step_cost.md.
+One thread. Plain and compressed fits take turns in one process, so that a drift of the machine's speed meets both; a fit's
+first steps are left out, and its median step counts. A cell is the median ratio (lowest – highest) over the pairs. A quiet
+machine and one heap that is never trimmed (the variables above, set before Python starts) make it repeatable to about 1 %.
+
+Beside it: what the forward pass of a live model costs in eval, what each method costs an entry in the bytes that the
+machine copies in that time, and what methods of others cost, where they are installed (`pip install torchao brevitas`).
+Writes recipes/results/step_cost.md; a run of part of the nets or methods is best written elsewhere (`--out`).
 """
 
 from __future__ import annotations
@@ -14,121 +17,185 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
-import time
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from lightning import Callback, LightningModule, Trainer
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from step.fits import WARM, bandwidth, machine, pairs, predictions, spread
+from step.methods import METHODS, PLAIN, Method, limit
+from step.nets import NETS
+from step.peers import PEERS
 
-from psc_lightning import MaskLearning, StraightThroughQuantization, WeightSharing
-from psc_lightning.app.models import ResNet20
+Pairs = list[tuple[float, float]]
+Found = dict[str, dict[str, Pairs | str]]  # row → net → pairs, or why there are none
 
-METHODS: dict[str, Callable[[], list[Callback]]] = {
-    "plain again": list,
-    "mask magnitude 0.8": lambda: [MaskLearning("magnitude", 0.8, schedule="constant")],
-    "mask movement 0.8": lambda: [MaskLearning("movement", 0.8, schedule="constant")],
-    "uniform 8 bit": lambda: [StraightThroughQuantization("uniform", schedule="constant")],
-    "binary": lambda: [StraightThroughQuantization("binary", schedule="constant")],
-    "ternary": lambda: [StraightThroughQuantization("ternary", schedule="constant")],
-    "log": lambda: [StraightThroughQuantization("log", schedule="constant")],
-    "codebook 16": lambda: [StraightThroughQuantization("codebook", schedule="constant")],
-    "row + mask + uniform": lambda: [
-        WeightSharing("row", schedule="constant"),
-        MaskLearning("magnitude", 0.5, schedule="constant"),
-        StraightThroughQuantization("uniform", schedule="constant"),
-    ],
-    "binary, ramped": lambda: [StraightThroughQuantization("binary", schedule="linear")],
-}
+PREDICTED = ("uniform 8 bit", "codebook 16", "magnitude 0.5", "row + magnitude 0.5 + uniform")
+BYTES = ("encoder", "lenet")  # nets whose steps tell what an entry costs
+COMPARED = ("encoder", "lenet")  # nets for methods of others
+STAR = "*"  # what is above its limit
 
 
-class Fit(LightningModule):
-    """A network and SGD."""
+class Board:
+    """The progress display, and a line for each cell that is done."""
 
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
+    def __init__(self, total: int) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        self.progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+        self.task = self.progress.add_task("", total=total)
 
-    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+    def pairs(self, what: str, net: str, method: Method, plain: Method, steps: int, turns: int) -> Pairs | str:
+        """The pairs of a cell; why there are none, where the method does not apply or is not installed."""
+        found: Pairs = []
+        self.progress.update(self.task, description=f"{net}: {what}")
+        try:
+            for pair in pairs(NETS[net], method, plain, steps, turns):
+                found.append(pair)
+                self.progress.advance(self.task)
+        except ImportError as error:
+            return self._none(what, net, f"not installed ({error.name})", turns)
+        except ValueError as error:
+            if "can tie none" not in str(error):
+                raise
+            return self._none(what, net, "does not apply", turns)
+        self.progress.console.print(f"{net:10} {what:38} {shown(found)}", highlight=False)
+        return found
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+    def _none(self, what: str, net: str, why: str, turns: int) -> str:
+        self.progress.console.print(f"{net:10} {what:38} {why}", highlight=False)
+        self.progress.advance(self.task, turns)
+        return why
 
 
-def resnet20() -> tuple[nn.Module, torch.Tensor, int]:
-    return ResNet20(10).to(memory_format=torch.channels_last), torch.randn(64, 3, 32, 32), 64
+def shown(found: Pairs | str | None, over: float | None = None) -> str:
+    """A cell: the median, lowest and highest ratio; marked where it is above a limit."""
+    if not isinstance(found, list):
+        return found or ""
+    middle, low, high = spread(found)
+    return f"{middle:.3f} ({low:.2f} – {high:.2f}){STAR if over is not None and middle > over else ''}"
 
 
-def transformer() -> tuple[nn.Module, torch.Tensor, int]:
-    layer = nn.TransformerEncoderLayer(384, 6, 1536, dropout=0.0, batch_first=True)
-    encoder = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
-    return nn.Sequential(encoder, nn.Flatten(), nn.Linear(384 * 64, 10)), torch.randn(8, 64, 384), 8
+def asked(net: str, method: str) -> str:
+    """A limit and a goal."""
+    found = limit(net, method)
+    return "" if found is None else f"{found[0]:.2f} / {found[1]:.2f}"
 
 
-def fit(model: Callable[[], tuple[nn.Module, torch.Tensor, int]], callbacks: list[Callback], steps: int) -> float:
-    """CPU seconds of a fit of so many steps."""
-    torch.manual_seed(0)
-    net, x, batch = model()
-    data = TensorDataset(x.repeat(steps, *[1] * (x.dim() - 1)), torch.randint(0, 10, (steps * batch,)))
-    trainer = Trainer(
-        max_epochs=1,
-        callbacks=callbacks,
-        logger=False,
-        accelerator="cpu",
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+def step_rows(found: Found, nets: list[str]) -> Iterator[list[str]]:
+    """The table of steps: a column a net, then what is asked of the encoder and of the text classifier."""
+    columns = [net for net in ("encoder", "minilm") if net in nets]
+    yield ["method", *(NETS[net].told for net in nets), *(f"{net}: limit / goal" for net in columns)]
+    for name, row in found.items():
+        limits = {net: limit(net, name) for net in nets}
+        cells = [shown(row[net], None if limits[net] is None else limits[net][0]) for net in nets]
+        yield [name, *cells, *(asked(net, name) for net in columns)]
+
+
+def byte_rows(found: Found, nets: list[str], speed: float) -> Iterator[list[str]]:
+    """The table of bytes: nanoseconds an entry and step beyond plain, and what is copied in that time."""
+    nets = [net for net in nets if net in BYTES]
+    heads = [f"{net}: {unit} an entry" for net in nets for unit in ("ns", "bytes")]
+    yield ["method", *heads]
+    entries = {net: NETS[net].weights() for net in nets}
+    for name, row in found.items():
+        cells = []
+        for net in nets:
+            cell = row[net]
+            if isinstance(cell, str):
+                cells += ["", ""]
+                continue
+            extra = statistics.median(one - other for one, other in cell) / entries[net]
+            cells += [f"{1e9 * extra:.2f}", f"{extra * speed:.0f}"]
+        yield [name, *cells]
+
+
+def peer_rows(found: Found, nets: list[str]) -> Iterator[list[str]]:
+    """The tables of predictions, and of what others do."""
+    yield ["method", *(NETS[net].told for net in nets)]
+    for name, row in found.items():
+        yield [name, *(shown(row.get(net)) for net in nets)]
+
+
+def markdown(rows: Iterator[list[str]]) -> list[str]:
+    head, *others = rows
+    lines = [f"| {' | '.join(row)} |" for row in others]
+    return [f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1), *lines, ""]
+
+
+def print_table(title: str, rows: Iterator[list[str]]) -> None:
+    head, *others = rows
+    table = Table(*head, title=title)
+    for row in others:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS), metavar="NET", help=", ".join(NETS))
+    parser.add_argument("--methods", nargs="+", metavar="PART", help="rows with one of these in their names; none: all")
+    parser.add_argument("--pairs", type=int, default=7, help="pairs of fits a cell (default: 7)")
+    parser.add_argument(
+        "--steps", type=int, default=8, help=f"steps a fit, after {WARM} that do not count (default: 8)"
     )
-    start = time.process_time()
-    trainer.fit(Fit(net), DataLoader(data, batch_size=batch))
-    return time.process_time() - start
+    parser.add_argument("--no-peers", action="store_true", help="leave out methods of others")
+    results = Path(__file__).resolve().parents[1] / "results"
+    parser.add_argument("--out", type=Path, default=results / "step_cost.md", help="the table's file")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=7, help="pairs of fits a row (default: 7)")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps a fit (default: 8)")
-    args = parser.parse_args()
+    args = arguments()
     torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    ratios: dict[str, dict[str, list[float]]] = {}
-    for model in (resnet20, transformer):
-        fit(model, [], 2)
-        for name, callbacks in METHODS.items():
-            pairs = []
-            for turn in range(args.pairs):
-                order = [[], callbacks()] if turn % 2 else [callbacks(), []]
-                times = (
-                    {bool(chosen): fit(model, chosen, args.steps) for chosen in order}
-                    if name != "plain again"
-                    else {
-                        True: fit(model, [], args.steps),
-                        False: fit(model, [], args.steps),
-                    }
-                )
-                pairs.append(times[True] / times[False])
-            ratios.setdefault(name, {})[model.__name__] = pairs
-            print(f"{model.__name__:12} {name:24} {statistics.median(pairs):.3f}", flush=True)
+    chosen = [name for name in METHODS if not args.methods or any(part in name for part in args.methods)]
+    compared = [] if args.no_peers else [net for net in COMPARED if net in args.nets]
+    steps: Found = {name: {} for name in chosen}
+    live: Found = {name: {} for name in PREDICTED if name in chosen}
+    peers: Found = {name: {} for name in PEERS}
+    board = Board(args.pairs * (len(chosen) * len(args.nets) + len(compared) * len(PEERS)))
+    with board.progress:
+        speeds = [bandwidth()]
+        for net in args.nets:
+            for name in chosen:
+                steps[name][net] = board.pairs(name, net, METHODS[name], PLAIN, args.steps, args.pairs)
+            for name in live:
+                live[name][net] = predictions(NETS[net], METHODS[name], args.steps, args.pairs)
+            for name, peer in PEERS.items() if net in compared else ():
+                peers[name][net] = board.pairs(name, net, peer, PLAIN, args.steps, args.pairs)
+        speeds.append(bandwidth())
+    speed = statistics.mean(speeds)
+    tables = {
+        "Steps": step_rows(steps, args.nets),
+        "Predictions of a live model, over the plain one (limit 1.01, goal 1.00)": peer_rows(live, args.nets),
+        f"What an entry costs a step (copying reads and writes {speed / 1e9:.1f} GB/s)": byte_rows(
+            steps, args.nets, speed
+        ),
+        "Methods of others, and ours on the same layers": peer_rows(peers, compared),
+    }
     lines = [
-        "# CPU time of a compressed fit over a plain one",
+        "# CPU time of a compressed training step over a plain one",
         "",
-        f"Median (lowest – highest) of {args.pairs} pairs, {args.steps} steps a fit, one thread, torch {torch.__version__},",
-        f"by `python recipes/benchmarks/step_cost.py --pairs {args.pairs} --steps {args.steps}`.",
+        f"Median (lowest – highest) of {args.pairs} pairs of fits in one process, each its median of {args.steps} steps; one",
+        f"thread; {machine()}.",
+        f"By `{' '.join(['python recipes/benchmarks/step_cost.py', *sys.argv[1:]])}`.",
+        "A star: above the limit (ResNet-20: 1.05 for each method).",
         "",
-        "| method | ResNet-20, batch 64 | transformer 6 × 384, batch 8 × 64 |",
-        "|---|--:|--:|",
     ]
-    for name, row in ratios.items():
-        shown = [f"{statistics.median(r):.3f} ({min(r):.2f} – {max(r):.2f})" for r in row.values()]
-        lines.append(f"| {name} | {' | '.join(shown)} |")
-    folder = Path(__file__).resolve().parents[1] / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / "step_cost.md").write_text("\n".join(lines) + "\n")
+    for title, rows in tables.items():
+        table = list(rows)
+        if len(table) > 1 and len(table[0]) > 1:
+            print_table(title, iter(table))
+            lines += [f"## {title}", "", *markdown(iter(table))]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("\n".join(lines).rstrip() + "\n")
+    print(args.out)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from psc_lightning import view
+from psc_lightning.latent import Compressed
 from psc_lightning.layout import Layout
 from psc_lightning.levels import LEVELS
+from psc_lightning.live import hold
 from psc_lightning.slots import Slots, Spec
 from psc_lightning.tying import TYINGS
 
@@ -44,7 +45,7 @@ def net(seed: int = 0) -> nn.Module:
 def fill(
     model: nn.Module, names: tuple[str, ...], hard: bool = True, **slots: str | tuple[str, dict[str, object]]
 ) -> None:
-    """View these tensors with these slots (a method, or a method and its options)."""
+    """Compress these tensors with these slots (a method, or a method and its options)."""
     for name in names:
         path, _, leaf = name.rpartition(".")
         layer = model.get_submodule(path)
@@ -54,9 +55,10 @@ def fill(
         for slot, method in slots.items():
             method, options = (method, {}) if isinstance(method, str) else method
             its_slots.fill(slot, Spec(method, options, "test"))
-        view.attach_slots([(layer, leaf)], its_slots)
+        tensor = Compressed(its_slots)
+        hold([(layer, leaf)], tensor)
         if hard:
-            its_slots.harden(weight)
+            tensor.harden(weight)
 
 
 def compressed(**slots: str | tuple[str, dict[str, object]]) -> nn.Module:

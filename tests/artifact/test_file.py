@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -14,10 +16,11 @@ from models import EVERY_METHOD, bag, compressed, fill, net
 from read_with_numpy import read as reference_read
 from torch import Tensor, nn
 
-from psc_lightning import symbols, view
+from psc_lightning import symbols
 from psc_lightning.app.models import LeNet5
-from psc_lightning.artifact import ArtifactError, container, inspect, load, load_into, save, to_bytes, verify
+from psc_lightning.artifact import ArtifactError, container, inspect, load, load_into, measure, save, to_bytes, verify
 from psc_lightning.artifact import file as artifact_file
+from psc_lightning.live import held, hold
 from psc_lightning.precision import PRECISIONS, power_of_two
 
 
@@ -43,7 +46,7 @@ def test_every_method_returns_bit_for_bit(slots: dict[str, str], tmp_path: Path)
     model = compressed(**slots)
     path = tmp_path / "model.psc"
     report = save(model, path)
-    assert_same(load(path), view.plain_state(model))
+    assert_same(load(path), dict(model.state_dict()))
     assert report.file_bytes == path.stat().st_size
     assert sum(row.stored_bytes for row in report.tensors) + report.overhead_bytes == report.file_bytes
     assert to_bytes(model)[0] == path.read_bytes()
@@ -64,7 +67,7 @@ def test_how_much_is_taken_at_a_time_changes_nothing(group: str | int, monkeypat
         monkeypatch.setattr(module, "PIECE", 7)
     for model, (data, report) in zip(models, expected, strict=True):
         assert to_bytes(model) == (data, report)
-        assert_same(artifact_file._decode(*artifact_file._open(data), 1 << 20).tensors, view.plain_state(model))
+        assert_same(artifact_file._decode(*artifact_file._open(data), 1 << 20).tensors, dict(model.state_dict()))
 
 
 def test_same_model_same_bytes() -> None:
@@ -135,7 +138,7 @@ def test_leftovers_in_float16(tmp_path: Path) -> None:
     model = compressed(levels="binary")
     report = save(model, tmp_path / "half.psc", leftovers="float16")
     full = save(model, tmp_path / "full.psc")
-    found, expected = load(tmp_path / "half.psc"), view.plain_state(model)
+    found, expected = load(tmp_path / "half.psc"), dict(model.state_dict())
     for name, tensor in expected.items():
         rounded = tensor.is_floating_point() and not name.endswith(("0.weight", "3.weight"))
         assert torch.equal(found[name], tensor.half().to(tensor.dtype) if rounded else tensor), name
@@ -164,7 +167,7 @@ def test_leftovers_by_name(tmp_path: Path) -> None:
     """The first glob that matches counts; what none matches stays as it is."""
     model = compressed(levels="binary")
     save(model, tmp_path / "model.psc", leftovers={"*.running_*": "log8", "1.*": "float16"})
-    found, expected = load(tmp_path / "model.psc"), view.plain_state(model)
+    found, expected = load(tmp_path / "model.psc"), dict(model.state_dict())
     for name in ("1.weight", "1.bias"):
         assert torch.equal(found[name], expected[name].half().float())
     for name in ("1.running_mean", "1.running_var"):
@@ -182,8 +185,6 @@ def test_a_number_that_is_none_names_the_tensor(tmp_path: Path, bad: float, name
     model = compressed(levels="uniform")
     with torch.no_grad():
         dict([*model.named_parameters(), *model.named_buffers()])[name].view(-1)[1] = bad
-    for its_slots in [its_slots for _, its_slots, _ in view.views(model)]:
-        its_slots.stale = True
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
         save(model, tmp_path / "model.psc")
     assert (tmp_path / "model.psc").read_bytes() == b"old"
@@ -236,32 +237,32 @@ def test_tied_compressed_weights_are_stored_once(tmp_path: Path) -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(30, 40), "head": nn.Linear(40, 30)})
     model["head"].weight = model["embed"].weight
     fill(model, ("embed.weight",), levels="binary")
-    its_slots = view.slots_of(model["embed"], "weight")
-    assert its_slots is not None
-    view.attach_slots([(model["head"], "weight")], its_slots)
+    tensor = held(model["embed"], "weight")
+    assert tensor is not None
+    hold([(model["head"], "weight")], tensor)
     report = save(model, tmp_path / "model.psc")
     assert [row.method for row in report.tensors] == ["binary", "shared", "plain"]
     found = load(tmp_path / "model.psc")
     assert found["head.weight"] is found["embed.weight"]
-    assert_same(found, view.plain_state(model))
+    assert_same(found, dict(model.state_dict()))
 
 
-def test_a_parameter_seen_with_and_without_slots_is_two_tensors(tmp_path: Path) -> None:
+def test_a_parameter_held_with_and_without_slots_is_two_tensors(tmp_path: Path) -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(30, 40), "head": nn.Linear(40, 30)})
     model["head"].weight = model["embed"].weight
     fill(model, ("embed.weight",), levels="binary")
     report = save(model, tmp_path / "model.psc")
     assert [row.method for row in report.tensors] == ["binary", "plain", "plain"]
-    assert_same(load(tmp_path / "model.psc"), view.plain_state(model))
+    assert_same(load(tmp_path / "model.psc"), dict(model.state_dict()))
 
 
 def test_a_shared_tensor_is_reported_as_the_weight_and_not_as_its_core(tmp_path: Path) -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(30, 40), "head": nn.Linear(40, 30)})
     model["head"].weight = model["embed"].weight
     fill(model, ("embed.weight",), tying="row", mask=("magnitude", {"threshold": 0.5}))
-    its_slots = view.slots_of(model["embed"], "weight")
-    assert its_slots is not None
-    view.attach_slots([(model["head"], "weight")], its_slots)
+    tensor = held(model["embed"], "weight")
+    assert tensor is not None
+    hold([(model["head"], "weight")], tensor)
     report = save(model, tmp_path / "model.psc")
     assert [row.core_shape for row in report.tensors] == [(30, 10), (30, 40), (30,)]
     assert [row.sparsity for row in report.tensors] == [0.5, 0.5, 0.0]
@@ -288,17 +289,59 @@ def test_slots_that_have_not_begun_are_leftovers(tmp_path: Path) -> None:
     assert_same(load(tmp_path / "model.psc"), dict(net().state_dict()))
 
 
-def test_soft_slots_are_hardened_aloud(tmp_path: Path) -> None:
+def softened() -> nn.Module:
+    """`net`, its convolution half way to binary."""
     model = net()
     fill(model, ("0.weight",), hard=False, levels="binary")
-    its_slots = view.slots_of(model[0], "weight")
-    assert its_slots is not None
-    its_slots.set_strength("levels", 0.5, model[0]._parameters["weight"])
-    with pytest.warns(UserWarning, match=r"0\.weight: not at full strength yet, hardened before writing"):
-        save(model, tmp_path / "model.psc")
-    assert_same(load(tmp_path / "model.psc"), view.plain_state(model))
+    tensor = held(model[0], "weight")
+    assert tensor is not None
+    tensor.set_strength("levels", 0.5, model[0].weight)
+    tensor.show(model[0].weight)
+    return model
+
+
+def test_soft_slots_are_stored_hard_and_stay_soft(tmp_path: Path) -> None:
+    """In mid-ramp a file holds what the ramp leads to; the model goes on where it is."""
+    model, hard = softened(), softened()
+    before = pickle.dumps(model)
+    report = save(model, tmp_path / "model.psc")
+    assert measure(model) == report
+    assert pickle.dumps(model) == before
+    assert len(model[0].weight[0].unique()) > 2
+    tensor = held(hard[0], "weight")
+    assert tensor is not None
+    tensor.harden(hard[0].weight)
+    assert_same(load(tmp_path / "model.psc"), dict(hard.state_dict()))
     assert len(load(tmp_path / "model.psc")["0.weight"][0].unique()) == 2
-    save(model, tmp_path / "model.psc")  # and silently from then on
+    assert to_bytes(hard)[0] == (tmp_path / "model.psc").read_bytes()
+
+
+@pytest.mark.parametrize("slots", EVERY_METHOD, ids=lambda slots: "+".join(map(str, slots.values())))
+def test_writing_and_measuring_change_nothing(slots: dict[str, str], tmp_path: Path) -> None:
+    model = compressed(**slots)
+    for layer in (model[0], model[3]):
+        tensor = held(layer, "weight")
+        if tensor is not None:
+            for slot in tensor.slots.specs:
+                tensor.set_strength(slot, 0.5, layer.weight)
+            tensor.show(layer.weight)
+    before = pickle.dumps(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = measure(model)
+        assert save(model, tmp_path / "model.psc") == report
+        assert to_bytes(model)[1] == report
+    assert report.file_bytes == (tmp_path / "model.psc").stat().st_size
+    assert pickle.dumps(model) == before
+
+
+def test_measuring_counts_what_saving_with_the_same_options_does(tmp_path: Path) -> None:
+    model = compressed(mask="magnitude", levels="ternary")
+    for options in ({}, {"leftovers": "log8"}, {"names": False}, {"leftovers": {"1.*": "float16"}, "names": False}):
+        assert measure(model, **options) == save(model, tmp_path / "model.psc", **options)
+        assert measure(model, **options).file_bytes == (tmp_path / "model.psc").stat().st_size
+    with pytest.raises(ValueError, match="leftovers must be one of float32, float16, log8, got 'int8'"):
+        measure(model, leftovers="int8")
 
 
 # ------------------------------------------------------------------------------------------------------ load_into
@@ -309,19 +352,24 @@ def test_load_into_a_plain_model(tmp_path: Path) -> None:
     save(model, tmp_path / "model.psc")
     plain = net(seed=5)
     load_into(plain, tmp_path / "model.psc")
-    assert_same(dict(plain.state_dict()), view.plain_state(model))
+    assert_same(dict(plain.state_dict()), dict(model.state_dict()))
     double = net(seed=5).double()
     load_into(double, tmp_path / "model.psc")
     assert torch.equal(double[3].weight, plain[3].weight.double())
 
 
-def test_load_into_a_model_with_views(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hard", [False, True], ids=["not begun", "hard"])
+def test_load_into_a_live_model(hard: bool, tmp_path: Path) -> None:
+    """It holds the file's weights then, as they are; and writes them again, bit for bit."""
     model = compressed(levels="binary")
     save(model, tmp_path / "model.psc")
     other = net(seed=5)
-    fill(other, ("0.weight",), hard=False, levels="binary")
+    fill(other, ("0.weight",), hard=hard, levels="binary")
     load_into(other, tmp_path / "model.psc")
-    assert_same(view.plain_state(other), view.plain_state(model))
+    assert_same(dict(other.state_dict()), dict(model.state_dict()))
+    report = save(other, tmp_path / "again.psc")
+    assert_same(load(tmp_path / "again.psc"), dict(model.state_dict()))
+    assert report.tensors[0].method == "binary"  # recognised as made by these levels, begun or not
 
 
 def test_another_model_is_refused_whole(tmp_path: Path) -> None:
@@ -435,7 +483,7 @@ def test_a_file_without_names_goes_into_its_model_only(tmp_path: Path) -> None:
     plain = net(seed=1)
     plain[3].bias = plain[0].bias
     load_into(plain, path)
-    assert_same(dict(plain.state_dict()), view.plain_state(model))
+    assert_same(dict(plain.state_dict()), dict(model.state_dict()))
     other = nn.Sequential(*(nn.Identity() for _ in range(2)), *net())
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     with pytest.raises(ArtifactError, match=r"other names, types or shapes.*build the model that was saved"):

@@ -10,8 +10,7 @@ import torch
 from models import bag, compressed, net
 from torch import nn
 
-from psc_lightning import view
-from psc_lightning.artifact import Report, TensorReport, inspect, save, to_bytes
+from psc_lightning.artifact import Report, TensorReport, inspect, measure, save, to_bytes
 
 KEYS = ["dense_bytes", "file_bytes", "compression_ratio", "entropy_bytes", "overhead_bytes", "sha256", "metrics"]
 KEYS += ["tensors"]
@@ -165,7 +164,7 @@ def test_reports_of_nothing() -> None:
     report = to_bytes(nn.ReLU())[1]
     assert (report.dense_bytes, report.tensors) == (0, [])
     assert report.overhead_bytes == report.file_bytes
-    assert view.plain_state(nn.ReLU()) == {}
+    assert measure(nn.ReLU()) == report
     assert np.isfinite(report.compression_ratio)
     assert str(report)
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import nn
-from training import INPUTS, LABELS, QUIET, Loader, Net, differences, fit, trainer
+from training import INPUTS, LABELS, QUIET, Loader, Net, differences, fit, slots_at, slotted, trainer
 
-from psc_lightning import MaskLearning, StraightThroughQuantization, compress, detach, load_into, save, view
-from psc_lightning.view import slots_of
+from psc_lightning import MaskLearning, StraightThroughQuantization, compress, detach, load_into, save
 
 pytestmark = QUIET
 
@@ -39,7 +38,7 @@ def test_a_layer_computes_with_rounded_inputs():
     found = inputs_of(model, "net.0", "net.3", "net.7")
     assert found["net.0"].unique().numel() > 1000
     for name in ("net.3", "net.7"):
-        grid = slots_of(model.get_submodule(name), "weight").inputs.grid()
+        grid = slots_at(model, f"{name}.weight").inputs.grid()
         codes = found[name] / grid.scale + grid.zero
         torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
         assert 16 < codes.round().unique().numel() <= 256
@@ -64,7 +63,7 @@ def test_the_range_is_that_of_training_batches_only():
     model, _ = fit([rounding(), Look()], val_check_interval=3)
     model.train()(1000 * INPUTS)
     low, high = INPUTS.aminmax()
-    grid = slots_of(model.net[0], "weight").inputs.grid()
+    grid = slots_at(model, "net.0.weight").inputs.grid()
     assert low <= grid.low < 0 < grid.high <= high + grid.scale
 
 
@@ -129,19 +128,19 @@ def test_a_transformer_takes_no_way_around_it():
     slow = layer.train()(x).detach()
     with torch.no_grad():
         torch.testing.assert_close(layer.eval()(x), slow)
-    assert slots_of(layer.linear1, "weight").inputs.grid() is not None
+    assert slots_at(layer, "linear1.weight").inputs.grid() is not None
 
 
 def test_compress_sees_inputs_in_batches():
     model = Net()
     with pytest.raises(ValueError, match="rounds inputs that it has seen and needs both"):
         compress(model, [rounding()])
-    assert not list(view.views(model))
+    assert not list(slotted(model))
     compress(model, [rounding()], batches=[INPUTS[:48]], loss=lambda net, batch: net(batch).square().mean())
     assert all(values.unique().numel() <= 256 for values in inputs_of(model, "net.0", "net.3", "net.7").values())
-    before = slots_of(model.net[0], "weight").inputs.grid()
+    before = slots_at(model, "net.0.weight").inputs.grid()
     model(100 * INPUTS)
-    assert slots_of(model.net[0], "weight").inputs.grid() == before
+    assert slots_at(model, "net.0.weight").inputs.grid() == before
 
 
 def test_an_interrupted_step_leaves_nothing_that_observes():
@@ -154,9 +153,9 @@ def test_an_interrupted_step_leaves_nothing_that_observes():
     model = Fails()
     with pytest.raises(RuntimeError, match="no more"):
         fit([rounding()], model)
-    before = slots_of(model.net[0], "weight").inputs.grid()
+    before = slots_at(model, "net.0.weight").inputs.grid()
     model.train()(100 * INPUTS)
-    assert slots_of(model.net[0], "weight").inputs.grid() == before
+    assert slots_at(model, "net.0.weight").inputs.grid() == before
 
 
 def test_two_fits_and_other_options():
@@ -205,4 +204,6 @@ def test_it_goes_with_other_slots_in_any_order():
     first, _ = fit([rounding(), MaskLearning(threshold=0.3, schedule="constant")])
     second, _ = fit([MaskLearning(threshold=0.3, schedule="constant"), rounding()])
     assert differences(first.state_dict(), second.state_dict()) == []
+    for (_, one, _), (_, other, _) in zip(slotted(first), slotted(second), strict=True):
+        assert differences(dict(one.state_dict()), dict(other.state_dict())) == []
     assert nn.functional.cross_entropy(first(INPUTS), LABELS).isfinite()

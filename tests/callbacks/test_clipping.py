@@ -13,6 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from training import Shown, slots_at
 
 from psc_lightning.callbacks.clipping import GradientClipping
 from psc_lightning.callbacks.mask import MaskLearning
@@ -360,13 +361,17 @@ def test_wrong_arguments_are_named(options, message):
 
 
 class Pull(LightningModule):
-    """Two layers of one weight each; the loss is their sum times the batch's mean, so each gradient is that mean."""
+    """Two layers of one weight each; the loss is their sum times the batch's mean, so each gradient is that mean.
+
+    `raw` has the gradients of the first as the module's own hook sees them, `seen` as the optimizer does.
+    """
 
     def __init__(self, lr: float = 1.0, fused: bool = False) -> None:
         super().__init__()
         self.a = nn.Linear(1, 1, bias=False)
         self.b = nn.Linear(1, 1, bias=False)
         self.lr, self.fused = lr, fused
+        self.raw: list[float] = []
         self.seen: list[float] = []
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
@@ -376,10 +381,16 @@ class Pull(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.a.weight.grad is not None:
-            self.seen.append(self.a.weight.grad.item())  # the module's hook runs after the callbacks'
+            self.raw.append(self.a.weight.grad.item())
+
+    def look(self, optimizer: torch.optim.Optimizer) -> None:
+        if any(parameter is self.a.weight for parameter in optimizer.param_groups[0]["params"]):
+            self.seen.append(self.a.weight.grad.item())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.lr, fused=self.fused)
+        if self.fused:
+            return torch.optim.SGD(self.parameters(), lr=self.lr, fused=True)
+        return Shown(self.parameters(), self.look, self.lr)
 
 
 class Logged(GradientClipping):
@@ -428,6 +439,7 @@ def fit(module: LightningModule, data: Batches, *callbacks, trainer_class=Traine
 def test_clips_before_the_step_and_logs():
     module, clipping = Pull(), Logged(max_norm=2.0, scope="weight")
     fit(module, batches(1, 4, -8), clipping)
+    assert module.raw == [1.0, 4.0, -8.0]
     assert module.seen == pytest.approx([1.0, 2.0, -2.0])
     assert module.a.weight.item() == pytest.approx(-(1 + 2 - 2))
     root = math.sqrt(2)
@@ -442,6 +454,7 @@ def test_once_per_optimizer_step_on_accumulated_gradients():
     module, clipping = Pull(), GradientClipping(max_norm=2.0, scope="weight")
     # Two batches make one gradient: (6 − 4)/2 = 1 is not clipped though 6 would be; (6 + 2)/2 = 4 is.
     fit(module, batches(6, -4, 6, 2), clipping, accumulate_grad_batches=2)
+    assert module.raw == [1.0, 4.0]
     assert module.seen == pytest.approx([1.0, 2.0])
     assert clipping.state_dict() == {"steps": 2, "clipped_steps": 1}
 
@@ -454,7 +467,7 @@ class Two(Pull):
         self.automatic_optimization = False
 
     def configure_optimizers(self):
-        return [torch.optim.SGD([layer.weight], lr=1.0) for layer in (self.a, self.b)]
+        return [Shown([layer.weight], self.look, 1.0) for layer in (self.a, self.b)]
 
     def training_step(self, batch, batch_idx):
         first, second = self.optimizers()
@@ -507,12 +520,14 @@ def test_gradients_are_unscaled_under_a_gradient_scaler():
 
 
 def test_a_gradient_scaler_still_sees_infinite_gradients():
+    """The step that it skips is none: nothing is clipped, nothing is counted."""
     module, clipping, precision = Pull(), GradientClipping(max_norm=2.0), scaled(init_scale=1024.0)
     fit(module, batches(INF, 1), clipping, plugins=precision)
-    assert math.isinf(module.seen[0])
+    assert math.isinf(module.raw[0])
+    assert module.seen == [1.0]
     assert module.a.weight.item() == -1.0  # the first step was skipped
     assert precision.scaler.get_scale() == 512.0
-    assert clipping.state_dict() == {"steps": 2, "clipped_steps": 0}
+    assert clipping.state_dict() == {"steps": 1, "clipped_steps": 0}
 
 
 def test_fused_optimizer_under_a_gradient_scaler_is_refused():
@@ -529,7 +544,7 @@ def test_a_second_limit_in_the_trainer_is_refused():
     module = Pull()
     with pytest.raises(ValueError, match=r"Trainer\(gradient_clip_val=0\.5\) and GradientClipping both"):
         fit(module, batches(4), GradientClipping(max_norm=2.0), gradient_clip_val=0.5)
-    assert module.seen == []  # before training
+    assert module.raw == module.seen == []  # before training
     fit(module, batches(4), GradientClipping(max_norm=2.0), gradient_clip_val=0)  # 0 is Lightning's "off"
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `GradientClipping`"):
         fit(module, batches(4), GradientClipping(max_norm=2.0), GradientClipping(max_value=2.0))
@@ -649,24 +664,57 @@ class Dense(Net):
 
 @pytest.mark.parametrize("first", [True, False])
 def test_saliency_sees_the_clipped_gradients_whatever_the_order(first):
-    seen: list[float] = []
+    """Of steps that a callback's penalty has a part in; the Trainer's list stays in the user's order."""
+    norms: list[float] = []
+    labels: list[Tensor] = []
 
-    class Watch(MaskLearning):
-        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-            seen.append(math.hypot(*(g.norm().item() for g in gradients(pl_module.body))))
-            super().on_before_optimizer_step(trainer, pl_module, optimizer)
+    class Watched(Dense):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return Shown(self.parameters(), self.look, 0.01)
+
+        def look(self, optimizer: torch.optim.Optimizer) -> None:
+            norms.append(math.hypot(*(g.norm().item() for g in gradients(self.body))))
+            labels.append((self.body[0].weight * self.body[0].weight.grad).abs().detach())
 
     class Penalty(Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             next(pl_module.parameters()).grad.add_(1.0)
 
-    penalty, watch, clipping = Penalty(), Watch("saliency", calibration_steps=2), GradientClipping(max_norm=0.01)
-    mine = [clipping, watch] if first else [watch, clipping]
-    trainer = fit(Dense(), noise(4), penalty, *mine)
-    assert seen == pytest.approx([0.01] * 4, rel=1e-5)
-    ours = [callback for callback in trainer.callbacks if callback in (penalty, watch, clipping)]
-    assert ours == [penalty, clipping, watch]
+    penalty, mask = Penalty(), MaskLearning("saliency", calibration_steps=2, schedule="constant")
+    clipping = GradientClipping(max_norm=0.01)
+    mine = [clipping, mask] if first else [mask, clipping]
+    module = Watched()
+    trainer = fit(module, noise(4), penalty, *mine)
+    assert norms == pytest.approx([0.01] * 4, rel=1e-5)
+    total = slots_at(module, "body.0.weight").cores["core"].mask.total
+    torch.testing.assert_close(total, labels[0] + labels[1], rtol=1e-6, atol=0)
+    assert total.any()
+    assert [callback for callback in trainer.callbacks if callback in (penalty, mask, clipping)] == [penalty, *mine]
     assert sorted(map(id, trainer.callbacks)) == sorted({id(callback) for callback in trainer.callbacks})
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_gradient_is_clipped_as_the_latent_weights_whatever_the_order(first):
+    """Movement gives a weight that is dropped none: what is cut to the limit is what is left, not what a hook sees."""
+    found: list[tuple[float, float]] = []
+
+    class Watched(Dense):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return Shown(self.parameters(), self.look, 0.01)
+
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            self.before = self.body[0].weight.grad.norm().item()
+
+        def look(self, optimizer: torch.optim.Optimizer) -> None:
+            weight = self.body[0].weight
+            assert int(weight.grad.eq(0).sum()) >= weight.numel() // 2
+            found.append((self.before, weight.grad.norm().item()))
+
+    mask = MaskLearning("movement", threshold=0.5, schedule="constant")
+    limits = [GradientClipping(max_norm=1e-3, scope="weight")]
+    fit(Watched(), noise(4), *([*limits, mask] if first else [mask, *limits]))
+    assert all(before > 2e-3 for before, _ in found)
+    assert [after for _, after in found] == pytest.approx([1e-3] * 4, rel=1e-5)
 
 
 # ---------------------------------------------------------------- sharded

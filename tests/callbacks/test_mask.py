@@ -8,17 +8,16 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
-from training import QUIET, Net, fit, trainer
+from training import QUIET, Net, Shown, fit, slots_at, slotted, trainer
 
 from psc_lightning import MaskLearning, StraightThroughQuantization, WeightSharing
 from psc_lightning.functional import zero_count
-from psc_lightning.view import views
 
 pytestmark = QUIET
 
 
 def keep(model, index=3):
-    (chain,) = model.net[index].psc["weight"].cores.values()
+    (chain,) = slots_at(model, f"net.{index}.weight").cores.values()
     return chain.mask.keep
 
 
@@ -116,7 +115,7 @@ def test_labels_find_what_matters_where_magnitude_misses_it(method, options, fou
     schedule = {"kind": "constant", "begin": 0}
     callback = MaskLearning(method, threshold=0.75, schedule=schedule, **options)
     trainer([callback], max_epochs=1).fit(model, model.data)
-    kept = model.layer.psc["weight"].cores["core"].mask.keep
+    kept = slots_at(model, "layer.weight").cores["core"].mask.keep
     assert int(kept.sum()) == 32
     assert int(kept[:, :4].sum()) == found
 
@@ -136,7 +135,7 @@ def test_saliency_counts_the_gradients_of_its_steps():
 
     class Look(Callback):
         def on_before_optimizer_step(self, made, model, optimizer):
-            weight = model.net[3]._parameters["weight"]
+            weight = model.net[3].weight
             labels.append((weight.grad * weight).abs().detach().reshape(8, -1).clone())
 
         def on_train_batch_end(self, made, model, *args):
@@ -144,7 +143,7 @@ def test_saliency_counts_the_gradients_of_its_steps():
 
     callback = MaskLearning("saliency", threshold=0.5, calibration_steps=3, schedule="constant")
     model, _ = fit([callback, Look()], Net("sgd"), accumulate_grad_batches=2, limit_val_batches=0)
-    mask = model.net[3].psc["weight"].cores["core"].mask
+    mask = slots_at(model, "net.3.weight").cores["core"].mask
     expected = sum(labels[:3])
     torch.testing.assert_close(mask.total, expected, rtol=1e-6, atol=0)
     kept = torch.zeros(576, dtype=torch.bool)
@@ -166,12 +165,12 @@ def test_saliency_of_a_tied_weight_waits_for_its_cores(tying):
 
     class Look(Callback):
         def on_train_batch_end(self, made, model, *args):
-            phases.append(tuple(model.net[3].psc["weight"].phase[:2]))
+            phases.append(tuple(slots_at(model, "net.3.weight").phase[:2]))
 
     model, _ = fit([*callbacks, Look()])
     tied = 4 if tying == "cross_channel" else 3
     assert phases == [(2 * (step >= tied), 2 * (step >= tied + 5)) for step in range(24)]
-    for chain in model.net[3].psc["weight"].cores.values():
+    for chain in slots_at(model, "net.3.weight").cores.values():
         assert chain.mask.total.ne(0).any()
 
 
@@ -185,20 +184,24 @@ def test_movement_scores_learn_from_the_masked_too():
 
     callback = MaskLearning("movement", threshold=0.5, score_lr=0.05, schedule="constant")
     model, _ = fit([callback, Look()], Net("sgd"))
-    scores = model.net[3].psc["weight"].cores["core"].mask.scores
+    scores = slots_at(model, "net.3.weight").cores["core"].mask.scores
     assert scores.ne(0).all()
     assert any(bool((~before & after).any()) for before, after in pairwise(first))
 
 
 def test_masked_weights_get_no_gradient_from_labels_and_keep_one_from_magnitude():
+    """What an optimizer is given: the gradient of the latent weight."""
     seen = {}
     for method in ("movement", "magnitude"):
 
-        class Look(Callback):
-            def on_before_optimizer_step(self, made, model, optimizer, method=method):
-                seen[method] = (model.net[3]._parameters["weight"].grad.reshape(8, -1).clone(), keep(model).clone())
+        class Look(Net):
+            def configure_optimizers(self):
+                return Shown(self.parameters(), self.look)
 
-        fit([MaskLearning(method, threshold=0.5, schedule="constant"), Look()], max_steps=1)
+            def look(self, optimizer, method=method):
+                seen[method] = (self.net[3].weight.grad.reshape(8, -1).clone(), keep(self).clone())
+
+        fit([MaskLearning(method, threshold=0.5, schedule="constant")], Look(), max_steps=1)
     gradient, kept = seen["movement"]
     assert not gradient[~kept.reshape(8, -1)].any()
     gradient, kept = seen["magnitude"]
@@ -212,9 +215,9 @@ def test_counts_hold_on_the_cores_of_a_tied_weight():
         StraightThroughQuantization("uniform", bits=4, schedule="constant"),
     ]
     model, _ = fit(callbacks)
-    for name, slots, weight in views(model):
+    for name, slots, weight in slotted(model):
         (shape,) = slots.core_shapes().values()
         entries = torch.Size(shape).numel()
         zeros = int((~next(iter(slots.cores.values())).mask.keep).sum())
         assert zeros == int(0.3 * entries + 0.5), name
-        assert int(slots(weight).eq(0).sum()) >= 2 * zeros
+        assert int(weight.eq(0).sum()) >= 2 * zeros

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch import Callback
-from training import QUIET, Net, fit
+from training import QUIET, Net, Shown, fit, latents, slots_at
 
 from psc_lightning import MaskLearning, StraightThroughQuantization
-from psc_lightning.view import views
+from psc_lightning.live import compressed
 
 pytestmark = QUIET
 
@@ -51,24 +51,24 @@ def test_each_group_has_so_many_levels(levels, options, most, masked):
 @pytest.mark.parametrize("levels", ["float16", "bfloat16"])
 def test_halves_are_the_casts(levels):
     model, _ = fit([StraightThroughQuantization(levels, schedule="constant")], max_steps=3)
-    for _, slots, weight in views(model):
-        dtype = getattr(torch, levels)
-        assert torch.equal(slots(weight), weight.to(dtype).to(weight.dtype))
+    dtype, dense = getattr(torch, levels), latents(model)
+    for name, tensor, weight in compressed(model):
+        assert torch.equal(weight, dense[name].to(dtype).to(weight.dtype))
+        assert not torch.equal(weight, tensor.latent)
 
 
 def test_a_ramp_blends():
-    """In a training step the weight is hard + (1 - strength)·(w - hard)."""
+    """In a training step the weight is hard + (1 - strength)·(latent - hard)."""
     found = []
 
     class Look(Net):
         def training_step(self, batch, batch_idx):
-            ((_, slots, weight),) = views(self)
-            if slots.phase[2]:
-                value = slots(weight).detach().clone()
-                chain = slots.cores["core"]
-                hard = chain.levels(weight).detach()
+            ((_, tensor, weight),) = compressed(self)
+            if tensor.slots.phase[2]:
+                latent = tensor.dense(weight).clone()
+                hard = tensor.slots.cores["core"].levels(latent)
                 strength = callback.schedule.strength(self.trainer.global_step, 24)
-                found.append((strength, value, hard, weight.detach().clone()))
+                found.append((strength, weight.detach().clone(), hard, latent))
             return super().training_step(batch, batch_idx)
 
     callback = StraightThroughQuantization(
@@ -76,30 +76,36 @@ def test_a_ramp_blends():
     )
     fit([callback], Look("sgd"))
     assert [strength for strength, *_ in found][:3] == pytest.approx([0.1, 0.2, 0.3])
-    for strength, value, hard, weight in found:
-        torch.testing.assert_close(value, hard + (1 - strength) * (weight - hard), rtol=1e-5, atol=1e-7)
+    for strength, value, hard, latent in found:
+        torch.testing.assert_close(value, hard + (1 - strength) * (latent - hard), rtol=1e-5, atol=1e-7)
     assert torch.equal(found[-1][1], found[-1][2])
 
 
 def test_the_gradient_passes_straight_through():
-    """The weight's gradient is the one at the levels."""
-    gradients = []
+    """The gradient that an optimizer is given, with the latent weight, is the one at the levels."""
+    gradients, weights = [], []
 
-    class Look(Callback):
-        def on_before_optimizer_step(self, made, model, optimizer):
-            gradients.append(model.net[3]._parameters["weight"].grad.clone())
+    class Look(Net):
+        def configure_optimizers(self):
+            return Shown(self.parameters(), self.look)
 
-    class Dense(Net):
+        def look(self, optimizer):
+            gradients.append(self.net[3].weight.grad.clone())
+            weights.append(self.net[3].weight.detach().clone())
+
+    class Dense(Look):
         def on_train_start(self):
             self.net[3].weight.data.copy_(start)
 
     model, _ = fit([StraightThroughQuantization("binary", targets="net.3", schedule="constant")], max_steps=0)
-    ((_, slots, weight),) = views(model)
-    slots.harden(weight)
-    start = slots(weight).detach().clone()
-    fit([StraightThroughQuantization("binary", targets="net.3", schedule="constant"), Look()], max_steps=1)
-    fit([Look()], Dense(), max_steps=1)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-8)
+    ((_, tensor, weight),) = compressed(model)
+    tensor.harden(weight)
+    start = weight.detach().clone()
+    fit([StraightThroughQuantization("binary", targets="net.3", schedule="constant")], Look(), max_steps=1)
+    fit([], Dense(), max_steps=1)
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(weights[0], Net().net[3].weight)
+    assert torch.equal(weights[1], start)
 
 
 @pytest.mark.parametrize(("options", "name"), [({"levels": "codebook", "k": 4}, "centroids"),
@@ -111,12 +117,12 @@ def test_steps_and_centroids_learn_at_their_own_rate(options, name, step_lr):
 
     class Look(Callback):
         def on_train_batch_end(self, made, model, *args):
-            seen.append(getattr(model.net[3].psc["weight"].cores["core"].levels, name).detach().clone())
+            seen.append(getattr(slots_at(model, "net.3.weight").cores["core"].levels, name).detach().clone())
 
     class Begin(Net):
         def training_step(self, batch, batch_idx):
             if batch_idx == 0:
-                seen.append(getattr(self.net[3].psc["weight"].cores["core"].levels, name).detach().clone())
+                seen.append(getattr(slots_at(self, "net.3.weight").cores["core"].levels, name).detach().clone())
             return super().training_step(batch, batch_idx)
 
     fit(

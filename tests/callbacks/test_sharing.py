@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch import Callback
-from training import QUIET, Net, differences, fit
+from training import QUIET, Net, Shown, differences, fit, latents, slotted
 
 from psc_lightning import MaskLearning, WeightSharing
-from psc_lightning.view import views
+from psc_lightning.live import compressed
 
 pytestmark = QUIET
 
@@ -26,7 +26,7 @@ def test_cross_channel_keeps_what_its_labels_choose():
 
     class Look(Callback):
         def on_before_optimizer_step(self, made, model, optimizer):
-            weight = model.net[3]._parameters["weight"]
+            weight = model.net[3].weight
             labels.append((weight.grad * weight).abs().detach())
 
     class Record(Net):
@@ -46,20 +46,22 @@ def test_cross_channel_keeps_what_its_labels_choose():
 
 @pytest.mark.parametrize("method", TYINGS)
 def test_it_begins_at_its_begin_and_overwrites_the_weight(method):
-    """Dense and plain before, tied from the first forward at `begin`."""
+    """Dense and plain before, tied from the first forward at `begin`, which the latent weight is too."""
     plain, tied = [], []
 
     class Record(Net):
         def training_step(self, batch, batch_idx):
-            recorded = plain if not any(slots.begun for _, slots, _ in views(self)) else tied
+            recorded = plain if not any(slots.begun for _, slots, _ in slotted(self)) else tied
             recorded.append(self.net[3].weight.detach().clone())
+            if len(tied) == 1:
+                torch.testing.assert_close(latents(self)["net.3.weight"], tied[0], rtol=1e-5, atol=1e-6)
             return super().training_step(batch, batch_idx)
 
     model, _ = fit([sharing(method, begin=6)], Record("sgd"))
     assert (len(plain), len(tied)) == (6, 18)
     before, _ = fit((), Net("sgd"), max_steps=5)
     assert differences(before.net[3].weight, plain[5]) == []
-    ((_, slots, weight),) = views(model)
+    ((_, slots, weight),) = slotted(model)
     with torch.no_grad():
         for value in tied:
             matrix = slots.layout.matrix(value)
@@ -76,26 +78,24 @@ def test_a_step_is_the_projected_step_of_the_dense_run(method):
     """Every member gets the mean of the members' gradients: one SGD step is the projection of the dense one."""
     grads = []
 
-    class Look(Callback):
-        def on_before_optimizer_step(self, made, model, optimizer):
-            grads.append(model.net[3]._parameters["weight"].grad.clone())
+    class Look(Net):
+        def configure_optimizers(self):
+            return Shown(self.parameters(), lambda _: grads.append(self.net[3].weight.grad.clone()))
 
-    class Dense(Net):
+    class Dense(Look):
         """The same network with the tied weight written into it."""
 
         def on_train_start(self):
             self.net[3].weight.data.copy_(start)
 
-    tied_model = Net("sgd")
-    twin = Net("sgd")
+    twin = Net()
     callback = sharing(method)
     callback.attach(twin)
-    ((_, slots, weight),) = views(twin)
-    slots.harden(weight)
-    start = slots(weight).detach().clone()
-    fit([callback.__class__(method, schedule="constant", targets="net.3", **callback.options), Look()], tied_model,
-        max_steps=1)  # fmt: skip
-    fit([Look()], Dense("sgd"), max_steps=1)
+    ((_, tensor, weight),) = compressed(twin)
+    tensor.harden(weight)
+    slots, start = tensor.slots, weight.detach().clone()
+    fit([callback.__class__(method, schedule="constant", targets="net.3", **callback.options)], Look(), max_steps=1)
+    fit([], Dense(), max_steps=1)
     tied, dense = grads
     with torch.no_grad():
         projected = slots.tying.expand(slots.tying.reduce(dense))
@@ -109,8 +109,8 @@ def test_factors_are_trained_and_the_weight_is_not(method):
 
     class Look(Callback):
         def on_train_batch_end(self, made, model, *args):
-            ((_, slots, weight),) = views(model)
-            seen.append((weight.detach().clone(), [p.detach().clone() for p in slots.sidecars("tying")]))
+            ((name, slots, _),) = slotted(model)
+            seen.append((latents(model)[name], [p.detach().clone() for p in slots.sidecars("tying")]))
 
     callback = sharing(method, begin=4)
     model, _ = fit([callback, Look()], Net("sgd"))
@@ -144,9 +144,11 @@ def test_the_best_approximation_is_the_start():
 def test_where_it_does_not_apply_it_is_left_out_and_other_slots_are_not(method, taken):
     callbacks = [WeightSharing(method, schedule="constant"), MaskLearning(threshold=0.5, schedule="constant")]
     model, _ = fit(callbacks, max_steps=1)
-    tied = [name for name, slots, _ in views(model) if "tying" in slots.specs]
+    tied = [name for name, slots, _ in slotted(model) if "tying" in slots.specs]
     assert tied == [f"{name}.weight" for name in taken]
-    assert [name for name, slots, _ in views(model) if "mask" in slots.specs] == [f"net.{i}.weight" for i in (0, 3, 7)]
+    assert [name for name, slots, _ in slotted(model) if "mask" in slots.specs] == [
+        f"net.{i}.weight" for i in (0, 3, 7)
+    ]
     left = callbacks[0].choose(Net()).skipped
     assert ("net.7.weight" in left) == (method == "separable")
 
@@ -163,7 +165,7 @@ def test_no_soft_phase():
 
     class Record(Net):
         def training_step(self, batch, batch_idx):
-            phases.append(next(views(self))[1].phase[0])
+            phases.append(next(slotted(self))[1].phase[0])
             return super().training_step(batch, batch_idx)
 
     callback = WeightSharing("row", schedule={"kind": "cubic", "begin": 3, "end": 20})

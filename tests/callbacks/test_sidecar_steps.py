@@ -8,14 +8,25 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
-from training import COMBINATIONS, QUIET, CpuScaler, Net, fit
+from training import COMBINATIONS, QUIET, CpuScaler, Net, conductor, fit, latents, slotted
 
 from psc_lightning import GradientClipping, MaskLearning, WeightSharing, load, save
-from psc_lightning.view import views
 
 pytestmark = QUIET
 
 M, W = MaskLearning, WeightSharing
+
+
+def steps_of(made):
+    """How often each sidecar was stepped."""
+    return {int(state["step"]) for state in conductor(made).sidecars.optimizer.state.values()}
+
+
+def totals_of(model):
+    """The labels that each tensor has collected."""
+    return [
+        buffer for _, slots, _ in slotted(model) for name, buffer in slots.named_buffers() if name.endswith("total")
+    ]
 
 
 class Scaled(Net):
@@ -39,8 +50,8 @@ def test_a_step_that_the_scaler_skips_is_skipped_beside_the_weights_too(others):
     callback = M("movement", schedule="constant")
     fused = others == ["fused"]
     extra = [] if fused else [make() for make in others]
-    model = fit([callback, *extra], Scaled(fused), max_epochs=1, limit_val_batches=0, plugins=[CpuScaler()])[0]
-    assert {int(state["step"]) for state in callback._optimizer.state.values()} == {11}
+    model, made = fit([callback, *extra], Scaled(fused), max_epochs=1, limit_val_batches=0, plugins=[CpuScaler()])
+    assert steps_of(made) == {11}
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
@@ -65,12 +76,11 @@ class Twice(Net):
 class Steps(Callback):
     """The gradient that each step of the sidecars takes."""
 
-    def __init__(self, *callbacks):
-        self.callbacks, self.seen = callbacks, []
+    def __init__(self):
+        self.seen = []
 
     def on_train_start(self, made, model):
-        for callback in self.callbacks:
-            callback._optimizer.register_step_pre_hook(self.look)
+        conductor(made).sidecars.optimizer.register_step_pre_hook(self.look)
 
     def look(self, optimizer, *args):
         grads = [p.grad for p in optimizer.param_groups[0]["params"]]
@@ -81,9 +91,9 @@ def test_two_scaled_steps_in_a_batch_are_brought_back_each():
     runs = []
     for plugins in ([], [CpuScaler()]):
         callback = M("movement", schedule="constant")
-        steps = Steps(callback)
+        steps = Steps()
         fit([callback, steps], Twice(), max_epochs=1, limit_val_batches=0, plugins=plugins)
-        assert len(steps.seen) == 12
+        assert len(steps.seen) == 24
         runs.append(steps.seen)
     torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-6)
 
@@ -120,12 +130,15 @@ def test_each_networks_sidecars_learn_from_its_own_loss(plugins):
     both = []
     for second in (-1.0, 0.0):
         callback = M("movement", score_lr=0.0, schedule="constant")
-        steps = Steps(callback)
+        steps = Steps()
         fit([callback, steps], Adversaries(second), max_epochs=1, limit_val_batches=0, plugins=plugins())
         both.append(steps.seen)
-    for (first, second), (alone, none) in zip(*both):
+        assert len(steps.seen) == 24
+        assert [[grad is None for grad in grads] for grads in steps.seen] == [[False, True], [True, False]] * 12
+    for (first, _), (alone, _) in zip(both[0][::2], both[1][::2]):
         assert first.abs().max() > 0
         torch.testing.assert_close(first, alone, rtol=1e-4, atol=1e-7)
+    for (_, second), (_, none) in zip(both[0][1::2], both[1][1::2]):
         assert second.abs().max() > 0
         assert not none.any()
 
@@ -135,8 +148,13 @@ def test_sidecars_of_weights_frozen_for_good_learn_beside_two_optimizers():
     model = Adversaries(second=2.0)
     model.net[2].weight.requires_grad_(False)
     callback = M("movement", schedule="constant")
-    fit([callback], model, max_epochs=1, limit_val_batches=0)
-    assert all(p.detach().any() for p in callback._optimizer.param_groups[0]["params"])
+    before = model.net[2].weight.clone()
+    _, made = fit([callback], model, max_epochs=1, limit_val_batches=0)
+    learned = conductor(made).sidecars.parameters
+    assert len(learned) == 2
+    assert all(p.detach().any() for p in learned)
+    assert not model.net[2].weight.requires_grad
+    assert torch.equal(before, latents(model)["net.2.weight"])
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -146,7 +164,7 @@ def test_labels_of_trained_factors_are_unscaled_whatever_the_order(first):
     for plugins in ([], [CpuScaler()]):
         ours = [M("saliency", calibration_steps=3, schedule="constant"), W("low_rank", schedule="constant")]
         model, _ = fit(ours if first else ours[::-1], Net("sgd"), max_steps=4, limit_val_batches=0, plugins=plugins)
-        totals.append([b for name, b in model.named_buffers() if ".psc." in name and name.endswith("total")])
+        totals.append(totals_of(model))
     assert totals[0]
     assert all(total.any() for total in totals[0])
     torch.testing.assert_close(*totals, rtol=1e-3, atol=1e-6)
@@ -157,21 +175,27 @@ def test_labels_of_trained_factors_are_unscaled_whatever_the_order(first):
 @pytest.mark.parametrize(("plugins", "others"), [(list, []), (lambda: [CpuScaler()], []),
                                                  (lambda: [CpuScaler()], [GradientClipping(max_value=0.1)])])  # fmt: skip
 def test_a_step_whose_gradient_is_not_finite_has_no_label(callback, plugins, others):
-    """The scaler skips it, clipping by value may have hidden it; the labels of the other steps are all there is."""
+    """The scaler, or the optimizer itself, skips it, clipping by value may have hidden it; the others' labels count."""
     totals = []
+
+    class Guarded(torch.optim.SGD):
+        def step(self, closure=None):
+            loss = closure()
+            if all(p.grad.isfinite().all() for group in self.param_groups for p in group["params"]):
+                super().step()
+            return loss
 
     class Bad(Net):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch, batch_idx) * (float("inf") if batch_idx == 1 else 1.0)
 
-        def on_before_optimizer_step(self, optimizer):
-            for parameter in self.parameters():
-                if parameter.grad is not None and not plugins():
-                    parameter.grad.nan_to_num_(0, 0, 0)
+        def configure_optimizers(self):
+            return Guarded(self.parameters(), 0.05) if not plugins() else super().configure_optimizers()
 
     class Look(Callback):
         def on_train_batch_end(self, made, model, *args):
-            totals.append([b.clone() for name, b in model.named_buffers() if name.endswith("total")])
+            totals.append([total.clone() for total in totals_of(model)])
+            assert all(parameter.isfinite().all() for parameter in model.parameters())
 
     fit([*others, callback, Look()], Bad("sgd"), max_steps=7, limit_val_batches=0, plugins=plugins())
     for before, bad, after in zip(*totals[:3]):
@@ -189,13 +213,12 @@ def test_labels_are_of_the_loss_that_an_optimizer_steps_for():
     class Look(Callback):
         def on_before_optimizer_step(self, made, model, optimizer):
             for index, layer in ((0, model.net[0]), (2, model.net[2])):
-                weight = layer._parameters["weight"]
+                weight = layer.weight
                 if made.global_step < 10 and any(weight is p for p in optimizer.param_groups[0]["params"]):
                     labels[index] = labels.get(index, 0) + (weight.grad * weight).abs().detach()
 
         def on_train_batch_end(self, made, model, *args):
-            for index in (0, 2):
-                totals[index] = model.net[index].psc["weight"].cores["core"].mask.total
+            totals.update(zip((0, 2), totals_of(model), strict=True))
 
     callback = M("saliency", calibration_steps=10, schedule="constant")
     fit([callback, Look()], Adversaries(second=2.0), max_steps=12, limit_val_batches=0)
@@ -211,12 +234,12 @@ def test_a_ramp_ends_with_training_whatever_accumulates_when(factors, steps, lim
 
     class Strengths(Callback):
         def on_train_batch_start(self, made, model, *args):
-            strengths.append(float(next(slots for _, slots, _ in views(model)).strength[1]))
+            strengths.append(float(next(slots for _, slots, _ in slotted(model)).strength[1]))
 
     callback = M(schedule={"kind": "linear", "begin": 0.1, "end": 0.7})
     others = [Strengths(), GradientAccumulationScheduler(factors)]
     made = fit([callback, *others], Net("sgd"), max_steps=limit, limit_val_batches=0)[1]
-    assert made.global_step == callback.state_dict()["total_steps"] == steps
+    assert made.global_step == conductor(made).total == steps
     assert strengths[-1] == 1
 
 
@@ -227,10 +250,10 @@ def test_factors_are_stepped_at_their_own_rate(rate):
 
     class Factors(Callback):
         def on_before_optimizer_step(self, made, model, optimizer):
-            before.append([p.detach().clone() for p in callback._optimizer.param_groups[0]["params"]])
+            before.append([p.detach().clone() for p in conductor(made).sidecars.parameters])
 
         def on_train_batch_end(self, made, model, *args):
-            after.append([p.detach().clone() for p in callback._optimizer.param_groups[0]["params"]])
+            after.append([p.detach().clone() for p in conductor(made).sidecars.parameters])
 
     class Alive(Net):
         def configure_optimizers(self):
@@ -251,5 +274,5 @@ def test_a_model_trained_in_real_fp16_is_what_its_file_holds(name, tmp_path):
     model, _ = fit(COMBINATIONS[name](ramp), Net("sgd"), plugins=[scaled])
     save(model, tmp_path / "model.psc")
     state = load(tmp_path / "model.psc")
-    assert all(torch.equal(state[name], slots(weight)) for name, slots, weight in views(model))
+    assert all(torch.equal(state[name], weight) for name, _, weight in slotted(model))
     assert all(value.isfinite().all() for value in state.values())

@@ -19,17 +19,23 @@ from training import (
     CpuScaler,
     Loader,
     Net,
+    Shown,
+    conductor,
     differences,
     fit,
+    latents,
     layers,
     run_state,
+    sidecars,
+    slots_at,
+    slotted,
     trainer,
 )
 
 from psc_lightning import MaskLearning, StraightThroughQuantization, WeightSharing, detach, load, save
 from psc_lightning.artifact import to_bytes
+from psc_lightning.live import compressed
 from psc_lightning.slots import SLOTS
-from psc_lightning.view import views
 
 pytestmark = QUIET
 
@@ -42,8 +48,10 @@ def logits(model):
         return model.eval()(INPUTS)
 
 
-def sidecars(model):
-    return {name: parameter for name, parameter in model.named_parameters() if ".psc." in name}
+def steps_of(made, model):
+    """How often what is trained beside each weight was stepped."""
+    state = conductor(made).sidecars.optimizer.state
+    return {name: {int(state[p]["step"]) for p in slots.parameters()} for name, slots, _ in slotted(model)}
 
 
 class Watch(Callback):
@@ -64,11 +72,20 @@ class Watch(Callback):
 # ------------------------------------------------------------------------------------- what holds after every step
 
 
-def hard(made, model):
-    """Every slot that has begun is at full strength and holds its invariant; returns how many."""
-    for _, slots, weight in views(model):
-        effective = slots.layout.matrix(slots(weight).detach())
-        cores = slots._reduce(weight.detach()) if slots.begun else {}
+def hard(made, model, means=()):
+    """Every slot that has begun is at full strength and holds its invariant; the Parameter has what it makes.
+
+    Of a latent weight's mean, where the model holds an average.
+    """
+    for name, tensor, weight in compressed(model):
+        slots, latent = tensor.slots, tensor.dense(weight)
+        if name in means:
+            slots, latent = slots.twin(), means[name]
+            slots.refresh(latent)
+        assert not slots.stale
+        assert torch.equal(weight, slots.make(latent))
+        effective = slots.layout.matrix(weight.detach())
+        cores = slots._reduce(latent) if slots.begun else {}
         assert all(phase in (0, 2) for phase in slots.phase)
         for name, core in cores.items():
             chain, phase = slots.cores[name], slots.phase
@@ -117,14 +134,14 @@ def test_zeros_levels_and_ties_hold_after_every_step(name, optimizer):
     watch = Watch(hard)
     model, _ = fit([*COMBINATIONS[name](RAMP), watch], Net(optimizer), val_check_interval=6)
     assert watch.calls == 24 + 4 * 2
-    assert all(slots.phase[SLOTS.index(slot)] == 2 for _, slots, _ in views(model) for slot in slots.specs)
+    assert all(slots.phase[SLOTS.index(slot)] == 2 for _, slots, _ in slotted(model) for slot in slots.specs)
 
 
 # ------------------------------------------------------------------------------------------- stepping the sidecars
 
 
 class Filtered(Net):
-    """Decay for matrices, none for vectors, sidecars wherever they fall."""
+    """Decay for matrices, none for vectors."""
 
     def configure_optimizers(self):
         decay = [p for p in self.parameters() if p.dim() > 1]
@@ -151,6 +168,7 @@ def test_the_users_optimizer_keeps_the_plain_layout(cls):
 
 
 def group_names(model, made):
+    """What each group of the user's optimizer holds; a KeyError where it is no Parameter of the model."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [[names[id(p)] for p in group["params"]] for group in made.optimizers[0].param_groups]
 
@@ -166,21 +184,22 @@ def test_a_sidecar_is_stepped_once_per_optimizer_step(cls, accumulate, steps):
         changes.append((made.global_step, now))
 
     callback = M("movement", threshold=0.5, schedule="constant")
-    fit([callback, Watch(look)], cls() if cls is not Net else Net(steps=steps), accumulate_grad_batches=accumulate,
-        limit_val_batches=0)  # fmt: skip
-    assert {int(state["step"]) for state in callback._optimizer.state.values()} == {steps}
-    assert [group["weight_decay"] for group in callback._optimizer.param_groups] == [0.0]
+    model, made = fit([callback, Watch(look)], cls() if cls is not Net else Net(steps=steps),
+                      accumulate_grad_batches=accumulate, limit_val_batches=0)  # fmt: skip
+    assert steps_of(made, model) == {f"net.{index}.weight": {steps} for index in (0, 3, 7)}
+    assert [group["weight_decay"] for group in conductor(made).sidecars.optimizer.param_groups] == [0.0]
     for (step, before), (now, after) in pairwise(changes):
         assert all(torch.equal(before[name], after[name]) == (step == now) for name in before)
 
 
 def test_the_step_is_adamws_on_the_accumulated_gradient():
-    """Replayed by hand: the gradients of two batches, summed, into an AdamW of the same learning rate."""
+    """Replayed by hand: g·w of two batches' gradients, summed, into an AdamW of the same learning rate."""
     seen, scores = [], []
 
     class Gradients(Callback):
         def on_before_optimizer_step(self, made, model, optimizer):
-            seen.append([p.grad.clone() for p in sidecars(model).values()])
+            dense = latents(model)
+            seen.append([(weight.grad * dense[name]).reshape(len(weight), -1) for name, _, weight in slotted(model)])
 
         def on_train_batch_end(self, made, model, *args):
             scores.append([p.detach().clone() for p in sidecars(model).values()])
@@ -207,32 +226,45 @@ def test_sidecars_sleep_before_their_begin():
         seen[made.global_step] = [p.detach().clone() for p in sidecars(model).values()]
 
     callbacks = COMBINATIONS["separable_lsq"]({"kind": "constant", "begin": 12})
-    fit([*callbacks, Watch(look)])
+    model, made = fit([*callbacks, Watch(look)])
     assert differences(seen[1], seen[12]) == []
     assert len(differences(seen[12], seen[13])) == len(seen[1])
-    for callback in callbacks:
-        if callback._optimizer is not None:
-            assert {int(state["step"]) for state in callback._optimizer.state.values()} == {12}
+    assert steps_of(made, model) == {f"net.{index}.weight": {12} for index in (0, 3, 7)}
+
+
+class Bad(Named):
+    """One batch has no finite gradient; the optimizer that gets it takes nothing of it."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("inf") if batch_idx == 3 else loss
+
+    def configure_optimizers(self):
+        return Shown(self.parameters(), self.clean)
+
+    def clean(self, optimizer):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.nan_to_num_(0, 0, 0)
 
 
 def test_a_gradient_that_is_not_finite_is_skipped():
     """One bad batch: the plugin's step of that batch is left out, later ones are taken."""
+    model, made = fit([M("movement", schedule="constant")], Bad(), max_epochs=1)
+    assert set.union(*steps_of(made, model).values()) == {11}
+    assert all(parameter.isfinite().all() for parameter in [*model.parameters(), *sidecars(model).values()])
 
-    class Bad(Named):
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            return loss * float("inf") if batch_idx == 3 else loss
 
+def test_a_gradient_that_the_user_cleans_counts_as_what_is_left():
+    """Sidecars' gradients come from those of the weights, after the user's hooks."""
+
+    class Cleaned(Bad):
         def on_before_optimizer_step(self, optimizer):
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad.nan_to_num_(0, 0, 0)
+            self.clean(optimizer)
 
-    callback = M("movement", schedule="constant")
-    model = Bad()
-    fit([callback], model, max_epochs=1)
-    assert {int(state["step"]) for state in callback._optimizer.state.values()} == {11}
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    model, made = fit([M("movement", schedule="constant")], Cleaned(), max_epochs=1)
+    assert set.union(*steps_of(made, model).values()) == {12}
+    assert all(parameter.isfinite().all() for parameter in [*model.parameters(), *sidecars(model).values()])
 
 
 class Two(Net):
@@ -260,15 +292,13 @@ class Two(Net):
 
 
 def test_manual_optimization_with_two_optimizers():
-    callback = M("movement", schedule="constant")
-    model, made = fit([callback], Two())
+    """What is trained beside a weight is stepped when the weight is."""
+    model, made = fit([M("movement", schedule="constant")], Two())
     assert made.global_step == 24 + 12
-    assert {int(state["step"]) for state in callback._optimizer.state.values()} == {24}
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = [
-        [names[id(p)] for p in group["params"]] for optimizer in made.optimizers for group in optimizer.param_groups
-    ]
-    assert not any(".psc." in name for group in groups for name in group)
+    assert steps_of(made, model) == {"net.0.weight": {24}, "net.3.weight": {24}, "net.7.weight": {12}}
+    held = [id(p) for optimizer in made.optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
+    hard(made, model)
 
 
 @pytest.mark.parametrize(("limits", "total"), [({}, 24 + 24), ({"max_steps": 30}, 30)])
@@ -282,7 +312,7 @@ def test_manual_optimization_counts_the_steps_of_all_optimizers(limits, total):
     strengths = {}
     callback = M(schedule={"kind": "linear", "begin": 0.0, "end": 0.5})
     made = fit([callback], Both(), **limits)[1]
-    assert made.global_step == callback.state_dict()["total_steps"] == total
+    assert made.global_step == conductor(made).total == total
     for step in (total // 2 - 2, total // 2):
         strengths[step] = callback.schedule.strength(step, total)
     assert list(strengths.values()) == [pytest.approx(1 - 2 / (total // 2)), 1.0]
@@ -334,11 +364,11 @@ class InConfigureModel(Late):
 @pytest.mark.parametrize("name", ["separable_lsq", "deep", "saliency"])
 def test_sidecars_stay_float32(precision, cls, name):
     model, _ = fit(COMBINATIONS[name](RAMP), cls(), precision=precision)
-    ours = {key: value for key, value in model.state_dict().items() if ".psc." in key}
-    assert {value.dtype for value in ours.values()} <= {torch.float32, torch.uint8, torch.int32}
+    ours = [value for _, slots, _ in slotted(model) for value in slots.state_dict().values()]
+    assert torch.float32 in {value.dtype for value in ours} <= {torch.float32, torch.uint8, torch.int32}
     expected = torch.bfloat16 if precision == "bf16-true" else torch.float32
-    assert {weight.dtype for _, _, weight in views(model)} == {expected}
-    assert {slots(weight).dtype for _, slots, weight in views(model)} == {expected}
+    assert {weight.dtype for _, _, weight in slotted(model)} == {expected}
+    assert {latent.dtype for latent in latents(model).values()} == {expected}
     if precision == "bf16-mixed":
         hard(None, model)
 
@@ -347,7 +377,7 @@ def test_a_bf16_model_is_what_its_file_holds(tmp_path):
     model, _ = fit(COMBINATIONS["separable_lsq"](RAMP), precision="bf16-true")
     save(model, tmp_path / "model.psc")
     state = load(tmp_path / "model.psc")
-    assert all(torch.equal(state[name], slots(weight)) for name, slots, weight in views(model))
+    assert all(torch.equal(state[name], weight) for name, _, weight in slotted(model))
 
 
 # -------------------------------------------------------------------------------------------------- life of a model
@@ -375,7 +405,7 @@ def test_layers_built_late_without_a_target_are_told(late):
 @pytest.mark.parametrize("late", [InSetup, InConfigureModel])
 @pytest.mark.parametrize("idempotent", [True, False])
 def test_layers_built_late_resume(late, idempotent, tmp_path):
-    """They are there, and viewed, before a checkpoint is put into them; which the plain class reads."""
+    """They are there before a checkpoint is put into them; which the plain class reads."""
 
     def run(folder, ckpt=None):
         saver = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
@@ -404,7 +434,7 @@ def test_fit_validate_test_fit():
     assert made.global_step == 48
     assert to_bytes(model)[0] != before
     hard(None, model)
-    assert all(slots.phase[1:] == [2, 2] for _, slots, _ in views(model))
+    assert all(slots.phase[1:] == [2, 2] for _, slots, _ in slotted(model))
 
 
 @pytest.mark.parametrize("name", ["row", "separable_lsq", "cross_channel", "deep"])
@@ -415,13 +445,13 @@ def test_a_trained_model_goes_through_its_schedule_again(name):
     class Begins(Callback):
         def on_train_batch_end(self, made, model, *args):
             if made.global_step == 1:
-                off.append([slots.begun for _, slots, _ in views(model)])
+                off.append([slots.begun for _, slots, _ in slotted(model)])
 
     model, _ = fit(callbacks)
     model, made = fit([*callbacks, Begins()], model)
     assert off == [[False] * 3]
     hard(made, model)
-    assert all(slots.begun for _, slots, _ in views(model))
+    assert all(slots.begun for _, slots, _ in slotted(model))
 
 
 def test_one_callback_in_two_trainers():
@@ -447,7 +477,7 @@ def test_dry_and_bare_runs(options):
         made = Trainer(**bare)
     made.fit(model, Loader(), Loader(count=2))
     hard(made, model)
-    assert all(slots.begun for _, slots, _ in views(model))
+    assert all(slots.begun for _, slots, _ in slotted(model))
     to_bytes(model)
 
 
@@ -457,7 +487,7 @@ def test_an_interrupted_run_leaves_a_hard_model(error, tmp_path):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
             if self.trainer.global_step == 7:  # in the ramp
-                assert any(1 in slots.phase for _, slots, _ in views(self))
+                assert any(1 in slots.phase for _, slots, _ in slotted(self))
                 raise error("stop")
             return loss
 
@@ -481,7 +511,7 @@ def test_two_callbacks_on_different_tensors():
         ]
     )
     assert [int(model.net[i].weight.eq(0).sum()) for i in (0, 3, 7)] == [36, 0, 384]
-    assert {name: slots.method for name, slots, _ in views(model)} == {
+    assert {name: slots.method for name, slots, _ in slotted(model)} == {
         "net.0.weight": "magnitude",
         "net.3.weight": "binary",
         "net.7.weight": "magnitude",
@@ -500,14 +530,15 @@ def test_two_callbacks_told_apart_by_what_they_ignore():
 
 
 def test_frozen_weights_stay_while_their_slots_act():
-    """Mask and levels apply to a frozen layer, its scores learn, its Parameter keeps every bit."""
+    """Mask and levels apply to a frozen layer, its scores learn, its latent weight keeps every bit."""
     model = Net("sgd")
     model.net[3].weight.requires_grad_(False)
     before = model.net[3].weight.clone()
     fit([M("movement", threshold=0.5, targets=["net.3", "net.7"], schedule="constant"), Q("ternary", schedule="constant")],
         model)  # fmt: skip
-    assert torch.equal(model.net[3]._parameters["weight"], before)
-    assert not model.net[3]._parameters["weight"].requires_grad
+    assert torch.equal(latents(model)["net.3.weight"], before)
+    assert not model.net[3].weight.requires_grad
+    assert model.net[3].weight.grad is None
     assert int(model.net[3].weight.eq(0).sum()) >= 288
     assert all(parameter.detach().ne(0).any() for parameter in sidecars(model).values())
 
@@ -518,7 +549,9 @@ def test_detached_after_a_fit_it_trains_on(tmp_path):
     twin = copy.deepcopy(model)
     detach(twin)
     assert torch.equal(logits(twin), expected)
-    assert torch.equal(logits(model), expected)  # the original is still viewed, and hard
+    assert torch.equal(logits(model), expected)  # the original has its slots still, and is hard
+    assert not list(slotted(twin))
+    assert len(list(slotted(model))) == 3
     fit((), twin.train(), max_epochs=1)
     assert torch.equal(logits(model), expected)
     assert torch.equal(logits(pickle.loads(pickle.dumps(model))), expected)
@@ -529,9 +562,8 @@ def test_refresh_waits_its_steps():
     seen = []
 
     def look(made, model):
-        logits_of = model.net[3].weight  # the mask is brought up to date by looking
-        assert logits_of is not None
-        seen.append(model.net[3].psc["weight"].cores["core"].mask.keep.clone())
+        seen.append(slots_at(model, "net.3.weight").cores["core"].mask.keep.clone())
+        assert torch.equal(seen[-1].reshape(-1), model.net[3].weight.ne(0).reshape(-1))
 
     fit([M("magnitude", threshold=0.5, refresh=4, schedule="constant"), Watch(look)], Net("sgd"), limit_val_batches=0)
     changed = [step + 1 for step in range(1, 24) if not torch.equal(seen[step - 1], seen[step])]
@@ -542,18 +574,22 @@ def test_refresh_waits_its_steps():
 # ------------------------------------------------------------------------------------------------------- company
 
 
+@pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("name", ["float", "deep", "column", "low_rank"])
-def test_an_average_after_us_is_compressed_too(name, tmp_path):
-    """It validates, is saved, and is left at the end as an averaged model that is hard."""
+def test_an_average_is_compressed_too(name, first, tmp_path):
+    """Before us or after us: it validates, is saved, and is left at the end as an averaged model that is hard."""
     validated = []
 
     class Look(Callback):
         def on_validation_batch_end(self, made, model, *args):
-            hard(made, model)
+            (average,) = conductor(made).averages
+            hard(made, model, average.latents)
             validated.append(model.net[3].weight.detach().clone())
 
-    saver = ModelCheckpoint(dirpath=tmp_path, filename="last")
-    model, made = fit([*COMBINATIONS[name](RAMP), EMAWeightAveraging(decay=0.6), Look(), saver])
+    saver, average = ModelCheckpoint(dirpath=tmp_path, filename="last"), EMAWeightAveraging(decay=0.6)
+    ours = COMBINATIONS[name](RAMP)
+    model, made = fit([*([average, *ours] if first else [*ours, average]), Look(), saver])
+    assert len(validated) == 4
     hard(made, model)
     assert torch.equal(model.net[3].weight, validated[-1])
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
@@ -568,15 +604,49 @@ def test_an_average_after_us_is_compressed_too(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["float", "row", "deep"])
-def test_a_running_mean_takes_in_every_buffer(name, tmp_path):
+def test_a_running_mean_of_all_steps(name, tmp_path):
     """Lightning's default: a mean of all steps, formed by subtraction, buffers included."""
     model, made = fit([*COMBINATIONS[name](RAMP), WeightAveraging()])
     hard(made, model)
     save(model, tmp_path / "model.psc")
     state = load(tmp_path / "model.psc")
-    assert all(torch.equal(state[name], slots(weight)) for name, slots, weight in views(model))
+    assert all(torch.equal(state[name], weight) for name, _, weight in slotted(model))
     single, _ = fit(COMBINATIONS[name](RAMP))
     assert not torch.equal(single.net[3].bias, model.net[3].bias)
+
+
+def test_any_order_of_an_average_and_us():
+    files = set()
+    for place in range(3):
+        callbacks = COMBINATIONS["float"](RAMP)
+        callbacks.insert(place, EMAWeightAveraging(decay=0.6))
+        files.add(to_bytes(fit(callbacks)[0])[0])
+    assert len(files) == 1
+
+
+def test_the_average_is_of_latent_weights():
+    """By hand: the first latent weight, then 0.6 of the mean and 0.4 of each next one; what is hard of it is the end."""
+    means = {}
+
+    class Follow(Callback):
+        def on_train_batch_end(self, made, model, *args):
+            for name, latent in latents(model).items():
+                means[name] = 0.6 * means[name] + 0.4 * latent if name in means else latent
+
+    callbacks = [M("magnitude", threshold=0.5, schedule="constant"), Q("ternary", schedule="constant")]
+    model, made = fit([*callbacks, Follow(), EMAWeightAveraging(decay=0.6)], Net("sgd"))
+    (average,) = conductor(made).averages
+    assert list(average.latents) == list(means)
+    for name, tensor, weight in compressed(model):
+        torch.testing.assert_close(average.latents[name], means[name], rtol=1e-5, atol=1e-7)
+        assert torch.equal(tensor.latent, average.latents[name])
+        assert weight[0].unique().numel() == 3
+    torch.testing.assert_close(model.net[3].bias, dict(average_of(made).named_parameters())["net.3.bias"])
+
+
+def average_of(made):
+    (averaging,) = (callback for callback in made.callbacks if isinstance(callback, WeightAveraging))
+    return averaging._average_model.module
 
 
 @pytest.mark.parametrize(("accumulate", "steps"), [(1, (3, 9, 12, 17)), (2, (2, 5, 6, 9))])
@@ -611,12 +681,13 @@ def test_what_a_finetuning_callback_unfreezes_stays_ours(first, tmp_path):
     found = []
 
     def look(made, model):
-        found.extend(name for group in group_names(model, made) for name in group if ".psc." in name)
+        found.append({name for group in group_names(model, made) for name in group})
 
     callback = M("movement", schedule="constant", score_lr=0.01)
     others = [BackboneFinetuning(1, train_bn=False), Watch(look)]
     model, made = fit([callback, *others] if first else [*others, callback], Backbone())
-    assert found == []
+    start, rest = ({f"net.{i}.{part}" for i in which for part in ("weight", "bias")} for which in ((1, 7), (0, 3)))
+    assert found == [start] * 14 + [start | rest] * 14  # twelve batches and two of validation, twice
     assert len(made.optimizers[0].param_groups) == 2
     assert all(parameter.detach().ne(0).any() for parameter in sidecars(model).values())
 
@@ -640,6 +711,16 @@ def test_backbone_fine_tuning_resumes(first, stop, tmp_path):
     if stop != 17:  # there a plain run does not resume bit-equal either
         assert differences(expected, found) == []
         assert to_bytes(model)[0] == to_bytes(resumed)[0]
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_other_stages_attach_nothing(stage):
+    model = Net()
+    made = trainer([Q("binary")])
+    getattr(made, stage)(model, Loader(count=1), verbose=False)
+    assert not list(slotted(model))
+    assert [type(callback) for callback in made.callbacks] == [Q]
+    assert list(model.state_dict()) == list(Net().state_dict())
 
 
 def test_the_data_are_the_tests():

@@ -6,11 +6,10 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
-from training import COMBINATIONS, INPUTS, QUIET, Loader, layers
+from training import COMBINATIONS, INPUTS, QUIET, Loader, layers, slotted
 
 from psc_lightning import GradientClipping, load, save
 from psc_lightning.artifact import to_bytes
-from psc_lightning.view import views
 
 pytestmark = QUIET
 
@@ -51,7 +50,7 @@ def fit(folder, ckpt=None):
 
 def test_it_trains_saves_plain_checkpoints_and_resumes(tmp_path):
     model = fit(tmp_path / "whole")
-    assert all(slots.begun for _, slots, _ in views(model))
+    assert all(slots.begun for _, slots, _ in slotted(model))
     save(model, tmp_path / "model.psc")
     state = torch.load(tmp_path / "whole" / "step=24.ckpt", weights_only=True)["state_dict"]
     for weights in (load(tmp_path / "model.psc"), state):

@@ -9,7 +9,7 @@ from pathlib import Path
 import joblib
 import pytest
 import torch
-from training import COMBINATIONS, INPUTS, QUIET, fit
+from training import COMBINATIONS, INPUTS, QUIET, differences, fit, latents
 
 from psc_lightning.artifact import to_bytes
 
@@ -25,6 +25,7 @@ def same(model: torch.nn.Module, other: torch.nn.Module) -> None:
     with torch.no_grad():
         assert torch.equal(model(INPUTS), other.eval()(INPUTS))
     assert to_bytes(other)[0] == to_bytes(model)[0]
+    assert differences(latents(model), latents(other)) == []
 
 
 def test_saved_whole(model, tmp_path):
@@ -38,7 +39,7 @@ def test_joblib(model, tmp_path):
 
 
 def test_another_process_reads_it(model, tmp_path):
-    """Where the cached subclasses are not made yet."""
+    """Where nothing of ours is loaded yet."""
     torch.save(model, tmp_path / "model.pt")
     script = (
         "import sys, torch; from training import INPUTS; torch.set_num_threads(1)\n"

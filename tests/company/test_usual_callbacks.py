@@ -20,21 +20,39 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
-from training import COMBINATIONS, INPUTS, LABELS, QUIET, Net, differences, fit, run_state, trainer
+from training import (
+    COMBINATIONS,
+    INPUTS,
+    LABELS,
+    QUIET,
+    Net,
+    conductor,
+    differences,
+    fit,
+    latents,
+    run_state,
+    sidecars,
+    slotted,
+    trainer,
+)
 
 from psc_lightning import load, save
 from psc_lightning.artifact import to_bytes
-from psc_lightning.view import views
 
 pytestmark = QUIET
 
 RAMP = {"kind": "linear", "begin": 4, "end": 12}
 
 
+def steps_of(made) -> set[int]:
+    """How often what is trained beside the weights was stepped."""
+    return {int(state["step"]) for state in conductor(made).sidecars.optimizer.state.values()}
+
+
 def is_its_file(model: nn.Module, tmp_path, layout: torch.memory_format = torch.contiguous_format) -> None:
     """It is hard, and a plain network of the same memory layout, loaded from its file, computes the same."""
-    assert all(slots.phase[i] in (0, 2) for _, slots, _ in views(model) for i in range(3))
-    assert any(slots.begun for _, slots, _ in views(model))
+    assert all(slots.phase[i] in (0, 2) for _, slots, _ in slotted(model) for i in range(3))
+    assert any(slots.begun for _, slots, _ in slotted(model))
     save(model, tmp_path / "model.psc")
     plain = Net().to(memory_format=layout)
     plain.load_state_dict(load(tmp_path / "model.psc"))
@@ -76,7 +94,7 @@ def test_a_checkpoint_of_an_interrupted_run_is_hard(error, first, tmp_path):
     class Stopped(Net):
         def training_step(self, batch, batch_idx):
             if self.trainer.global_step == 7:
-                assert any(1 in slots.phase for _, slots, _ in views(self))
+                assert any(1 in slots.phase for _, slots, _ in slotted(self))
                 raise error("stop")
             return super().training_step(batch, batch_idx)
 
@@ -105,19 +123,20 @@ def test_monitors_bars_and_accumulation_on_a_schedule(tmp_path):
         [*callbacks, *others], Net("sgd"), logger=CSVLogger(tmp_path), enable_progress_bar=True, log_every_n_steps=1
     )
     assert made.global_step == 12 + 4
-    stepped = [callback._optimizer for callback in callbacks if callback._optimizer is not None]
-    assert {int(s["step"]) for optimizer in stepped for s in optimizer.state.values()} == {16}
+    assert steps_of(made) == {16}
     is_its_file(model, tmp_path)
 
 
+@pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("name", ["float", "separable_lsq"])
 @pytest.mark.filterwarnings("ignore:.*swa_utils.*")
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.*")
 @pytest.mark.filterwarnings("ignore:Swapping scheduler.*")
-def test_stochastic_weight_averaging(name, tmp_path):
+def test_stochastic_weight_averaging(name, first, tmp_path):
     """Its last epoch renews the BatchNorm statistics of the averaged, compressed weights; the result is hard."""
     averaging = StochasticWeightAveraging(1e-2, swa_epoch_start=2)
-    model, _ = fit([*COMBINATIONS[name](RAMP), averaging], Net("sgd"), max_epochs=4)
+    ours = COMBINATIONS[name](RAMP)
+    model, _ = fit([averaging, *ours] if first else [*ours, averaging], Net("sgd"), max_epochs=4)
     is_its_file(model, tmp_path)
     single, _ = fit(COMBINATIONS[name](RAMP), Net("sgd"), max_epochs=4)
     assert not torch.equal(single.net[3].bias, model.net[3].bias)
@@ -153,11 +172,7 @@ def test_finders_try_and_put_everything_back(name, tmp_path, monkeypatch):
     made = trainer([*callbacks, *finders], limit_val_batches=1)
     made.fit(model)
     assert (model.batch_size, made.global_step) == (8, 24)
-    for callback in callbacks:
-        if callback._optimizer is not None:
-            assert {int(s["step"]) for s in callback._optimizer.state.values()} == {
-                24 - 5
-            }  # a ramp is at 0 when it begins
+    assert steps_of(made) == {24 - 5}  # a ramp is at 0 when it begins
     is_its_file(model, tmp_path)
 
 
@@ -176,6 +191,8 @@ def test_the_run_after_a_finder_is_the_run_with_what_it_found(name, first, tmp_p
     seed_everything(0, verbose=False)
     trainer(COMBINATIONS[name](RAMP), limit_val_batches=1).fit(again)
     assert differences(dict(again.state_dict()), dict(model.state_dict())) == []
+    assert differences(latents(again), latents(model)) == []
+    assert differences(sidecars(again), sidecars(model)) == []
     assert to_bytes(again)[0] == to_bytes(model)[0]
 
 
@@ -192,6 +209,8 @@ def test_activation_checkpointing(name, reentrant):
     model, _ = fit(COMBINATIONS[name](RAMP), Checkpointed("sgd"), limit_val_batches=0)
     parameters = [dict(net.named_parameters()) for net in (plain, model)]
     assert differences(*parameters) == []  # BatchNorm's statistics see each batch twice
+    assert differences(latents(plain), latents(model)) == []
+    assert differences(sidecars(plain), sidecars(model)) == []
 
 
 def test_channels_last(tmp_path):

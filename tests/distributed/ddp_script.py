@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from training import RUNS, Loader, Net, layers
+from training import RUNS, Loader, Net, conductor, latents, layers, sidecars, slotted
 
 import psc_lightning
 from psc_lightning.callbacks.slot import SlotCallback
@@ -96,6 +96,14 @@ def trainer(callbacks: Sequence[Callback], **options: Any) -> Trainer:
     )
 
 
+def beside(model: nn.Module) -> dict[str, Tensor]:
+    """What lies beside the weights: ``<name>:latent`` and the buffers and Parameters of each tensor's slots."""
+    found = {f"{name}:latent": latent for name, latent in latents(model).items()}
+    return found | {
+        f"{name}:{key}": value for name, slots, _ in slotted(model) for key, value in slots.state_dict().items()
+    }
+
+
 def main(devices: int, folder: Path) -> None:
     """In double precision a sum in another order is no reason to drop, or to round, another weight."""
     warnings.simplefilter("ignore")
@@ -111,12 +119,10 @@ def main(devices: int, folder: Path) -> None:
         model = Nets()
         data = [Shares(made.global_rank, devices) for _ in range(2)]
         made.fit(model, *data, ckpt_path=folder / f"{devices}.ckpt" if run == "-resumed" else None)
-        state = {key: value.detach().clone() for key, value in model.state_dict().items()}
-        state["steps"] = torch.tensor(made.global_step)
-        for callback in callbacks:
-            if callback._optimizer is not None:
-                for index, slot in enumerate(callback._optimizer.state.values()):
-                    state |= {f"{callback.state_key}.{index}.{key}": value for key, value in slot.items()}
+        state = {**model.state_dict(), "steps": torch.tensor(made.global_step), **beside(model)}
+        optimizer = conductor(made).sidecars.optimizer
+        for name, sidecar in sidecars(model).items():
+            state |= {f"{name}.{key}": value for key, value in optimizer.state[sidecar].items()}
         torch.save(state, folder / f"{devices}{run}-{made.global_rank}.pt")
         psc_lightning.save(model, folder / f"{devices}{run}-{made.global_rank}.psc")
 

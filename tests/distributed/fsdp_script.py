@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ddp_script import NAMES, Keep, Nets, Shares, slot_callbacks, trainer
+from ddp_script import NAMES, Keep, Nets, Shares, beside, slot_callbacks, trainer
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from training import INPUTS, LABELS, Loader, layers
+from training import INPUTS, LABELS, Loader, conductor, latents, layers
 
 import psc_lightning
 from psc_lightning import GradientClipping, MaskLearning, StraightThroughQuantization
-from psc_lightning.callbacks.slot import SlotCallback
+from psc_lightning.artifact import to_bytes
 from psc_lightning.sharding import gather
 
 torch.set_num_threads(1)
@@ -51,10 +51,13 @@ def fsdp(whole: bool = True) -> dict[str, Any]:
 def state_of(model: LightningModule, made: Trainer) -> dict[str, Any]:
     """All that a run leaves, whole on every rank."""
     state: dict[str, Any] = {key: gather(value.detach()).clone() for key, value in model.state_dict().items()}
+    state |= beside(model)
     for index, slot in enumerate(made.optimizers[0].state.values()):
         state |= {f"optimizer.{index}.{key}": gather(value) for key, value in slot.items()}
-    ours = [callback for callback in made.callbacks if isinstance(callback, SlotCallback | GradientClipping)]
-    return {**state, "ours": [callback.state_dict() for callback in ours], "step": made.global_step}
+    clipping = [callback.state_dict() for callback in made.callbacks if isinstance(callback, GradientClipping)]
+    ours: dict[str, Any] = {}
+    conductor(made).on_save_checkpoint(made, model, ours)
+    return {**state, "ours": ours, "clipping": clipping, "step": made.global_step}
 
 
 def end(model: LightningModule, made: Trainer, folder: Path, run: str, **more: Any) -> None:
@@ -100,7 +103,7 @@ def clipped() -> dict[str, Any]:
 
 
 class Built(LightningModule):
-    """Builds its layers in `configure_model` and shards them there: by `attach` before, by none, or along their rows."""
+    """Builds its layers in `configure_model` and shards them there: attached to before, or after, or along their rows."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -112,6 +115,7 @@ class Built(LightningModule):
         if self.how == "rows":
             parallelize_module(self.net, init_device_mesh("cpu", (2,)), {"7": ColwiseParallel()})
         elif not hasattr(self, "net"):
+            torch.manual_seed(0)
             self.net = layers()
             if self.how == "attached":
                 psc_lightning.attach(self, self.trainer.callbacks)
@@ -135,11 +139,13 @@ def asked(model: nn.Module, *callbacks: Any, **options: Any) -> str:
 
 def answers(folder: Path) -> dict[str, str]:
     mask, levels = MaskLearning("movement", schedule="constant"), StraightThroughQuantization("codebook")
-    attached = Built("attached")
-    found = {"unseen": asked(Built("unseen"), mask), "attached": asked(attached, mask)}
+    unseen, attached, half = Built("unseen"), Built("attached"), Built("unseen")
+    found = {"unseen": asked(unseen, mask), "attached": asked(attached, mask)}
+    found["same"] = to_bytes(unseen)[0] == to_bytes(attached)[0]
     found["rows"] = asked(Built("rows"), MaskLearning("magnitude"))
-    found["types"] = asked(Built("attached"), MaskLearning("movement"), precision="bf16-true")
-    found["none_beside"] = asked(Built("attached"), MaskLearning("magnitude"), precision="bf16-true")
+    found["half"] = asked(half, mask, levels, precision="bf16-true")
+    found["types"] = sorted({str(latent.dtype) for latent in latents(half).values()})
+    found["levels"] = [row.levels for row in to_bytes(half)[1].tensors if row.method == "movement+codebook"]
     found["second"] = asked(attached, mask, levels)
     for name, action in {
         "detach": lambda: psc_lightning.detach(attached),

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from ddp_script import trainer
 from lightning.pytorch import seed_everything
-from training import COMBINATIONS, Loader, Net
+from training import COMBINATIONS, Loader, Net, latents
 
 import psc_lightning
 
@@ -25,6 +25,7 @@ def main(devices: int, folder: Path) -> None:
         made = trainer(callbacks, devices=devices, strategy="ddp_spawn" if devices > 1 else "auto")
         made.fit(model, Loader(), Loader(count=1))
         psc_lightning.save(model, folder / f"{devices}-{name}.psc")
+        torch.save({"model": dict(model.state_dict()), "latents": latents(model)}, folder / f"{devices}-{name}.pt")
     if devices > 1:
         try:
             trainer(callbacks, devices=2, strategy="ddp_spawn").fit(Net("sgd"), Loader(), Loader(count=1))

@@ -21,9 +21,10 @@ def test_ranks_agree_bit_for_bit(runs):
     first, second = read(runs / "2-0.pt"), read(runs / "2-1.pt")
     assert first["steps"] == 12
     assert differences(first, second) == []
-    strengths = [value for key, value in first.items() if key.endswith(".strength")]
+    strengths = [value for key, value in first.items() if key.endswith(":strength")]
     assert len(strengths) == 3 * 12
     assert all(strength.max() == 1 for strength in strengths)
+    assert len([key for key in first if key.endswith(":latent")]) == 3 * 12
 
 
 def test_two_processes_are_one_with_the_double_batch(runs):
@@ -32,13 +33,11 @@ def test_two_processes_are_one_with_the_double_batch(runs):
     assert one["steps"] == 12
     assert one["nets.of_deep.3.weight"].dtype == torch.float64
     assert list(two) == list(one)
-    # Factors take a weight's place; DDP wants a gradient for it all the same, and momentum goes on moving it, unused.
-    unused = {key.split(".psc.")[0] + ".weight" for key in one if ".psc.weight.tying." in key and key[-6:] != ".total"}
     far = [
         key for key, value in one.items() if not torch.allclose(two[key].double(), value.double(), rtol=1e-5, atol=1e-5)
     ]
     # The range of a batch's inputs is no mean of those of its halves.
-    assert {key for key in far if not key.startswith("nets.of_integers")} <= unused
+    assert [key for key in far if not key.startswith("nets.of_integers")] == []
 
 
 def test_labels_and_clusters_are_those_of_all_processes(runs):
@@ -53,7 +52,7 @@ def test_labels_and_clusters_are_those_of_all_processes(runs):
 
 def test_ranges_of_inputs_are_means_over_the_processes(runs):
     """Each has seen other samples, and rounds as the other does (the ranks agree)."""
-    ranges = {key: value for key, value in read(runs / "2-1.pt").items() if ".inputs." in key and key.endswith(".high")}
+    ranges = {key: value for key, value in read(runs / "2-1.pt").items() if ":inputs." in key and key.endswith(".high")}
     assert len(ranges) == 3 + 2
     assert all(value.any() for value in ranges.values())
 
@@ -69,5 +68,6 @@ def test_rank_zero_saves_the_file(runs):
 
 
 def test_the_checkpoint_is_plain(runs):
-    keys = [key for key in read(runs / "2-0.pt") if key.startswith("nets.") and ".psc." not in key]
+    keys = [key for key in read(runs / "2-0.pt") if key.startswith("nets.") and ":" not in key]
+    assert len(keys) == 6 * 12
     assert list(read(runs / "2.ckpt")["state_dict"]) == keys

@@ -24,7 +24,7 @@ RUNS = ("alike", "accumulated", "mixed", "straight", "from_whole", "from_shards"
 
 @pytest.mark.parametrize("run", RUNS)
 def test_ranks_agree_bit_for_bit(runs, run):
-    """Weights, thresholds, centroids, labels, factors, and what the plugin's own optimizer remembers."""
+    """Weights, latent weights, thresholds, centroids, labels, factors, and what the plugin's own optimizer remembers."""
     assert differences(read(runs / f"2/{run}-0.pt"), read(runs / f"2/{run}-1.pt")) == []
 
 
@@ -34,7 +34,7 @@ def test_the_file_is_that_of_one_process(runs):
     assert two.read_bytes() == one.read_bytes()
     assert read(runs / "2/alike-0.pt")["bytes"] == read(runs / "2/alike-1.pt")["bytes"] == two.stat().st_size
     state = read(runs / "2/alike-0.pt")["state"]
-    assert [key for key, value in state.items() if key.endswith(".strength") and value.max() < 1] == []
+    assert [key for key, value in state.items() if key.endswith(":strength") and value.max() < 1] == []
 
 
 def test_everything_learns(runs):
@@ -43,6 +43,9 @@ def test_everything_learns(runs):
     learned = [value for key, value in state.items() if key.endswith((".scores", ".centroids", ".step", ".u", ".p"))]
     assert len(learned) > 15
     assert all(value.any() for value in learned)
+    begun = [key.removesuffix(":latent") for key in state if key.endswith(":latent")]
+    assert len(begun) == 3 * 12
+    assert not any(torch.equal(state[key], state[f"{key}:latent"]) for key in begun if "of_low_rank" not in key)
     moved = [value for key, value in state.items() if key.startswith("optimizer.") and "momentum" in key]
     assert all(value.any() for value in moved)
 
@@ -98,13 +101,18 @@ def test_clipping_cuts_shards_as_it_cuts_whole_gradients(runs, limit):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-9)
 
 
+def test_a_model_that_is_sharded_already_is_compressed(runs):
+    """As one that was attached to before, to the byte; by a second callback later; in bfloat16."""
+    answers = read(runs / "2/answers-0.pt")
+    assert answers["attached"] == answers["unseen"] == answers["second"] == answers["half"] == "trained"
+    assert answers["same"]
+    assert answers["types"] == ["torch.bfloat16"]
+    assert len(answers["levels"]) == 3
+    assert max(answers["levels"]) <= 16 + 1  # and zero
+
+
 def test_what_cannot_work_says_so(runs):
     answers = read(runs / "2/answers-0.pt")
-    assert answers["attached"] == answers["none_beside"] == "trained"
-    assert "use precision='bf16-mixed'" in answers["types"]
-    early = "net.0.weight was sharded before {} was attached to it: build the layers in __init__"
-    assert early.format("MaskLearning('movement')") in answers["unseen"]
-    assert early.format("StraightThroughQuantization('codebook')") in answers["second"]
     assert "net.7.weight is a shard even while its layer runs" in answers["rows"]
     assert "MaskLearning('magnitude')" in answers["rows"]
     assert "into a plain model" in answers["detach"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from training import Net, differences
 
 
 @pytest.fixture(scope="module")
@@ -15,6 +17,17 @@ def runs(trained):
 def test_the_model_comes_back_with_its_slots(runs, name):
     """Both processes see the same batches, so that the file is that of one process, byte for byte."""
     assert (runs / f"2-{name}.psc").read_bytes() == (runs / f"1-{name}.psc").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["ternary_movement", "separable_lsq"])
+def test_latent_weights_come_back_beside_the_hard_ones(runs, name):
+    """So that training can go on; the model's own state is the plain one."""
+    two, one = (torch.load(runs / f"{devices}-{name}.pt", weights_only=True) for devices in (2, 1))
+    assert list(two["model"]) == list(Net().state_dict())
+    assert differences(two["model"], one["model"]) == []
+    assert len(two["latents"]) == 3
+    assert differences(two["latents"], one["latents"]) == []
+    assert not torch.equal(two["latents"]["net.3.weight"], two["model"]["net.3.weight"])
 
 
 def test_a_model_without_slots_is_refused(runs):

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from psc_lightning import MaskLearning, StraightThroughQuantization, WeightSharing, compress, export_onnx
 from psc_lightning.app.models import Block
-from psc_lightning.view import slots_of
+from psc_lightning.latent import Compressed
+from psc_lightning.live import held
+
+
+def tensor_of(layer: nn.Module) -> Compressed:
+    """The compressed weight of a layer."""
+    found = held(layer, "weight")
+    assert found is not None
+    return found
 
 
 def rounding(**options) -> StraightThroughQuantization:
@@ -109,7 +117,7 @@ def test_a_linear_layer_is_exact_up_to_the_bias(name: str, levels: dict[str, obj
     model = rounded(nn.Sequential(make()), [torch.randn(shape)], **levels, activations=activations)
     x = 1.5 * torch.randn(shape)  # also beyond what was seen
     export_onnx(model, tmp_path / "model.onnx", x)
-    inputs = slots_of(model[0], "weight").inputs.grid()
+    inputs = tensor_of(model[0]).slots.inputs.grid()
     with torch.no_grad():
         wanted = model(x)
         step = inputs.scale * model[0].weight.abs().amax()
@@ -164,10 +172,10 @@ def test_weights_are_int8_a_scale_a_row(tmp_path: Path):
     scales = [
         constants[node.input[1]] for node in dequantized if len(node.input) > 2 and constants[node.input[1]].size == 8
     ]
-    levels = slots_of(layer, "weight").cores["core"].levels
+    levels = tensor_of(layer).slots.cores["core"].levels
     np.testing.assert_array_equal(scales[0], levels.scale.numpy())
     codes = [values for values in constants.values() if values.dtype == np.int8 and values.size == 512]
-    np.testing.assert_array_equal(codes[0].reshape(8, 64), levels.code(layer._parameters["weight"]).detach().numpy())
+    np.testing.assert_array_equal(codes[0].reshape(8, 64), levels.code(tensor_of(layer).latent).numpy())
     quantized = [constants[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"]
     assert [zero.dtype for zero in quantized] == [np.uint8]
 
@@ -268,8 +276,7 @@ def test_a_model_that_has_seen_no_input_is_exported_as_before(tmp_path: Path):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(16, 16)).eval(), torch.randn(2, 16)
     rounding().attach(model)
-    for slots in (slots_of(model[0], "weight"),):
-        slots.harden(model[0]._parameters["weight"])
+    tensor_of(model[0]).harden(model[0].weight)
     export_onnx(model, tmp_path / "model.onnx", x)
     with torch.no_grad():
         assert torch.allclose(run(tmp_path / "model.onnx", x), model(x), atol=1e-6)

@@ -13,7 +13,8 @@ from torch import nn
 from training import QUIET, Loader, differences, fit, random_state, run_state, trainer
 
 import psc_lightning
-from psc_lightning import MaskLearning, StraightThroughQuantization, WeightSharing, export_onnx, view
+from psc_lightning import MaskLearning, StraightThroughQuantization, WeightSharing, detach, export_onnx
+from psc_lightning.live import compressed
 
 # Bits a weight, before entropy coding (README): a masked one has a bit a unit, and its levels' bits a survivor.
 BITS = {"float": 1 + 8 * 0.5, "binary": 1, "ternary": 1.6, "log": 8, "codebook": 4}
@@ -109,7 +110,7 @@ def test_dequantize_is_what_some_runtimes_look_for(tmp_path: Path) -> None:
     psc_lightning.compress(model, "float", threshold=0.0)
     export_onnx(model, tmp_path / "model.onnx", x, weights="dequantize")
     nodes = [node for node in onnx.load(tmp_path / "model.onnx").graph.node if node.op_type == "DequantizeLinear"]
-    assert len(nodes) == len(list(view.views(model)))
+    assert len(nodes) == len(list(compressed(model)))
     # Onnxruntime 1.23 fails at optimising it, and a later one may make 8 bit activations of it, which are not exact.
     with torch.no_grad():
         assert difference(run(tmp_path / "model.onnx", x, as_it_is=True), model(x)) <= 1e-5
@@ -217,7 +218,7 @@ def test_what_the_branches_of_a_condition_read_is_kept(tmp_path: Path) -> None:
     halved = MaskLearning("magnitude", 0.5, granularity="channel", min_size=1, targets="first")
     psc_lightning.compress(model, [halved, StraightThroughQuantization("uniform", min_size=1)])
     export_onnx(model, tmp_path / "model.onnx", x)
-    view.detach(model)
+    detach(model)
     with torch.no_grad():
         for y in (x, -x):
             assert difference(run(tmp_path / "model.onnx", y), model(y)) <= 1e-5
@@ -259,9 +260,12 @@ def test_a_model_in_the_middle_of_its_schedule_is_exported_hard(tmp_path: Path) 
     x = torch.randn(2, 32)
     psc_lightning.compress(model, "binary", min_size=1)
     hard = deepcopy(model)
-    for _, slots, weight in view.views(model):
-        slots.set_strength("levels", 0.5, weight)
+    for _, tensor, weight in compressed(model):
+        tensor.set_strength("levels", 0.5, weight)
+        tensor.show(weight)
+    before = model(x).detach()
     export_onnx(model, tmp_path / "model.onnx", x)
     with torch.no_grad():
         assert difference(run(tmp_path / "model.onnx", x), hard(x)) <= 1e-5
         assert difference(model(x), hard(x)) > 1e-3  # the model itself stays as it was
+        assert torch.equal(model(x), before)

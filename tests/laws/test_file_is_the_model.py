@@ -7,6 +7,7 @@ import torch
 from training import COMBINATIONS, INPUTS, QUIET, Loader, Net, fit, trainer
 
 import psc_lightning
+from psc_lightning.live import compressed
 
 pytestmark = QUIET
 
@@ -30,10 +31,11 @@ def test_the_file_is_the_trained_model(trained, tmp_path):
     plain = Net()
     plain.load_state_dict(state)
     assert torch.equal(logits(plain), logits(model))
-    for name, layer in (("net.0", model.net[0]), ("net.3", model.net[3]), ("net.7", model.net[7])):
-        effective = layer.weight.detach().contiguous()
-        assert state[f"{name}.weight"].view(torch.int32).equal(effective.view(torch.int32)), name
-        assert not effective.equal(layer._parameters["weight"]), "nothing was compressed"
+    found = {name: (tensor, weight.detach().contiguous()) for name, tensor, weight in compressed(model)}
+    assert list(found) == ["net.0.weight", "net.3.weight", "net.7.weight"]
+    for name, (tensor, weight) in found.items():
+        assert state[name].view(torch.int32).equal(weight.view(torch.int32)), name
+        assert not weight.equal(tensor.latent), "nothing was compressed"
 
 
 def test_the_measured_loss_is_the_files(trained, tmp_path):

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.utils.prune
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
-from training import QUIET, Net, fit
+from training import QUIET, Net, fit, slotted
 
 from psc_lightning import (
     GradientClipping,
@@ -21,7 +21,6 @@ from psc_lightning import (
     load,
     save,
 )
-from psc_lightning.view import views
 
 pytestmark = QUIET
 
@@ -114,11 +113,47 @@ def test_other_options_for_a_slot_that_is_filled():
         fit([Q("uniform", bits=5, schedule="constant")], model)
 
 
-@pytest.mark.parametrize("average", [EMAWeightAveraging, lambda: StochasticWeightAveraging(0.1)])
-def test_an_average_before_us(average):
-    message = refused([average(), Q("binary")], "put it after psc_lightning's callbacks")
-    assert "Averaging" in message
-    assert "StraightThroughQuantization" in message
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        (lambda: [Q("binary")], "levels (binary)"),
+        (lambda: [Q("ternary", targets="net.3.weight")], "no slots"),
+        (lambda: [Q("ternary"), M(threshold=0.25)], "mask (magnitude, threshold=0.25"),
+    ],
+)
+def test_a_resume_with_other_slots(now, said, tmp_path):
+    made = fit([Q("ternary", schedule="constant")], max_epochs=1)[1]
+    made.save_checkpoint(tmp_path / "model.ckpt")
+    message = refused(now(), r"^net\.0\.weight: the checkpoint was trained with ", ckpt=tmp_path / "model.ckpt")
+    assert f"levels (ternary), this run has {said}" in message
+    assert "resume with the same callbacks, or start from its weights: model.load_state_dict(" in message
+
+
+# --------------------------------------------------------------------------------------------------- optimizers
+
+
+def test_an_optimizer_that_does_not_say_when_it_steps():
+    class Ducks:
+        def __init__(self, parameters):
+            self.param_groups, self.state, self.defaults = [{"params": list(parameters), "lr": 0.1}], {}, {}
+
+        def step(self, closure=None):
+            return closure()
+
+        def zero_grad(self, set_to_none=True):
+            pass
+
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            pass
+
+    class Own(Untouched):
+        def configure_optimizers(self):
+            return Ducks(self.parameters())
+
+    refused([M()], "Ducks is no torch.optim.Optimizer: .*derive it from torch.optim.Optimizer", Own())
 
 
 # ---------------------------------------------------------------------------------------------------- schedules
@@ -180,6 +215,7 @@ def test_a_run_that_ends_in_mid_ramp_is_told():
         (lambda v: Q("uniform", learned_step=v), ("learned_step", 1, "yes")),
         (lambda v: Q("binary", form=v), ("form", "10", 1)),
         (lambda v: Q("log", root=v), ("root", 3, 0, "2")),
+        (lambda v: Q(scales=v), ("scales", "float64", 16)),
         (lambda v: Q(step_lr=v), ("step_lr", -1e-3, float("nan"))),
         (lambda v: W(v), ("method", "rows", None)),
         (lambda v: W("cross_channel", groups=v), ("groups", 1, 0, 2.0)),
@@ -262,12 +298,12 @@ def test_random_constructions_work_or_name_the_argument(tmp_path):
             named = any(str(error).startswith(name) or f"{name}=" in str(error) for name in options)
             assert named, f"{options}: {error}"  # noqa: PT017
         else:
-            assert all(slots.begun for _, slots, _ in views(model)), options
+            assert all(slots.begun for _, slots, _ in slotted(model)), options
             assert all(tensor.isfinite().all() for tensor in model.state_dict().values()), options
             save(model, tmp_path / "model.psc")
             state = load(tmp_path / "model.psc")
             Net().load_state_dict(state)
-            assert all(state[name].equal(slots(weight)) for name, slots, weight in views(model)), options
+            assert all(state[name].equal(weight) for name, _, weight in slotted(model)), options
 
 
 def test_a_weight_without_values_is_refused_by_name():
@@ -286,7 +322,7 @@ def test_strategies_that_hide_whole_weights_are_refused(strategy):
     made = SimpleNamespace(strategy=type(strategy, (), {})(), callbacks=[callback])
     with pytest.raises(ValueError, match=rf"MaskLearning.*{strategy}.*ModelParallelStrategy"):
         callback.setup(made, model, "fit")
-    assert not list(views(model))
+    assert not list(slotted(model))
 
 
 def test_a_model_without_layers():

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psc_lightning.masks import GRANULARITIES, read_keep
+from psc_lightning.masks import GRANULARITIES, MASKS, read_keep
 from psc_lightning.masks.magnitude import MagnitudeMask
 
 
@@ -110,3 +110,41 @@ def test_a_mask_follows_a_checkpoint():
     other = MagnitudeMask((1, 4), threshold=0.5)
     other.load_state_dict(mask.state_dict())
     assert other(torch.ones(1, 4), torch.ones(1, 4)).tolist() == [[0.0, 0.0, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize("method", MASKS)
+def test_hard_is_the_core_with_positive_zeros(method: str, same_bits):
+    mask, core = MASKS[method]((3, 2, 2, 2), threshold=0.5), -torch.rand(3, 2, 2, 2)
+    mask.refresh(core)
+    expected = torch.where(mask.keep, core, 0.0)
+    assert same_bits(mask.hard(core), expected)
+    last = core.contiguous(memory_format=torch.channels_last)
+    out = torch.full_like(last, math.nan)
+    assert mask.hard(last, out) is out
+    assert same_bits(out.contiguous(), expected)
+
+
+def test_straight():
+    assert [name for name, method in MASKS.items() if method((2, 3)).straight] == ["magnitude"]
+
+
+@pytest.mark.parametrize("method", MASKS)
+def test_how_the_core_lies_in_memory_does_not_matter(method: str):
+    """Nor that the mask's own buffer lies as a network in channels-last has it."""
+    core = torch.randint(-2, 3, (4, 3, 2, 2)).float()
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        mask = MASKS[method]((4, 3, 2, 2), threshold=0.4).to(memory_format=layout)
+        mask.refresh(core.contiguous(memory_format=layout))
+        found.append(mask.keep)
+    assert torch.equal(*found)
+
+
+def test_movement_scores_that_are_equal_fall_back_to_the_weight():
+    mask = MASKS["movement"]((200, 100), threshold=0.6)
+    core = torch.randn(200, 100)
+    with torch.no_grad():
+        mask.scores[:10] = torch.randn(10, 100)
+    mask.refresh(core)
+    order = np.lexsort((np.arange(20_000), core.abs().reshape(-1), mask.scores.detach().reshape(-1)))
+    assert (~mask.keep).reshape(-1).nonzero().flatten().tolist() == sorted(order[:12_000].tolist())

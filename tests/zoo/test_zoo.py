@@ -21,7 +21,7 @@ from nets import difference, session
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from training import QUIET, differences, run_state, trainer
+from training import QUIET, differences, latents, run_state, slotted, trainer
 from zoo_models import MODELS, Entry
 
 from psc_lightning import (
@@ -38,7 +38,6 @@ from psc_lightning import (
     verify,
 )
 from psc_lightning.artifact import to_bytes
-from psc_lightning.view import plain_state, views
 
 pytestmark = [
     *QUIET,
@@ -100,8 +99,7 @@ def sides(model: nn.Module) -> list[list[str]]:
     """The names of each Parameter that has more than one."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if ".psc." not in name:
-            names.setdefault(id(parameter), []).append(name)
+        names.setdefault(id(parameter), []).append(name)
     return [group for group in names.values() if len(group) > 1]
 
 
@@ -133,12 +131,15 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_keys(whole: Whole) -> None:
-    """Names and order are those of the plain class, of states, of parameters, of checkpoints."""
+    """Names and order are those of the plain class, of states, of parameters, of checkpoints; so are its modules."""
     plain = Task(whole.entry)
-    ours = [key for key in whole.model.state_dict() if ".psc." not in key]
-    assert ours == list(plain.state_dict()) == list(plain_state(whole.model))
-    parameters = [name for name, _ in whole.model.named_parameters() if ".psc." not in name]
-    assert parameters == [name for name, _ in plain.named_parameters()]
+    ours = list(whole.model.state_dict())
+    assert ours == list(plain.state_dict())
+    assert [name for name, _ in whole.model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert [(name, type(module)) for name, module in whole.model.named_modules()] == [
+        (name, type(module)) for name, module in plain.named_modules()
+    ]
+    assert str(whole.model) == str(plain)
     checkpoint = torch.load(whole.folder / "epoch=1.ckpt", weights_only=True)
     assert list(checkpoint["state_dict"]) == ours
     whole.row["keys"] = "yes"
@@ -149,7 +150,7 @@ def test_step(whole: Whole) -> None:
     start = dict(Task(whole.entry).named_parameters())
     state = whole.made.optimizers[0].state
     rows = {row.name: row for row in to_bytes(whole.model)[1].tensors}
-    seen = list(views(whole.model))
+    seen, dense = list(slotted(whole.model)), latents(whole.model)
     for name, slots, weight in seen:
         assert all(slots.phase[i] == 2 for i, slot in enumerate(("tying", "mask", "levels")) if slot in slots.specs)
         assert {"mask", "levels"} <= set(slots.specs), name
@@ -161,7 +162,7 @@ def test_step(whole: Whole) -> None:
             assert bool(weight.grad.any()), name
         else:
             assert weight.grad is None
-            assert slots.tying is not None or torch.equal(weight, start[name])
+            assert slots.tying is not None or torch.equal(dense[name], start[name])
     frozen = [p for p in whole.model.parameters() if not p.requires_grad]
     whole.row["compressed"] = f"{len(seen)} of {sum(p.dim() > 1 for p in start.values())}"
     whole.row["tied"] = str(sum(slots.tying is not None for _, slots, _ in seen))
@@ -170,10 +171,10 @@ def test_step(whole: Whole) -> None:
 
 
 def test_file(whole: Whole, tmp_path: Path, same_bits: Any) -> None:
-    """What is read has the bits of the effective weights; tensors that are one in the model are stored once."""
+    """What is read has the bits of the hard weights; tensors that are one in the model are stored once."""
     report = save(whole.model, tmp_path / "model.psc")
     verify(tmp_path / "model.psc")
-    read, expected = load(tmp_path / "model.psc"), plain_state(whole.model)
+    read, expected = load(tmp_path / "model.psc"), whole.model.state_dict()
     assert list(read) == list(expected)
     assert all(same_bits(read[key], expected[key]) for key in expected)
     again = sum(len(names) - 1 for names in sides(Task(whole.entry)))
@@ -185,10 +186,10 @@ def test_file(whole: Whole, tmp_path: Path, same_bits: Any) -> None:
 
 
 def test_shared(whole: Whole) -> None:
-    """What is one tensor in the plain model still is: one Parameter, one effective weight on every side."""
+    """What is one tensor in the plain model still is: one Parameter, one hard weight on every side."""
     plain = sides(Task(whole.entry))
     assert sides(whole.model) == plain
-    state = plain_state(whole.model)
+    state = whole.model.state_dict()
     for names in plain:
         assert all(torch.equal(attrgetter(name)(whole.model), state[names[0]]) for name in names)
 
@@ -214,6 +215,7 @@ def test_copy(whole: Whole) -> None:
     assert torch.equal(copy.logits(), before)
     assert torch.equal(whole.model.logits(), before)
     assert differences(dict(whole.model.state_dict()), dict(state)) == []
+    assert not list(slotted(copy))
     whole.row["copy"] = "yes"
 
 
@@ -276,10 +278,20 @@ def test_what_cannot_be_compressed_is_refused_by_name(name: str) -> None:
 
 
 def test_adapters_are_merged_after_detaching(whole_lora: Task) -> None:
-    """Merging writes into `weight.data`, which of a viewed layer is a result, not the Parameter."""
+    """Merging writes into `weight.data`, and what is merged is on no grid: the slots are let go before."""
     expected = whole_lora.logits()
     whole_lora.net = detach(whole_lora).net.merge_and_unload()
     torch.testing.assert_close(whole_lora.logits(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_saved_of_a_live_model_is_what_is_saved_of_it_detached(whole: Whole, tmp_path: Path) -> None:
+    """`save_pretrained` in the midst of training: the hard weights, in plain files."""
+    if whole.entry.home != "transformers":
+        pytest.skip("save_pretrained of whole models belongs to transformers")
+    whole.model.net.save_pretrained(tmp_path)
+    read = Task(whole.entry)
+    read.net = type(whole.model.net).from_pretrained(tmp_path)
+    assert torch.equal(read.logits(), whole.model.logits())
 
 
 def test_conv1d_is_seen_with_its_outputs_first() -> None:

@@ -1,0 +1,409 @@
+"""One compressed tensor of a live model: the Parameter holds the hard weight, the latent one lies beside it.
+
+The *hard* weight is what the slots make of the *latent* one, the dense weight that an optimizer moves. The latent weight is
+in the Parameter's place only while an optimizer steps: `pull` and `lend` before, `show` after.
+
+Source: Courbariaux et al. 2015, "BinaryConnect" (binary weights in the forward pass, real ones in the update); the name:
+Helwegen et al. 2019, "Latent weights do not exist".
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from psc_lightning.sharding import gather, is_sharded, local, scatter
+from psc_lightning.slots import SLOTS, Slots
+
+__all__ = ["Compressed", "trace"]
+
+# A write that moves a weight by more than this share of its norm is a new weight, not a change of the old one.
+_NEW = 0.7
+# A write of which the slots undo more than this share is told.
+_UNDONE = 0.5
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """What a Parameter was when it was last written here."""
+
+    pointer: int
+    version: int
+    total: int  # of its bits: `parameter.data.mul_(…)` shows in nothing else
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> _Mark:
+        return cls(*trace(parameter), _total(local(parameter)))
+
+
+def trace(parameter: Tensor) -> tuple[int, int]:
+    """Where a tensor is, and how often it was written to in ways that torch counts."""
+    return local(parameter).data_ptr(), parameter._version
+
+
+def _total(data: Tensor) -> int:
+    """The sum of a tensor's bits, read as whole numbers."""
+    data = data.detach()
+    try:
+        flat = data.as_strided((data.numel(),), (1,)) if _dense(data) else data.reshape(-1)
+        whole = data.numel() * data.element_size() // 8 * 8 // data.element_size()
+        if flat.storage_offset() * data.element_size() % 8:
+            flat = flat.clone()
+        return int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].view(torch.uint8).sum())
+    except RuntimeError:  # a device without whole numbers of this width
+        return hash(data.double().sum().item()) if data.device.type == "cpu" else hash(data.float().sum().item())
+
+
+def _dense(data: Tensor) -> bool:
+    """Whether its entries fill one stretch of memory, in whatever order."""
+    return data.untyped_storage().nbytes() - data.storage_offset() * data.element_size() >= data.nbytes and (
+        data.is_contiguous()
+        or (data.dim() == 4 and data.is_contiguous(memory_format=torch.channels_last))
+        or (data.dim() == 5 and data.is_contiguous(memory_format=torch.channels_last_3d))
+    )
+
+
+class Compressed:
+    """One compressed tensor of a live model: its slots, its latent weight, and what its Parameter holds.
+
+    Before any slot begins the Parameter itself is the latent weight, and nothing is kept here.
+
+    Attributes:
+        slots: what makes the hard weight.
+        latent: the latent weight, sharded as the Parameter is; None where the Parameter holds it.
+        lent: whether the latent weight is in the Parameter's place now.
+    """
+
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
+        self.latent: Tensor | None = None
+        self.lent = False
+        self.loaded = False  # `load_state_dict` has written to the Parameter
+        self._spare: Tensor | None = None  # the hard weight's memory, while the latent one is in the Parameter's place
+        self._mark: _Mark | None = None
+        self._told = False
+
+    # ------------------------------------------------------------------------------------------ what is where
+
+    def dense(self, parameter: nn.Parameter) -> Tensor:
+        """The latent weight, whole, on the Parameter's device; not to be changed."""
+        held = parameter.detach() if self.latent is None or self.lent else self.latent
+        return gather(held).detach()
+
+    def set_strength(self, slot: str, value: float, parameter: nn.Parameter) -> None:
+        """Set how hard a slot acts; `show` makes it so. What it begins with is the latent weight of now."""
+        slots = self.slots
+        if slot not in slots.specs or slots.acts(slot, value):
+            return
+        self.absorb(parameter)
+        if self.latent is None and value > 0:
+            self._separate(parameter)
+        if self.latent is None:
+            return
+        full = gather(self.latent)
+        slots.set_strength(slot, value, full)
+        if is_sharded(self.latent):
+            scatter(full, self.latent)
+
+    def _separate(self, parameter: nn.Parameter) -> None:
+        """From here on the latent weight has memory of its own."""
+        self.slots.to(parameter.device)
+        data = parameter.detach()
+        self.latent = data.clone() if _in_place(parameter) else parameter.data
+        if not _in_place(parameter):
+            parameter.data = data.clone()
+        self.loaded = False
+        self._mark = _Mark.of(parameter)
+
+    @torch.no_grad()
+    def show(self, parameter: nn.Parameter) -> None:
+        """Put into the Parameter what the slots make of the latent weight, if it is not there already."""
+        if self.latent is None:
+            return
+        if self.lent:
+            self._give_back(parameter)
+        else:
+            self.absorb(parameter)
+        full = gather(self.latent)
+        if self.slots.stale:
+            self.slots.refresh(full)
+        if is_sharded(parameter):
+            scatter(self.slots.make(full), parameter)
+        else:
+            self.slots.make(full, out=parameter.data)
+        self._mark = _Mark.of(parameter)
+
+    def harden(self, parameter: nn.Parameter) -> None:
+        """Bring every filled slot to full strength, and show it."""
+        for slot in SLOTS:
+            self.set_strength(slot, 1.0, parameter)
+        self.show_if_stale(parameter)
+
+    def show_if_stale(self, parameter: nn.Parameter) -> None:
+        """`show`, where something has changed."""
+        if self.slots.stale or self.lent:
+            self.show(parameter)
+
+    # ------------------------------------------------------------------------------------- an optimizer's step
+
+    @torch.no_grad()
+    def pull(self, parameter: nn.Parameter) -> None:
+        """Turn the Parameter's gradient, at the hard weight, into the latent one's; sidecars get theirs."""
+        if parameter.grad is None or self.latent is None or self.slots.straight:
+            return
+        pulled = self.slots.pull(gather(self.latent), gather(parameter.grad))
+        if pulled is None:
+            parameter.grad = None
+        elif is_sharded(parameter.grad):
+            scatter(pulled.to(parameter.grad.dtype), parameter.grad)
+        elif pulled is not parameter.grad:
+            parameter.grad.copy_(pulled)
+
+    @torch.no_grad()
+    def lend(self, parameter: nn.Parameter) -> None:
+        """Put the latent weight in the Parameter's place, for an optimizer to move."""
+        if self.latent is None or self.lent:
+            return
+        self.absorb(parameter)
+        if _in_place(parameter):
+            local(parameter).copy_(local(self.latent))
+        else:
+            self._spare, parameter.data = parameter.data, self.latent
+        self.lent = True
+
+    def swaps(self, parameter: nn.Parameter) -> bool:
+        """Whether `lend` changes what memory the Parameter has, instead of what is in it."""
+        return not _in_place(parameter)
+
+    @torch.no_grad()
+    def show_again(self, parameter: nn.Parameter, weight: Tensor, lent: tuple[int, int]) -> None:
+        """After `lend`, before a loss: what the Parameter held, as it was, if nobody has moved the latent weight; else `show`.
+
+        Args:
+            parameter: the Parameter.
+            weight: what it held.
+            lent: its `trace` just after `lend`.
+        """
+        if trace(parameter) != lent:
+            self.show(parameter)
+            return
+        if _in_place(parameter):
+            local(parameter).copy_(weight)
+        else:
+            self._spare, parameter.data = None, weight
+        self.lent = False
+        self._mark = _Mark.of(parameter)
+
+    @torch.no_grad()
+    def _give_back(self, parameter: nn.Parameter) -> None:
+        """The latent weight is what the Parameter holds now."""
+        assert self.latent is not None
+        if _in_place(parameter):
+            local(self.latent).copy_(local(parameter))
+        else:
+            self.latent = parameter.data
+            spare, self._spare = self._spare, None
+            fits = spare is not None and spare.dtype == self.latent.dtype and spare.device == self.latent.device
+            fits = fits and spare is not None and spare.stride() == self.latent.stride()
+            parameter.data = spare if fits and spare is not None else torch.empty_like(self.latent)
+        self.lent = False
+        self.slots.stale = self.slots.stale or self.slots.begun
+
+    # ------------------------------------------------------------------------------------- what others write
+
+    def written(self, parameter: nn.Parameter) -> bool:
+        """Whether someone else has written to the Parameter since it was last written here."""
+        return self.latent is not None and not self.lent and (self.loaded or _Mark.of(parameter) != self._mark)
+
+    def traced(self, parameter: nn.Parameter) -> bool:
+        """`written`, as far as it costs nothing to tell."""
+        if self.latent is None or self.lent or self._mark is None:
+            return False
+        return self.loaded or trace(parameter) != (self._mark.pointer, self._mark.version)
+
+    @torch.no_grad()
+    def absorb(self, parameter: nn.Parameter) -> None:
+        """Take what someone else has written to the Parameter into the latent weight."""
+        if not self.written(parameter):
+            return
+        assert self.latent is not None
+        if self.latent.device != parameter.device or self.latent.dtype != parameter.dtype:
+            self.latent = self.latent.to(parameter.device, parameter.dtype)
+            self.slots.to(parameter.device)
+        found, full = gather(parameter.detach()), gather(self.latent)
+        taken = self._taken(self.slots, full, found, self._replaced(parameter))
+        if taken is not None:
+            self.slots, full = taken
+            if is_sharded(self.latent):
+                scatter(full, self.latent)
+            else:
+                self.latent = torch.empty_like(found).copy_(full)  # lies in memory as the Parameter does now
+        elif self.latent.stride() != parameter.stride():
+            self.latent = torch.empty_like(parameter.detach()).copy_(self.latent)
+        if not _in_place(parameter) and self._replaced(parameter):
+            parameter.data = parameter.data.clone()  # what was assigned is another's memory
+        self.loaded = False
+        self._mark = _Mark.of(parameter)
+
+    def _replaced(self, parameter: nn.Parameter) -> bool:
+        assert self._mark is not None
+        return self.loaded or local(parameter).data_ptr() != self._mark.pointer
+
+    def _taken(self, slots: Slots, latent: Tensor, found: Tensor, replaced: bool) -> tuple[Slots, Tensor] | None:
+        """Slots and the latent weight that hold what was found in the Parameter; None where the slots had made it so.
+
+        A new weight (loaded, assigned, initialised) replaces it. A change in place (a target's momentum, a norm kept) is
+        added to it; where zeros were written into a row, its zeros are zero.
+        """
+        if found.shape != latent.shape:  # an embedding that has grown
+            slots, full = slots.reshaped(tuple(found.shape)), found.clone()
+            slots.begin_again(full)
+            return slots, full
+        made = slots.make(latent)
+        if torch.equal(found, made):  # moved, or written as it was
+            return None
+        if replaced or float((found - made).float().norm()) > _NEW * float(made.float().norm()):
+            full = found.clone()
+            slots.begin_again(full)
+            return slots, full
+        full = torch.where(_zeroed(found, made), 0.0, latent + (found - made))
+        slots.stale = slots.begun
+        if slots is self.slots:
+            self._tell(full, found)
+        return slots, full
+
+    def _tell(self, latent: Tensor, written: Tensor) -> None:
+        """Say once where a constraint that was written cannot hold."""
+        if self._told:
+            return
+        twin = self.slots.twin()
+        twin.refresh(latent)
+        if float((twin.make(latent) - written).float().norm()) > _UNDONE * float(written.float().norm()):
+            self._told = True
+            warnings.warn(
+                f"a weight of shape {tuple(written.shape)} was written to while it is compressed ({self.slots.method}), and "
+                "its slots cannot hold what was written: most of it is undone at the next step. Write before training, "
+                "leave the tensor out by `ignore`, or psc_lightning.detach(model) first",
+                stacklevel=2,
+            )
+
+    # --------------------------------------------------------------------------------------------- looking ahead
+
+    @torch.no_grad()
+    def snapshot(self, parameter: nn.Parameter) -> tuple[Slots, Tensor] | None:
+        """The slots at full strength and their latent weight, as a file would hold them; None before any has begun.
+
+        Nothing is changed: where something would be, it is done to copies.
+        """
+        if self.latent is None:
+            return self._recognised(parameter) if self.loaded else None
+        if not self.slots.begun:
+            return None
+        written = self.written(parameter)
+        if not (written or self.lent or self.slots.stale or self.slots.soft):
+            return self.slots, self.dense(parameter)
+        slots, latent = self.slots.twin(), self.dense(parameter).clone()
+        if written:
+            taken = self._taken(slots, latent, gather(parameter.detach()), self._replaced(parameter))
+            slots, latent = taken if taken is not None else (slots, latent)
+        for slot, phase in zip(SLOTS, self.slots.phase):
+            if phase:
+                slots.set_strength(slot, 1.0, latent)
+        if slots.stale or self.lent:
+            slots.refresh(latent)
+        return slots, latent
+
+    def _recognised(self, parameter: nn.Parameter) -> tuple[Slots, Tensor] | None:
+        """A loaded weight that the slots would leave as it is was made by them."""
+        weight = gather(parameter.detach()).clone()
+        slots = self.slots.twin().to(weight.device)
+        slots.harden(weight)
+        return (slots, weight) if torch.equal(slots.make(weight), gather(parameter.detach())) else None
+
+    @torch.no_grad()
+    def rescale(self, parameter: nn.Parameter, factor: Tensor) -> None:
+        """Multiply the hard weight, a positive factor an output channel.
+
+        Raises:
+            ValueError: as `Slots.rescale`.
+        """
+        snapshot = self.snapshot(parameter)
+        assert snapshot is not None
+        self.slots, latent = snapshot
+        self.latent = latent.clone()
+        self.slots.rescale(self.latent, factor)
+        self.slots.make(self.latent, out=parameter.data)
+        self.lent = self.loaded = False
+        self._mark = _Mark.of(parameter)
+
+    # ------------------------------------------------------------------------------------------- checkpoints
+
+    def training_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """What goes into a checkpoint, whole: the latent weight (once a slot has begun), sidecars, strengths."""
+        self.absorb(parameter)
+        dense = self.dense(parameter)
+        if self.latent is not None and self.slots.stale:
+            self.show(parameter)
+        state = self.slots.training_state(dense)
+        return {**state, "latent": dense.clone()} if self.latent is not None else state
+
+    def load_training_state(self, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> None:
+        """Put it back, beside the hard weight that the Parameter has been given."""
+        rest = dict(state)
+        latent = rest.pop("latent", None)
+        self.slots.to(parameter.device)
+        self.lent = self.loaded = False
+        self.latent = self._spare = self._mark = None
+        if latent is None:
+            self.slots.load_training_state(gather(parameter.detach()), rest)
+            return
+        full = latent.to(parameter.device, parameter.dtype)
+        self.slots.load_training_state(full, rest)
+        self.latent = torch.empty_like(parameter.detach())
+        if is_sharded(parameter):
+            scatter(full, self.latent)
+        else:
+            self.latent.copy_(full)
+        self._mark = _Mark.of(parameter)
+
+    @torch.no_grad()
+    def reconcile(self, parameter: nn.Parameter) -> None:
+        """After `load_training_state`: where the Parameter was loaded with something else than its hard weight, that counts."""
+        if self.latent is not None and not torch.equal(self.slots.make(gather(self.latent)), gather(parameter.detach())):
+            self.loaded = True
+            self.show(parameter)
+
+    def unshare(self) -> None:
+        """Take memory of its own: what is pickled for several processes is one memory for all of them."""
+        for tensor in (*self.slots.parameters(), *self.slots.buffers()):
+            tensor.data = tensor.data.clone()
+        self.latent = None if self.latent is None else self.latent.clone()
+
+    def follow(self, parameter: nn.Parameter, latent: Tensor) -> None:
+        """Take another latent weight (an average, say), under the sidecars that there are."""
+        if self.latent is None:
+            return
+        if self.lent:
+            self.show(parameter)
+        local(self.latent).copy_(local(latent))
+        self._mark = _Mark.of(parameter)
+        self.slots.stale = self.slots.begun
+        self.show(parameter)
+
+
+def _zeroed(found: Tensor, made: Tensor) -> Tensor:
+    """Where zeros have been written: also over zeros, in rows in which others are new."""
+    zero = found == 0
+    rows = (zero & (made != 0)).reshape(len(found), -1).any(1) if found.dim() else zero & (made != 0)
+    return zero & rows.reshape(-1, *(1,) * (found.dim() - 1)) if found.dim() else rows
+
+
+def _in_place(parameter: Tensor) -> bool:
+    """Whether a Parameter's memory must stay where it is: graphs and kernels on a device, shards, other processes, views."""
+    if is_sharded(parameter) or parameter.device.type != "cpu" or parameter.is_shared():
+        return True
+    return parameter.untyped_storage().nbytes() != parameter.nbytes

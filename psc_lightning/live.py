@@ -1,0 +1,174 @@
+"""The compressed tensors of a live model, which stays the plain model at any time.
+
+What a compressed tensor needs lies in a plain object under its layer's ``__dict__``: copies and pickles of the layer take it
+along; names, types, Parameters and states know nothing of it. Where a layer's input is rounded too, a forward pre-hook does
+it: a function of this module, so that it copies and pickles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from psc_lightning.latent import Compressed
+from psc_lightning.sharding import sharded_modules
+
+__all__ = ["Place", "compressed", "detach", "hand_back", "held", "hold", "let_go", "takes_inputs", "under_names"]
+
+M = TypeVar("M", bound=nn.Module)
+
+#: where a layer's compressed tensors lie in its ``__dict__``: tensor name → `Compressed`
+PLACE = "_psc"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a compressed tensor is: its first name, a layer that holds it, the name that it has there."""
+
+    name: str
+    layer: nn.Module
+    attribute: str
+    tensor: Compressed
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """Its Parameter as it is now: assignment and sharding put others in its place."""
+        found = self.layer._parameters.get(self.attribute)
+        if found is None:
+            raise ValueError(
+                f"{self.name} is no Parameter of its layer any more: something has pruned, normed or parametrized it since it "
+                "was compressed; do that before, or leave the tensor out by `ignore`"
+            )
+        return found
+
+
+def hold(holders: list[tuple[nn.Module, str]], tensor: Compressed) -> None:
+    """Let all layers that hold a Parameter (a tied weight has several) know its compressed tensor."""
+    for layer, name in holders:
+        if PLACE not in layer.__dict__:
+            layer.__dict__[PLACE] = {}
+            layer.register_load_state_dict_pre_hook(_note_loading)
+        layer.__dict__[PLACE][name] = tensor
+        if name == "weight" and tensor.slots.inputs is not None and takes_inputs(layer):
+            _hook(layer)
+
+
+def held(layer: nn.Module, name: str) -> Compressed | None:
+    """The compressed tensor of a layer, or None."""
+    found: Compressed | None = layer.__dict__.get(PLACE, {}).get(name)
+    return found
+
+
+def let_go(layer: nn.Module, name: str) -> None:
+    """Forget a tensor's slots; its Parameter holds what it holds."""
+    tensors = layer.__dict__.get(PLACE, {})
+    tensors.pop(name, None)
+    _unhook(layer, (_round_input, _see_output))
+    if not tensors and PLACE in layer.__dict__:
+        del layer.__dict__[PLACE]
+        _unhook(layer, (_note_loading,))
+
+
+def _holders(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Compressed]]:
+    """Every (full name, layer, tensor name, compressed tensor), tied holders and a layer's other names included."""
+    for prefix, layer in module.named_modules(remove_duplicate=False):
+        for name, tensor in layer.__dict__.get(PLACE, {}).items():
+            yield f"{prefix}.{name}" if prefix else name, layer, name, tensor
+
+
+def compressed(module: nn.Module) -> Iterator[tuple[str, Compressed, nn.Parameter]]:
+    """Each compressed tensor of a model once: its first name, itself, its Parameter."""
+    seen: set[int] = set()
+    for full, layer, name, tensor in _holders(module):
+        parameter = layer._parameters.get(name)
+        if id(tensor) not in seen and parameter is not None:
+            seen.add(id(tensor))
+            yield full, tensor, parameter
+
+
+def under_names(module: nn.Module) -> dict[str, Compressed]:
+    """The compressed tensor under each name of the state dict that has one."""
+    return {full: tensor for full, _, _, tensor in _holders(module)}
+
+
+def detach(module: M) -> M:
+    """Bring all slots to full strength and forget them: the Parameters keep the hard weights, the model is plain for good.
+
+    What it computes in eval stays bit for bit the same, but where inputs were rounded (`activations`): their ranges are no
+    part of the plain class, and go (`export_onnx` before).
+
+    Raises:
+        ValueError: the model is sharded.
+    """
+    if sharded_modules(module):
+        raise ValueError(
+            "detach: fully_shard has sharded this model, and that cannot be undone: psc_lightning.save(model, path) on all "
+            "ranks, then psc_lightning.load(path) into a plain model"
+        )
+    for _, tensor, parameter in compressed(module):
+        tensor.harden(parameter)
+    for _, layer, name, _ in list(_holders(module)):
+        let_go(layer, name)
+    return module
+
+
+# -------------------------------------------------------------------------------------------------------- hooks
+
+
+def _note_loading(layer: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Before `load_state_dict`: what it writes replaces a weight, however near it is; what `hand_back` added is taken."""
+    for name, tensor in layer.__dict__.get(PLACE, {}).items():
+        inner = f"{prefix}{name}.{PLACE}."
+        carried = {key[len(inner) :]: state.pop(key) for key in list(state) if key.startswith(inner)}
+        parameter = layer._parameters.get(name)
+        if carried and parameter is not None:
+            tensor.load_training_state(parameter, carried)
+        tensor.loaded = tensor.loaded or prefix + name in state
+
+
+def hand_back(module: nn.Module) -> None:
+    """From now on the module's state dict carries the slots along, to a process that gets nothing else from this one."""
+    module.register_state_dict_post_hook(_carry)
+
+
+def _carry(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name, tensor, parameter in compressed(module):
+        for key, value in tensor.training_state(parameter).items():
+            state[f"{prefix}{name}.{PLACE}.{key}"] = value
+
+
+def takes_inputs(layer: nn.Module) -> bool:
+    """Whether a layer multiplies one input by its weight, so that the input can be rounded."""
+    return isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
+def _round_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook."""
+    slots = layer.__dict__[PLACE]["weight"].slots
+    if args:
+        return (slots.rounded(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "input": slots.rounded(kwargs["input"])}
+
+
+def _see_output(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    """Forward hook."""
+    slots = layer.__dict__[PLACE]["weight"].slots
+    if slots.inputs is not None and slots.inputs.observing:
+        slots.inputs.see_output(output, output.dim() + 1 - len(slots.stored_shape))
+
+
+def _hook(layer: nn.Module) -> None:
+    if _round_input not in layer._forward_pre_hooks.values():
+        layer.register_forward_pre_hook(_round_input, with_kwargs=True)
+        if not isinstance(layer, nn.Linear):
+            layer.register_forward_hook(_see_output)
+
+
+def _unhook(layer: nn.Module, ours: tuple[Any, ...]) -> None:
+    for hooks in (layer._forward_pre_hooks, layer._forward_hooks, layer._load_state_dict_pre_hooks):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) in ours]:
+            del hooks[key]
+            layer._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -1,0 +1,1 @@
+"""What happens when in a Trainer's run: one conductor owns the order of a step."""

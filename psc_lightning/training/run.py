@@ -1,0 +1,58 @@
+"""What is to be known of a run: its callbacks, its length. Some of it Lightning assigns and declares nowhere."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+__all__ = ["bears", "builds_late", "callbacks_of", "insert", "steps_of", "user_rate"]
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """All callbacks of a run, in their order."""
+    found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # assigned by a connector, declared nowhere
+    return found
+
+
+def insert(trainer: Trainer, place: int, callback: Callback) -> None:
+    """Add a callback; in a new list, for the old one may be iterated over."""
+    callbacks = callbacks_of(trainer)
+    trainer.callbacks = [*callbacks[:place], callback, *callbacks[place:]]  # type: ignore[attr-defined]  # as above
+
+
+def bears(thing: object, *names: str) -> bool:
+    """Whether it is of a class so named: `lightning` and `pytorch_lightning` have one each."""
+    return any(base.__name__ in names for base in type(thing).__mro__)
+
+
+def builds_late(module: LightningModule) -> bool:
+    """Whether the user's class overrides `setup` or `configure_model`, where it may build layers."""
+    hooks = (getattr(type(module), name) for name in ("setup", "configure_model"))
+    return any(hook.__module__.split(".")[0] not in ("lightning", "pytorch_lightning") for hook in hooks)
+
+
+def steps_of(trainer: Trainer, module: LightningModule) -> float:
+    """How far `global_step` will go: under manual optimisation it counts each optimizer, taken to step once a batch."""
+    steps = trainer.estimated_stepping_batches
+    schedulers = [callback for callback in callbacks_of(trainer) if bears(callback, "GradientAccumulationScheduler")]
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if schedulers and epochs is not None and epochs >= 0 and math.isfinite(batches):
+        # Lightning takes the factor of now for that of every epoch. (Known by its name: pytorch_lightning's is another.)
+        scheduler: Any = schedulers[0]
+        factors = [scheduler.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
+        steps = sum(math.ceil(batches / factor) for factor in factors)
+        steps = min(steps, trainer.max_steps) if trainer.max_steps >= 0 else steps
+    if not module.automatic_optimization:
+        steps *= max(1, len(trainer.optimizers))
+        steps = min(steps, trainer.max_steps) if trainer.max_steps >= 0 else steps
+    return steps
+
+
+def user_rate(optimizers: list[Optimizer], initial: bool = False) -> float | None:
+    """The learning rate of the user's first group: now, or the one that its scheduler started from."""
+    group: dict[str, Any] = next((group for one in optimizers for group in one.param_groups), {})
+    found = (group.get("max_lr") or group.get("initial_lr") or group.get("lr")) if initial else group.get("lr")
+    return None if found is None else float(found)
