@@ -226,7 +226,7 @@ def _block_mean(matrix: Tensor, axis: int, size: int) -> Tensor:
     if not full:
         return out
     means = out.narrow(axis, 0, full)
-    parts = matrix.narrow(axis, 0, full * size).unflatten(axis, (full, size))
+    parts = matrix.narrow(axis, 0, full * size).unflatten(axis, (full, size))  # type: ignore[no-untyped-call]  # torch's
     rows = max(STRIP // max(parts[0].numel(), 1), 1) if matrix.device.type == "cpu" else len(parts)
     for start in range(0, len(parts), rows):
         first, *others = parts[start : start + rows].unbind(axis + 1)

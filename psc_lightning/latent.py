@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from psc_lightning.sharding import gather, is_sharded, local, scatter
-from psc_lightning.slots import SLOTS, Slots
+from psc_lightning.slots import SLOTS, SOFT, Slots
 
 __all__ = ["Compressed", "trace"]
 
@@ -99,7 +100,8 @@ class Compressed:
         slots = self.slots
         if slot not in slots.specs or slots.acts(slot, value):
             return
-        self.absorb(parameter)
+        if self.traced(parameter):
+            self.absorb(parameter)
         if self.latent is None and value > 0:
             self._separate(parameter)
         if self.latent is None:
@@ -108,6 +110,12 @@ class Compressed:
         slots.set_strength(slot, value, full)
         if is_sharded(self.latent):
             scatter(full, self.latent)
+
+    def end_ramp(self, parameter: nn.Parameter) -> None:
+        """Bring the slots that are in a ramp to full strength; `show` makes it so."""
+        for slot, phase in zip(SLOTS, list(self.slots.phase)):
+            if phase == SOFT:
+                self.set_strength(slot, 1.0, parameter)
 
     def _separate(self, parameter: nn.Parameter) -> None:
         """From here on the latent weight has memory of its own."""
@@ -160,7 +168,7 @@ class Compressed:
             parameter.grad = None
         elif is_sharded(parameter.grad):
             scatter(pulled.to(parameter.grad.dtype), parameter.grad)
-        elif pulled is not parameter.grad:
+        elif pulled.data_ptr() != parameter.grad.data_ptr():  # else it was overwritten
             parameter.grad.copy_(pulled)
 
     @torch.no_grad()
@@ -181,7 +189,7 @@ class Compressed:
 
     @torch.no_grad()
     def show_again(self, parameter: nn.Parameter, weight: Tensor, lent: tuple[int, int]) -> None:
-        """After `lend`, before a loss: what the Parameter held, as it was, if nobody has moved the latent weight; else `show`.
+        """After `lend`, before a loss: what the Parameter held, if nobody has moved the latent weight; else `show`.
 
         Args:
             parameter: the Parameter.
@@ -280,7 +288,7 @@ class Compressed:
         """Say once where a constraint that was written cannot hold."""
         if self._told:
             return
-        twin = self.slots.twin()
+        twin = deepcopy(self.slots)
         twin.refresh(latent)
         if float((twin.make(latent) - written).float().norm()) > _UNDONE * float(written.float().norm()):
             self._told = True
@@ -304,9 +312,9 @@ class Compressed:
         if not self.slots.begun:
             return None
         written = self.written(parameter)
-        if not (written or self.lent or self.slots.stale or self.slots.soft):
+        if not (written or self.lent or self.slots.stale or SOFT in self.slots.phase):
             return self.slots, self.dense(parameter)
-        slots, latent = self.slots.twin(), self.dense(parameter).clone()
+        slots, latent = deepcopy(self.slots), self.dense(parameter).clone()
         if written:
             taken = self._taken(slots, latent, gather(parameter.detach()), self._replaced(parameter))
             slots, latent = taken if taken is not None else (slots, latent)
@@ -320,7 +328,7 @@ class Compressed:
     def _recognised(self, parameter: nn.Parameter) -> tuple[Slots, Tensor] | None:
         """A loaded weight that the slots would leave as it is was made by them."""
         weight = gather(parameter.detach()).clone()
-        slots = self.slots.twin().to(weight.device)
+        slots = deepcopy(self.slots).to(weight.device)
         slots.harden(weight)
         return (slots, weight) if torch.equal(slots.make(weight), gather(parameter.detach())) else None
 
@@ -372,8 +380,10 @@ class Compressed:
 
     @torch.no_grad()
     def reconcile(self, parameter: nn.Parameter) -> None:
-        """After `load_training_state`: where the Parameter was loaded with something else than its hard weight, that counts."""
-        if self.latent is not None and not torch.equal(self.slots.make(gather(self.latent)), gather(parameter.detach())):
+        """After `load_training_state`: what the Parameter was loaded with counts, if it is another weight."""
+        if self.latent is not None and not torch.equal(
+            self.slots.make(gather(self.latent)), gather(parameter.detach())
+        ):
             self.loaded = True
             self.show(parameter)
 
@@ -404,6 +414,6 @@ def _zeroed(found: Tensor, made: Tensor) -> Tensor:
 
 def _in_place(parameter: Tensor) -> bool:
     """Whether a Parameter's memory must stay where it is: graphs and kernels on a device, shards, other processes, views."""
-    if is_sharded(parameter) or parameter.device.type != "cpu" or parameter.is_shared():
+    if is_sharded(parameter) or parameter.device.type != "cpu" or parameter.untyped_storage().is_shared():
         return True
     return parameter.untyped_storage().nbytes() != parameter.nbytes

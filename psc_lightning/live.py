@@ -39,8 +39,8 @@ class Place:
         found = self.layer._parameters.get(self.attribute)
         if found is None:
             raise ValueError(
-                f"{self.name} is no Parameter of its layer any more: something has pruned, normed or parametrized it since it "
-                "was compressed; do that before, or leave the tensor out by `ignore`"
+                f"{self.name} is no Parameter of its layer any more: something has pruned, normed or parametrized it "
+                "since it was compressed; do that before, or leave the tensor out by `ignore`"
             )
         return found
 
@@ -50,7 +50,7 @@ def hold(holders: list[tuple[nn.Module, str]], tensor: Compressed) -> None:
     for layer, name in holders:
         if PLACE not in layer.__dict__:
             layer.__dict__[PLACE] = {}
-            layer.register_load_state_dict_pre_hook(_note_loading)
+            layer.register_load_state_dict_pre_hook(_note_loading)  # type: ignore[no-untyped-call]  # torch's
         layer.__dict__[PLACE][name] = tensor
         if name == "weight" and tensor.slots.inputs is not None and takes_inputs(layer):
             _hook(layer)
@@ -131,7 +131,7 @@ def _note_loading(layer: nn.Module, state: dict[str, Any], prefix: str, *args: A
 
 def hand_back(module: nn.Module) -> None:
     """From now on the module's state dict carries the slots along, to a process that gets nothing else from this one."""
-    module.register_state_dict_post_hook(_carry)
+    module.register_state_dict_post_hook(_carry)  # type: ignore[no-untyped-call]  # torch's
 
 
 def _carry(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.artifact import Report, to_bytes
+from psc_lightning.artifact import Report, estimate, to_bytes
 from psc_lightning.callbacks.slot import SlotCallback
 from psc_lightning.configs import config_dir
-from psc_lightning.masks import MASKS
 from psc_lightning.live import Place, compressed, held, let_go
+from psc_lightning.masks import MASKS
 from psc_lightning.slots import SLOTS
 from psc_lightning.targets import Target, patterns
 
@@ -223,7 +223,7 @@ class Plan:
         taken: tensor name → the methods that would fill its slots.
         left: tensor name → why no callback takes it.
         notes: tensor name → why some slot stays empty although others are filled.
-        report: the sizes to expect, from compressing a copy now; training changes them a little.
+        report: the sizes to expect, from compressing a copy now: an estimate, which training and `save`'s codings change.
     """
 
     taken: dict[str, str]
@@ -279,5 +279,5 @@ def plan(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> Plan:
         taken=taken,
         left={name: reason for name, reason in why.items() if name not in taken},
         notes={name: reason for name, reason in why.items() if name in taken},
-        report=to_bytes(copy)[1],
+        report=estimate(copy),
     )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +19,10 @@ from torch import Tensor, nn
 
 from psc_lightning.activations import Activations
 from psc_lightning.bits import write_bits
+from psc_lightning.chain import Chain, Strengths
 from psc_lightning.layout import Layout, memory_format
-from psc_lightning.levels import LEVELS, Levels
-from psc_lightning.masks import MASKS, Mask
+from psc_lightning.levels import LEVELS
+from psc_lightning.masks import MASKS
 from psc_lightning.stored import Stored
 from psc_lightning.strips import blank_
 from psc_lightning.symbols import Writer
@@ -66,29 +66,12 @@ def _float32() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def _phase(strength: float) -> int:
+    return OFF if strength <= 0 else HARD if strength >= 1 else SOFT
+
+
 def _finite(gradient: Tensor | None) -> Tensor | None:
     return gradient if gradient is not None and bool(gradient.isfinite().all()) else None
-
-
-class Chain(nn.Module):
-    """Mask and levels of one core."""
-
-    mask: Mask | None
-    levels: Levels | None
-
-    def __init__(self, mask: Mask | None, levels: Levels | None) -> None:
-        super().__init__()
-        self.mask, self.levels = mask, levels
-
-    def keep(self, masking: bool) -> Tensor | None:
-        """Which entries survive; None: all."""
-        return self.mask.keep if masking and self.mask is not None and self.mask.threshold > 0 else None
-
-    def straight(self, masking: bool, levelling: bool) -> bool:
-        """Whether a gradient passes unchanged and nothing is trained."""
-        mask, levels = self.mask if masking else None, self.levels if levelling else None
-        idle = mask is None or mask.straight or (mask.threshold == 0 and mask.learned_scores() is None)
-        return idle and (levels is None or levels.straight)
 
 
 class Slots(nn.Module):
@@ -112,6 +95,7 @@ class Slots(nn.Module):
         self.register_buffer("strength", torch.zeros(len(SLOTS), dtype=torch.float32))
         # Python's view of `strength`, so that nothing waits for a device.
         self.phase = [OFF, OFF, OFF]
+        self._ramp = [0.0, 0.0, 0.0]
         self.stale = False  # the buffers are not those of the latent weight as it is now
         self.due = [True, True, True]  # which slots the next refresh recomputes
         self.unborn = False  # levels that have begun but have not yet seen a core
@@ -156,9 +140,10 @@ class Slots(nn.Module):
         return any(self.phase)
 
     @property
-    def soft(self) -> bool:
-        """Whether any slot is in its ramp."""
-        return SOFT in self.phase
+    def strengths(self) -> Strengths:
+        """Of mask and levels, as numbers."""
+        at = [0.0 if phase == OFF else 1.0 if phase == HARD else self._ramp[i] for i, phase in enumerate(self.phase)]
+        return Strengths(at[1], at[2])
 
     @property
     def method(self) -> str:
@@ -179,7 +164,7 @@ class Slots(nn.Module):
     # --------------------------------------------------------------------------------------------- strength
 
     def set_strength(self, slot: str, value: float, latent: Tensor) -> None:
-        """Set how hard a filled slot acts, 0 … 1; the first value above 0 begins it (a tying overwrites the latent weight)."""
+        """Set how hard a filled slot acts, 0 … 1; the first value above 0 begins it (a tying overwrites the weight)."""
         if slot not in self.specs:
             return
         index = SLOTS.index(slot)
@@ -189,16 +174,23 @@ class Slots(nn.Module):
             value = 1.0  # a tying has no soft phase
         if self.phase[index] == OFF and value > 0:
             self._begin(slot, latent)
-        phase = OFF if value <= 0 else HARD if value >= 1 else SOFT
-        if phase == SOFT or phase != self.phase[index]:
+        if 0 < value < 1 or _phase(value) != self.phase[index]:
+            ramping = slot == "levels" and self.phase[index] and _phase(value)
             self.strength[index] = value
-            self.phase[index] = phase
-            self.stale, self.due = True, [True, True, True]
+            self.phase[index], self._ramp[index] = _phase(value), value
+            if not ramping:  # levels that only blend otherwise are the same levels
+                self.due = [True, True, True]
+            elif not self.stale:
+                self.due = [False, False, False]
+            self.stale = True
+
+    def _read_strength(self) -> None:
+        self._ramp = self.strength.tolist()
+        self.phase = [_phase(value) for value in self._ramp]
 
     def acts(self, slot: str, value: float) -> bool:
         """Whether a slot has this strength, which is no ramp's, already."""
-        phase = self.phase[SLOTS.index(slot)]
-        return (phase == OFF and value <= 0) or (phase == HARD and value >= 1)
+        return self.phase[SLOTS.index(slot)] == _phase(value) != SOFT
 
     @torch.no_grad()
     def _begin(self, slot: str, latent: Tensor) -> None:
@@ -211,6 +203,9 @@ class Slots(nn.Module):
         """What has begun begins anew, from another latent weight than the one that it began with."""
         if self.phase[0]:
             self._begin("tying", latent)
+        for mask in (self._chain(name).mask for name in self.cores):
+            if mask is not None and self.phase[1]:
+                mask.restart()
         self.unborn = bool(self.phase[2])
         self.stale, self.due = self.begun, [True, True, True]
 
@@ -235,19 +230,11 @@ class Slots(nn.Module):
         """Recompute what needs sorting, clustering or sums, from the latent weight as it is now."""
         due, self.due = self.due, [True, True, True]
         self.stale = False
-        _, masking, levelling = self.phase
         if self.tying is not None and not self.phase[0]:
             return
         for name, core in self._reduce(latent).items():
-            chain = self._chain(name)
-            if masking and due[1] and chain.mask is not None:
-                chain.mask.refresh(core, float(self.strength[1]) if masking == SOFT else 1.0)
-            if levelling and due[2] and chain.levels is not None:
-                keep = chain.keep(bool(masking))
-                if self.unborn:
-                    chain.levels.begin(core, keep)
-                chain.levels.refresh(core, keep)
-        self.unborn = self.unborn and not levelling
+            self._chain(name).refresh(core, self.strengths, self.unborn, (due[1], due[2]))
+        self.unborn = self.unborn and not self.phase[2]
 
     @torch.no_grad()
     def make(self, latent: Tensor, out: Tensor | None = None) -> Tensor:
@@ -260,30 +247,15 @@ class Slots(nn.Module):
         if not self.begun:
             return latent if out is None else out.copy_(latent)
         if out is not None and not self.phase[0] and not self.layout.transposed and latent.dtype == torch.float32:
-            self._value(self._chain("core"), self.layout.matrix(latent), latent.dtype, self.layout.matrix(out))
+            core, place = self.layout.matrix(latent), self.layout.matrix(out)
+            self._chain("core").value(core, latent.dtype, self.strengths, place)
             return out  # its core is the weight itself: no copy in between
         made = self._expand(self._cores(latent), latent)
         return made if out is None else out.copy_(made)
 
     def _cores(self, latent: Tensor) -> dict[str, Tensor]:
         cores = self._reduce(latent)
-        return {name: self._value(self._chain(name), core, latent.dtype) for name, core in cores.items()}
-
-    def _value(self, chain: Chain, core: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """A core's value after mask and levels, in a new tensor or in `out`."""
-        _, masking, levelling = self.phase
-        keep = chain.keep(bool(masking))
-        if levelling and chain.levels is not None:
-            soft = levelling == SOFT
-            value = chain.levels.hard(core, out, None if soft else keep)
-            if soft:
-                blank_(value.add_((1 - self.strength[2]) * (core - value)), keep)
-            return value
-        # Unquantised cores are stored in the Parameter's dtype.
-        value = core.to(dtype).to(core.dtype) if core.dtype != dtype else core
-        if keep is not None and chain.mask is not None:
-            return chain.mask.hard(value, out)
-        return value if out is None else out.copy_(value)
+        return {name: self._chain(name).value(core, latent.dtype, self.strengths) for name, core in cores.items()}
 
     def _expand(self, cores: dict[str, Tensor], latent: Tensor) -> Tensor:
         tied = self.tying is not None and self.phase[0]
@@ -302,40 +274,29 @@ class Slots(nn.Module):
     @property
     def straight(self) -> bool:
         """Whether the gradient at the hard weight is that at the latent one, and nothing is trained beside it."""
-        tying, masking, levelling = self.phase
-        chains = [self._chain(name) for name in self.cores]
-        return not tying and all(chain.straight(bool(masking), bool(levelling)) for chain in chains)
+        return not self.phase[0] and all(self._chain(name).straight(self.strengths) for name in self.cores)
 
     def pull(self, latent: Tensor, gradient: Tensor) -> Tensor | None:
         """Turn the gradient at the weight that `make` gave into that at the latent one, straight through what rounds.
 
         The sidecars of the slots that have begun get theirs, in `grad`.
 
+        Args:
+            latent: whole.
+            gradient: of its shape; it may be overwritten.
+
         Returns:
             The latent weight's; None where the loss does not depend on it (its factors are trained).
         """
+        at, tying = self.strengths, self.tying if self.phase[0] else None
         if self.straight:
             return gradient
-        tying, masking, levelling = self.phase
-        chains = [self._chain(name) for name in self.cores]
-        if not tying and all(not levelling or chain.levels is None or chain.levels.pulls for chain in chains):
-            return self._pull_core(latent, gradient)
-        if self.tying is not None and all(chain.straight(bool(masking), bool(levelling)) for chain in chains):
-            if not any(True for _ in self.tying.parameters()):  # every member gets the mean of the members' gradients
-                return self._expand(self.tying.reduce(self._matrix(gradient)), gradient)
+        if tying is None and self._chain("core").pulls(at):
+            pulled = self._chain("core").pull(self._matrix(latent), self._matrix(gradient), at)
+            return self.layout.weight(pulled, self.stored_shape)
+        if tying is not None and not list(tying.parameters()) and all(self._chain(n).straight(at) for n in self.cores):
+            return self._expand(tying.reduce(self._matrix(gradient)), gradient)  # each member gets the members' mean
         return self._pull_by_autograd(latent, gradient)
-
-    @torch.no_grad()
-    def _pull_core(self, latent: Tensor, gradient: Tensor) -> Tensor:
-        """Of an untied weight."""
-        _, masking, levelling = self.phase
-        chain, core, found = self._chain("core"), self._matrix(latent), self._matrix(gradient)
-        if levelling and chain.levels is not None:
-            strength = float(self.strength[2]) if levelling == SOFT else 1.0
-            chain.levels.pull(core, found, chain.keep(bool(masking)), strength)
-        if masking and chain.mask is not None:
-            found = chain.mask.pull(core, found)
-        return self.layout.weight(found, self.stored_shape)
 
     def _pull_by_autograd(self, latent: Tensor, gradient: Tensor) -> Tensor | None:
         """Of factors, and of what has no formula of its own."""
@@ -344,23 +305,12 @@ class Slots(nn.Module):
             leaf = latent.detach().requires_grad_()
             cores = self._reduce(leaf)
             for name, core in cores.items():
-                cores[name] = self._through(self._chain(name), core)
+                cores[name] = self._chain(name).differentiable(core, self.strengths)
             made = self._expand(cores, leaf)
         first, *others = torch.autograd.grad(made, [leaf, *sidecars], gradient.to(made.dtype), allow_unused=True)
         for sidecar, found in zip(sidecars, others, strict=True):
             sidecar.grad = found
         return first
-
-    def _through(self, chain: Chain, core: Tensor) -> Tensor:
-        """Something whose gradient is that of the core's value; the value itself only factors need."""
-        _, masking, levelling = self.phase
-        value = core
-        if levelling and chain.levels is not None:
-            factor = isinstance(core, nn.Parameter)  # its value is in the other one's gradient
-            value = chain.levels(core) if factor or not chain.levels.straight else core
-            if levelling == SOFT:
-                value = value + (1 - self.strength[2]) * (core - value)
-        return chain.mask(value, core) if masking and chain.mask is not None else value
 
     def awake(self) -> Iterator[nn.Parameter]:
         """The sidecars of the slots that have begun."""
@@ -409,20 +359,20 @@ class Slots(nn.Module):
     @torch.no_grad()
     def encode(self, writer: Writer, latent: Tensor) -> None:
         """Store the hard weight, which is finite, as it is now: layout, tying, then each core's mask and levels."""
-        tying, masking, levelling = self.phase
+        tying, at = self.tying if self.phase[0] else None, self.strengths
         self.layout.encode(writer)
-        writer.integer(self.tying.code_number if self.tying is not None and tying else 0)
-        if self.tying is not None and tying:
-            self.tying.encode(writer)
+        writer.integer(tying.code_number if tying is not None else 0)
+        if tying is not None:
+            tying.encode(writer)
         for name, core in self._reduce(latent).items():
             chain = self._chain(name)
-            keep = chain.keep(bool(masking))
+            keep = chain.keep(at)
             masks = keep is not None and not bool(keep.all())
             writer.integer(int(masks))
             if masks and chain.mask is not None:
                 chain.mask.encode(writer)
             kept = torch.ones_like(core, dtype=torch.bool) if keep is None else keep
-            if levelling and chain.levels is not None:
+            if at.levels and chain.levels is not None:
                 writer.integer(chain.levels.code_number)
                 chain.levels.encode(writer, core, kept)
             else:
@@ -443,7 +393,7 @@ class Slots(nn.Module):
         chain, rows = self._chain(name), factor.to(core.dtype).reshape(-1, *(1,) * (core.dim() - 1))
         levels = chain.levels if self.phase[2] else None
         value = core * rows if levels is None else levels.rescale(levels.code(core), factor.float()).to(core.dtype)
-        value = blank_(value, chain.keep(bool(self.phase[1])))
+        value = blank_(value, chain.keep(self.strengths))
         if isinstance(core, nn.Parameter):
             core.copy_(value)
         else:
@@ -458,7 +408,7 @@ class Slots(nn.Module):
         trained = {name: state[name] for name, _ in blank.named_parameters()}
         blank.load_state_dict(trained, strict=False)
         blank.strength.copy_(state["strength"])
-        blank.phase = _phases(blank.strength)
+        blank._read_strength()
         blank.refresh(latent)
         return blank.state_dict()
 
@@ -477,7 +427,7 @@ class Slots(nn.Module):
         """Put back what `training_state` gave, for the same latent weight."""
         moved = {key: value.to(latent.device) for key, value in state.items()}
         self.load_state_dict({**self._blank(latent, moved), **moved})
-        self.phase = _phases(self.strength)
+        self._read_strength()
         self.stale = self.unborn = False
 
     def reshaped(self, shape: Shape) -> Slots:
@@ -487,12 +437,8 @@ class Slots(nn.Module):
             if slot in self.specs:
                 other.fill(slot, self.specs[slot])
         other.strength.copy_(self.strength)
-        other.phase = list(self.phase)
+        other._read_strength()
         return other
-
-    def twin(self) -> Slots:
-        """A copy, to look ahead with."""
-        return deepcopy(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slots:
         """Sidecars follow the model to a device, but stay float32 when it goes to half precision."""
@@ -507,7 +453,3 @@ class Slots(nn.Module):
     def extra_repr(self) -> str:
         """The methods and how hard they act."""
         return f"{self.method}, strength={[round(value, 3) for value in self.strength.tolist()]}"
-
-
-def _phases(strength: Tensor) -> list[int]:
-    return [OFF if value <= 0 else HARD if value >= 1 else SOFT for value in strength.tolist()]

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from psc_lightning import MaskLearning, StraightThroughQuantization, WeightSharing
 from psc_lightning.live import compressed
 from psc_lightning.slots import Slots
-from psc_lightning.training.conductor import KEY, Conductor
+from psc_lightning.training.conductor import Conductor
+from psc_lightning.training.entry import KEY
 
 # What Lightning says of small CPU runs; everything else stays an error.
 QUIET = [

@@ -17,7 +17,7 @@ from psc_lightning.artifact.codings import Grid, Plane
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
 from psc_lightning.artifact.planes import Found, choose, find
 
-__all__ = ["Stream", "SymbolReader", "SymbolWriter"]
+__all__ = ["Stream", "SymbolReader", "SymbolWriter", "stream_of"]
 
 _PLANE = 256
 
@@ -39,7 +39,8 @@ class Stream:
     coding: str
 
 
-def _stream(histogram: Ints, coding: str) -> Stream:
+def stream_of(histogram: Ints, coding: str) -> Stream:
+    """What the report says of a plane with this histogram."""
     present = histogram[histogram > 0]
     number = int(present.sum())
     entropy = float((present * np.log2(number / present)).sum())
@@ -103,7 +104,7 @@ class SymbolWriter:
     def _plane(self, plane: Plane) -> None:
         choice = choose(plane, self._encoder)
         choice.write(self._encoder)
-        self.streams.append(_stream(plane.histogram, choice.coding))
+        self.streams.append(stream_of(plane.histogram, choice.coding))
 
     def finish(self) -> Coded:
         """All of it."""
@@ -183,5 +184,5 @@ class SymbolReader:
 
     def _plane(self, number: int, size: int, grid: Tensor | None = None) -> Found:
         found = find(self._decoder, number, size, _grid(grid))
-        self.streams.append(_stream(found.histogram(size), found.coding))
+        self.streams.append(stream_of(found.histogram(size), found.coding))
         return found

@@ -136,6 +136,9 @@ class Mask(nn.Module):
     def observe(self, core: Tensor, gradient: Tensor) -> None:
         """Take in the gradient of one step (label-driven methods)."""
 
+    def restart(self) -> None:
+        """Forget the labels: another weight has taken the place of the one that they were of; |weight| decides again."""
+
     @torch.no_grad()
     def refresh(self, core: Tensor, strength: float = 1.0) -> None:
         """Choose which entries are zero now; `strength` scales the share."""

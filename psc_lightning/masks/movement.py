@@ -50,8 +50,13 @@ class MovementMask(Mask):
     @torch.no_grad()
     def pull(self, core: Tensor, gradient: Tensor) -> Tensor:
         """The core's gradient; the scores get theirs, a unit's is the sum of its entries'."""
-        self.scores.grad = unit_sum(gradient * core, self.granularity, self.block)
+        self.scores.grad = unit_sum(gradient * core, self.granularity, self.block).to(self.scores.dtype)
         return blank_(gradient, self.keep)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Start from no scores."""
+        self.scores.zero_()
 
     def score(self, core: Tensor) -> Tensor:
         """The learned scores."""

@@ -48,6 +48,11 @@ class SaliencyMask(Mask):
         label = (gradient * core).abs() if self.label == "gradient_weight" else gradient.square()
         self.total += unit_mean(label, self.granularity, self.block)
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Start from no sums."""
+        self.total.zero_()
+
     def score(self, core: Tensor) -> Tensor:
         """The sums so far."""
         return self.total

@@ -8,6 +8,7 @@ hard from that before it is looked at: judged, saved, or taken over at the end.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -73,7 +74,8 @@ class Average:
         if not means:
             return
         if several is not None or one is None:
-            (several or get_swa_multi_avg_fn())(means, now, number)
+            swa = get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]  # torch's
+            (several or swa)(means, now, number)
             return
         for mean, latent in zip(means, now):
             mean.copy_(one(mean, latent, number))
@@ -85,7 +87,7 @@ class Average:
         for place in places:
             mean, latent = means.get(place.parameter), self.latents.get(place.name)
             if mean is not None and latent is not None:
-                slots = place.tensor.slots.twin()
+                slots = deepcopy(place.tensor.slots)
                 slots.refresh(latent)
                 mean.copy_(slots.make(latent))
 

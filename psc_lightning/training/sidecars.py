@@ -22,9 +22,9 @@ class Sidecars:
     """
 
     def __init__(self, groups: Sequence[tuple[float, Iterable[nn.Parameter]]]) -> None:
-        found = [{"params": list(params), "lr": lr} for lr, params in groups]
-        self.rates = [group["lr"] for group in found if group["params"]]
-        filled = [group for group in found if group["params"]]
+        found = [(lr, list(params)) for lr, params in groups]
+        self.rates = [lr for lr, params in found if params]
+        filled: list[dict[str, Any]] = [{"params": params, "lr": lr} for lr, params in found if params]
         # Fused it takes a third of the time; a mask's scores are as many as its weights.
         fused = all(p.device.type in ("cpu", "cuda") for group in filled for p in group["params"])
         self.optimizer = AdamW(filled, weight_decay=0.0, fused=fused) if filled else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def main() -> None:
         "# What compression costs before the first step",
         "",
         f"CPU seconds, one thread, median (lowest – highest) of {args.repeats}; {machine()}.",
-        f"By `{' '.join(['python recipes/benchmarks/start_up.py', *sys.argv[1:]])}`.",
+        f"By `{shlex.join(['python', 'recipes/benchmarks/start_up.py', *sys.argv[1:]])}`.",
         "",
         "| what | s | goal |",
         "|---|--:|--:|",

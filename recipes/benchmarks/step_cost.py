@@ -9,13 +9,14 @@ machine and one heap that is never trimmed (the variables above, set before Pyth
 
 Beside it: what the forward pass of a live model costs in eval, what each method costs an entry in the bytes that the
 machine copies in that time, and what methods of others cost, where they are installed (`pip install torchao brevitas`).
-Writes recipes/results/step_cost.md; a run of part of the nets or methods is best written elsewhere (`--out`).
+Writes recipes/results/step_cost.md after each net; a run of part of the nets or methods is best written elsewhere (`--out`).
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import statistics
 import sys
 import warnings
@@ -37,7 +38,7 @@ Found = dict[str, dict[str, Pairs | str]]  # row → net → pairs, or why there
 PREDICTED = ("uniform 8 bit", "codebook 16", "magnitude 0.5", "row + magnitude 0.5 + uniform")
 BYTES = ("encoder", "lenet")  # nets whose steps tell what an entry costs
 COMPARED = ("encoder", "lenet")  # nets for methods of others
-STAR = "*"  # what is above its limit
+STAR = "★"  # what is above its limit
 
 
 class Board:
@@ -113,21 +114,19 @@ def byte_rows(found: Found, nets: list[str], speed: float) -> Iterator[list[str]
         yield [name, *cells]
 
 
-def peer_rows(found: Found, nets: list[str]) -> Iterator[list[str]]:
+def ratio_rows(found: Found, nets: list[str]) -> Iterator[list[str]]:
     """The tables of predictions, and of what others do."""
     yield ["method", *(NETS[net].told for net in nets)]
     for name, row in found.items():
         yield [name, *(shown(row.get(net)) for net in nets)]
 
 
-def markdown(rows: Iterator[list[str]]) -> list[str]:
-    head, *others = rows
+def markdown(head: list[str], others: list[list[str]]) -> list[str]:
     lines = [f"| {' | '.join(row)} |" for row in others]
     return [f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1), *lines, ""]
 
 
-def print_table(title: str, rows: Iterator[list[str]]) -> None:
-    head, *others = rows
+def print_table(title: str, head: list[str], others: list[list[str]]) -> None:
     table = Table(*head, title=title)
     for row in others:
         table.add_row(*row)
@@ -148,6 +147,34 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def report(args: argparse.Namespace, nets: list[str], speed: float, steps: Found, live: Found, peers: Found) -> None:
+    """Write what is known of these nets, and print it once it is all."""
+    compared = [net for net in nets if net in COMPARED and not args.no_peers]
+    tables = {
+        "Steps": step_rows(steps, nets),
+        "Predictions of a live model, over the plain one (limit 1.01, goal 1.00)": ratio_rows(live, nets),
+        f"What an entry costs a step (copying reads and writes {speed / 1e9:.1f} GB/s)": byte_rows(steps, nets, speed),
+        "Methods of others, and ours on the same layers": ratio_rows(peers, compared),
+    }
+    lines = [
+        "# CPU time of a compressed training step over a plain one",
+        "",
+        f"Median (lowest – highest) of {args.pairs} pairs of fits in one process, each its median of {args.steps} steps; one",
+        f"thread; {machine()}.",
+        f"By `{shlex.join(['python', 'recipes/benchmarks/step_cost.py', *sys.argv[1:]])}`.",
+        f"{STAR} above the limit (ResNet-20: 1.05 for each method).",
+        "",
+    ]
+    for title, rows in tables.items():
+        head, *others = rows
+        if others and len(head) > 1:
+            lines += [f"## {title}", "", *markdown(head, others)]
+            if nets == args.nets:
+                print_table(title, head, others)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("\n".join(lines).rstrip() + "\n")
+
+
 def main() -> None:
     args = arguments()
     torch.set_num_threads(1)
@@ -155,14 +182,14 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     chosen = [name for name in METHODS if not args.methods or any(part in name for part in args.methods)]
-    compared = [] if args.no_peers else [net for net in COMPARED if net in args.nets]
+    compared = [net for net in args.nets if net in COMPARED and not args.no_peers]
     steps: Found = {name: {} for name in chosen}
     live: Found = {name: {} for name in PREDICTED if name in chosen}
     peers: Found = {name: {} for name in PEERS}
+    speeds = [bandwidth()]
     board = Board(args.pairs * (len(chosen) * len(args.nets) + len(compared) * len(PEERS)))
-    with board.progress:
-        speeds = [bandwidth()]
-        for net in args.nets:
+    for number, net in enumerate(args.nets, 1):
+        with board.progress:
             for name in chosen:
                 steps[name][net] = board.pairs(name, net, METHODS[name], PLAIN, args.steps, args.pairs)
             for name in live:
@@ -170,31 +197,7 @@ def main() -> None:
             for name, peer in PEERS.items() if net in compared else ():
                 peers[name][net] = board.pairs(name, net, peer, PLAIN, args.steps, args.pairs)
         speeds.append(bandwidth())
-    speed = statistics.mean(speeds)
-    tables = {
-        "Steps": step_rows(steps, args.nets),
-        "Predictions of a live model, over the plain one (limit 1.01, goal 1.00)": peer_rows(live, args.nets),
-        f"What an entry costs a step (copying reads and writes {speed / 1e9:.1f} GB/s)": byte_rows(
-            steps, args.nets, speed
-        ),
-        "Methods of others, and ours on the same layers": peer_rows(peers, compared),
-    }
-    lines = [
-        "# CPU time of a compressed training step over a plain one",
-        "",
-        f"Median (lowest – highest) of {args.pairs} pairs of fits in one process, each its median of {args.steps} steps; one",
-        f"thread; {machine()}.",
-        f"By `{' '.join(['python recipes/benchmarks/step_cost.py', *sys.argv[1:]])}`.",
-        "A star: above the limit (ResNet-20: 1.05 for each method).",
-        "",
-    ]
-    for title, rows in tables.items():
-        table = list(rows)
-        if len(table) > 1 and len(table[0]) > 1:
-            print_table(title, iter(table))
-            lines += [f"## {title}", "", *markdown(iter(table))]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("\n".join(lines).rstrip() + "\n")
+        report(args, args.nets[:number], statistics.mean(speeds), steps, live, peers)
     print(args.out)
 
 

@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -140,7 +141,7 @@ def main() -> None:
         "Multiples of the weights' bytes beyond a plain run (weights and gradients: SGD without momentum); + what is trained",
         f"beside them (scores) with its optimizer's state. Median of {args.repeats} processes a cell; {LAYERS} equal linear",
         f"layers, batch of one; {machine().rsplit(',', 1)[0]}. By",
-        f"`{' '.join(['python recipes/benchmarks/step_memory.py', *sys.argv[1:]])}`.",
+        f"`{shlex.join(['python', 'recipes/benchmarks/step_memory.py', *sys.argv[1:]])}`.",
         "",
         f"| method | {' | '.join(f'{millions:g} M' for millions in args.millions)} | goal |",
         "|---|" + "--:|" * (1 + len(args.millions)),

@@ -22,7 +22,16 @@ from psc_lightning.artifact.directory import DTYPES
 from psc_lightning.live import held
 
 FOLDER = Path(__file__).parent / "golden"
-CENTROIDS = [-1.7744140625, -1.28125, -0.779296875, -0.278564453125, 0.22216796875, 0.720703125, 1.228515625, 1.7431640625]
+CENTROIDS = [
+    -1.7744140625,
+    -1.28125,
+    -0.779296875,
+    -0.278564453125,
+    0.22216796875,
+    0.720703125,
+    1.228515625,
+    1.7431640625,
+]
 MASK = ("magnitude", {"threshold": 0.25})
 
 

@@ -76,7 +76,7 @@ def test_the_weights_are_hard_and_what_training_needs_is_beside_them(tmp_path):
         assert not torch.equal(state["latent"], model.get_parameter(name))
         assert state["strength"].tolist() == [0, 1, 1]
         assert torch.equal(state["cores.core.mask.scores"], sidecars(model)[f"{name}:cores.core.mask.scores"])
-    assert differences(ours["optimizer"], conductor(made).sidecars.optimizer.state_dict()) == []
+    assert differences(ours["optimizer"], conductor(made).cast.sidecars.optimizer.state_dict()) == []
     assert {int(state["step"]) for state in ours["optimizer"]["state"].values()} == {24}
 
 

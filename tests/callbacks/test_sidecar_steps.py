@@ -19,7 +19,7 @@ M, W = MaskLearning, WeightSharing
 
 def steps_of(made):
     """How often each sidecar was stepped."""
-    return {int(state["step"]) for state in conductor(made).sidecars.optimizer.state.values()}
+    return {int(state["step"]) for state in conductor(made).cast.sidecars.optimizer.state.values()}
 
 
 def totals_of(model):
@@ -80,7 +80,7 @@ class Steps(Callback):
         self.seen = []
 
     def on_train_start(self, made, model):
-        conductor(made).sidecars.optimizer.register_step_pre_hook(self.look)
+        conductor(made).cast.sidecars.optimizer.register_step_pre_hook(self.look)
 
     def look(self, optimizer, *args):
         grads = [p.grad for p in optimizer.param_groups[0]["params"]]
@@ -150,7 +150,7 @@ def test_sidecars_of_weights_frozen_for_good_learn_beside_two_optimizers():
     callback = M("movement", schedule="constant")
     before = model.net[2].weight.clone()
     _, made = fit([callback], model, max_epochs=1, limit_val_batches=0)
-    learned = conductor(made).sidecars.parameters
+    learned = conductor(made).cast.sidecars.parameters
     assert len(learned) == 2
     assert all(p.detach().any() for p in learned)
     assert not model.net[2].weight.requires_grad
@@ -239,7 +239,7 @@ def test_a_ramp_ends_with_training_whatever_accumulates_when(factors, steps, lim
     callback = M(schedule={"kind": "linear", "begin": 0.1, "end": 0.7})
     others = [Strengths(), GradientAccumulationScheduler(factors)]
     made = fit([callback, *others], Net("sgd"), max_steps=limit, limit_val_batches=0)[1]
-    assert made.global_step == conductor(made).total == steps
+    assert made.global_step == conductor(made).cast.total == steps
     assert strengths[-1] == 1
 
 
@@ -250,10 +250,10 @@ def test_factors_are_stepped_at_their_own_rate(rate):
 
     class Factors(Callback):
         def on_before_optimizer_step(self, made, model, optimizer):
-            before.append([p.detach().clone() for p in conductor(made).sidecars.parameters])
+            before.append([p.detach().clone() for p in conductor(made).cast.sidecars.parameters])
 
         def on_train_batch_end(self, made, model, *args):
-            after.append([p.detach().clone() for p in conductor(made).sidecars.parameters])
+            after.append([p.detach().clone() for p in conductor(made).cast.sidecars.parameters])
 
     class Alive(Net):
         def configure_optimizers(self):

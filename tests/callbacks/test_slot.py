@@ -50,7 +50,7 @@ def logits(model):
 
 def steps_of(made, model):
     """How often what is trained beside each weight was stepped."""
-    state = conductor(made).sidecars.optimizer.state
+    state = conductor(made).cast.sidecars.optimizer.state
     return {name: {int(state[p]["step"]) for p in slots.parameters()} for name, slots, _ in slotted(model)}
 
 
@@ -187,7 +187,7 @@ def test_a_sidecar_is_stepped_once_per_optimizer_step(cls, accumulate, steps):
     model, made = fit([callback, Watch(look)], cls() if cls is not Net else Net(steps=steps),
                       accumulate_grad_batches=accumulate, limit_val_batches=0)  # fmt: skip
     assert steps_of(made, model) == {f"net.{index}.weight": {steps} for index in (0, 3, 7)}
-    assert [group["weight_decay"] for group in conductor(made).sidecars.optimizer.param_groups] == [0.0]
+    assert [group["weight_decay"] for group in conductor(made).cast.sidecars.optimizer.param_groups] == [0.0]
     for (step, before), (now, after) in pairwise(changes):
         assert all(torch.equal(before[name], after[name]) == (step == now) for name in before)
 
@@ -312,7 +312,7 @@ def test_manual_optimization_counts_the_steps_of_all_optimizers(limits, total):
     strengths = {}
     callback = M(schedule={"kind": "linear", "begin": 0.0, "end": 0.5})
     made = fit([callback], Both(), **limits)[1]
-    assert made.global_step == conductor(made).total == total
+    assert made.global_step == conductor(made).cast.total == total
     for step in (total // 2 - 2, total // 2):
         strengths[step] = callback.schedule.strength(step, total)
     assert list(strengths.values()) == [pytest.approx(1 - 2 / (total // 2)), 1.0]
@@ -359,17 +359,17 @@ class InConfigureModel(Late):
         self.build()
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 @pytest.mark.parametrize("cls", [Net, InConfigureModel])
-@pytest.mark.parametrize("name", ["separable_lsq", "deep", "saliency"])
+@pytest.mark.parametrize("name", ["separable_lsq", "deep", "saliency", "ternary_movement"])
 def test_sidecars_stay_float32(precision, cls, name):
     model, _ = fit(COMBINATIONS[name](RAMP), cls(), precision=precision)
     ours = [value for _, slots, _ in slotted(model) for value in slots.state_dict().values()]
     assert torch.float32 in {value.dtype for value in ours} <= {torch.float32, torch.uint8, torch.int32}
-    expected = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    expected = {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)
     assert {weight.dtype for _, _, weight in slotted(model)} == {expected}
     assert {latent.dtype for latent in latents(model).values()} == {expected}
-    if precision == "bf16-mixed":
+    if precision != "bf16-true":
         hard(None, model)
 
 

@@ -1,10 +1,9 @@
-"""Lightning's own pruning, which puts other Parameters in the place of those it prunes: apart, or refused when training starts."""
+"""Lightning's own pruning, which puts other Parameters in the place of those it prunes: apart, or refused at the start."""
 
 from __future__ import annotations
 
 import pytest
 from lightning.pytorch.callbacks import ModelPruning
-import torch.nn.utils.prune
 from torch import nn
 from training import QUIET, Net, fit, slotted
 
@@ -16,7 +15,9 @@ pytestmark = QUIET
 @pytest.mark.parametrize("first", [True, False])
 def test_both_on_the_same_tensors_are_refused(first):
     ours, theirs = StraightThroughQuantization("uniform"), ModelPruning("l1_unstructured", amount=0.3)
-    with pytest.raises(ValueError, match=r"both take net\.0\.weight, net\.3\.weight, net\.7\.weight: leave them to one"):
+    with pytest.raises(
+        ValueError, match=r"both take net\.0\.weight, net\.3\.weight, net\.7\.weight: leave them to one"
+    ):
         fit([ours, theirs] if first else [theirs, ours])
 
 

@@ -46,7 +46,7 @@ RAMP = {"kind": "linear", "begin": 4, "end": 12}
 
 def steps_of(made) -> set[int]:
     """How often what is trained beside the weights was stepped."""
-    return {int(state["step"]) for state in conductor(made).sidecars.optimizer.state.values()}
+    return {int(state["step"]) for state in conductor(made).cast.sidecars.optimizer.state.values()}
 
 
 def is_its_file(model: nn.Module, tmp_path, layout: torch.memory_format = torch.contiguous_format) -> None:
@@ -218,3 +218,22 @@ def test_channels_last(tmp_path):
     striped = Net("sgd").to(memory_format=torch.channels_last)
     fit(COMBINATIONS["ternary_movement"](RAMP), striped)
     is_its_file(striped, tmp_path, torch.channels_last)
+
+
+@pytest.mark.parametrize("name", ["ternary_movement", "float", "deep"])
+def test_channels_last_with_a_depthwise_convolution(name):
+    """Its one input channel has strides that may be anything: (9, 9, 3, 1) of a weight is (9, 1, 3, 1) of its gradient."""
+
+    class Depthwise(Net):
+        def __init__(self):
+            super().__init__("sgd")
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1)
+                self.net[3] = nn.Conv2d(8, 8, 3, groups=8)
+
+    striped, plain = Depthwise().to(memory_format=torch.channels_last), Depthwise()
+    for model in (striped, plain):
+        fit(COMBINATIONS[name]("constant"), model, max_steps=2, limit_val_batches=0)
+    assert len(list(slotted(striped))) == 3
+    for (key, one), other in zip(latents(striped).items(), latents(plain).values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=key)

@@ -120,7 +120,7 @@ def main(devices: int, folder: Path) -> None:
         data = [Shares(made.global_rank, devices) for _ in range(2)]
         made.fit(model, *data, ckpt_path=folder / f"{devices}.ckpt" if run == "-resumed" else None)
         state = {**model.state_dict(), "steps": torch.tensor(made.global_step), **beside(model)}
-        optimizer = conductor(made).sidecars.optimizer
+        optimizer = conductor(made).cast.sidecars.optimizer
         for name, sidecar in sidecars(model).items():
             state |= {f"{name}.{key}": value for key, value in optimizer.state[sidecar].items()}
         torch.save(state, folder / f"{devices}{run}-{made.global_rank}.pt")

@@ -11,7 +11,20 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import nn
-from training import COMBINATIONS, INPUTS, LABELS, QUIET, RUNS, Loader, Net, differences, fit, layers, run_state, trainer
+from training import (
+    COMBINATIONS,
+    INPUTS,
+    LABELS,
+    QUIET,
+    RUNS,
+    Loader,
+    Net,
+    differences,
+    fit,
+    layers,
+    run_state,
+    trainer,
+)
 
 from psc_lightning import MaskLearning, StraightThroughQuantization, detach, load, load_into, measure, save
 from psc_lightning.live import compressed
@@ -88,7 +101,9 @@ def test_between_steps_the_state_is_the_hard_model(tmp_path):
         def on_train_batch_end(self, made, model, *args):
             assert levels(model.net[3].weight) <= 3
             plain = layers()
-            plain.load_state_dict({key.removeprefix("net."): value.clone() for key, value in model.state_dict().items()})
+            plain.load_state_dict(
+                {key.removeprefix("net."): value.clone() for key, value in model.state_dict().items()}
+            )
             with torch.no_grad():
                 assert torch.equal(plain.eval()(INPUTS), copy.deepcopy(model.net).eval()(INPUTS))
             seen.append(1)
@@ -622,3 +637,39 @@ def test_other_stages_attach_nothing():
     model = Net()
     trainer([Q("binary")]).validate(model, Loader(count=1), verbose=False)
     assert not list(compressed(model))
+
+
+# ------------------------------------------------------------------------------------------ loading hard weights
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in ("separable_lsq", "low_rank")])
+def test_hard_weights_loaded_into_a_live_model_stay_what_they_are(name, tmp_path):
+    """The best checkpoint, of which only the state is at hand: the same values in the file, bit for bit."""
+    best = {key: value.clone() for key, value in fit(RUNS[name](RAMP), Net("sgd"))[0].state_dict().items()}
+    model, _ = fit(RUNS[name](RAMP), max_epochs=1)
+    model.load_state_dict(best)
+    save(model, tmp_path / "model.psc")
+    assert differences(load(tmp_path / "model.psc"), best) == []
+    assert all(row.method != "plain" for row in measure(model).tensors if row.name.endswith(("0.weight", "3.weight")))
+    for _, tensor, parameter in compressed(model):
+        tensor.absorb(parameter)
+        tensor.show(parameter)
+    assert differences(dict(model.state_dict()), best) == []
+
+
+def test_learned_steps_are_found_again(tmp_path):
+    lsq = [Q("uniform", bits=4, learned_step=True, schedule="constant")]
+    best = {key: value.clone() for key, value in fit(lsq, Net("sgd"))[0].state_dict().items()}
+    model, _ = fit([Q("uniform", bits=4, learned_step=True, schedule="constant")], max_epochs=1)
+    model.load_state_dict(best)
+    save(model, tmp_path / "model.psc")
+    assert differences(load(tmp_path / "model.psc"), best) == []
+
+
+def test_a_file_loaded_into_a_live_model_is_saved_as_it_was(tmp_path):
+    model, _ = fit(COMBINATIONS["deep"]("constant"))
+    report = save(model, tmp_path / "model.psc")
+    twin, _ = fit(COMBINATIONS["deep"]("constant"), Net("sgd"), max_epochs=1)
+    load_into(twin, tmp_path / "model.psc")
+    assert save(twin, tmp_path / "again.psc").file_bytes <= 1.02 * report.file_bytes
+    assert differences(load(tmp_path / "again.psc"), load(tmp_path / "model.psc")) == []

@@ -164,7 +164,7 @@ def test_the_total_of_the_first_start_is_kept(tmp_path):
     callbacks = RUNS["ternary_movement"](SCHEDULES["linear"])
     _, made = fit(callbacks, Net("sgd"), ckpt=tmp_path / "step=12.ckpt", **{**OPTIONS, "max_epochs": 4})
     assert made.global_step == 24
-    assert conductor(made).total == 12
+    assert conductor(made).cast.total == 12
 
 
 def test_a_plain_checkpoint_is_a_start(tmp_path):

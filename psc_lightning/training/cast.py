@@ -1,0 +1,120 @@
+"""Who takes part in a run, in which tensors, and from which step on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.optim import Optimizer
+
+from psc_lightning.live import Place
+from psc_lightning.schedule import Schedule
+from psc_lightning.slots import SLOTS
+from psc_lightning.training.sidecars import Sidecars
+
+__all__ = ["Cast", "Clipper", "SlotFiller"]
+
+
+class SlotFiller(Protocol):
+    """A callback that fills one slot of some tensors."""
+
+    method: str
+    schedule: Schedule
+    lr: float
+    refresh: int
+    calibration_steps: int
+
+    @property
+    def slot(self) -> str:
+        """Which slot."""
+
+    @property
+    def state_key(self) -> str:
+        """What tells it from others."""
+
+    def attach(self, model: nn.Module) -> list[Place]:
+        """Fill the slot of every tensor it chooses; what it has filled before is left alone."""
+
+
+class Clipper(Protocol):
+    """A callback that limits the gradients that a step sees."""
+
+    def check(self, trainer: Trainer) -> None:
+        """Refuse, before training, what cannot work."""
+
+    def before_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
+        """Limit the gradients of an optimizer's parameters, which hold latent weights now."""
+
+
+@dataclass
+class Cast:
+    """Our callbacks of a run, and what they share.
+
+    Attributes:
+        fillers: in the order of the slots, whatever the user's.
+        clippers: in the user's.
+        places: where the tensors of each filler are, by its key.
+        sidecars: the optimizer of what slots train.
+        total: optimizer steps of the run; None before they are known.
+        base_rate: the user's learning rate that training started with.
+        trainer, module: of the run; None when there is none.
+    """
+
+    fillers: list[SlotFiller] = field(default_factory=list)
+    clippers: list[Clipper] = field(default_factory=list)
+    places: dict[str, list[Place]] = field(default_factory=dict)
+    sidecars: Sidecars = field(default_factory=lambda: Sidecars([]))
+    total: float | None = None
+    base_rate: float | None = None
+    trainer: Trainer | None = None
+    module: LightningModule | None = None
+
+    def start(self, present: list[Any]) -> None:
+        """Forget an older run, and callbacks that are not there any more."""
+        self.fillers = [one for one in self.fillers if any(one is other for other in present)]
+        self.clippers = [one for one in self.clippers if any(one is other for other in present)]
+        self.total = self.base_rate = None
+
+    def add(self, filler: SlotFiller) -> None:
+        """Take in a callback that fills a slot."""
+        if filler not in self.fillers:
+            self.fillers = sorted([*self.fillers, filler], key=lambda one: SLOTS.index(one.slot))
+
+    def attach(self, module: LightningModule) -> None:
+        """Attach all, also in layers that were built since; a new optimizer for what they train."""
+        self.places = {filler.state_key: filler.attach(module) for filler in self.fillers}
+        self.sidecars = Sidecars([(filler.lr, self._trained(filler)) for filler in self.fillers])
+
+    def _trained(self, filler: SlotFiller) -> list[nn.Parameter]:
+        found = [p for place in self.of(filler) for p in place.tensor.slots.sidecars(filler.slot)]
+        return list(dict.fromkeys(found))
+
+    def of(self, filler: SlotFiller) -> list[Place]:
+        """Where a filler's tensors are."""
+        return self.places[filler.state_key]
+
+    def everywhere(self) -> list[Place]:
+        """Every compressed tensor once."""
+        found = {id(place.tensor): place for places in self.places.values() for place in places}
+        return list(found.values())
+
+    def begins(self, filler: SlotFiller) -> int:
+        """The optimizer step at which a slot begins: not before its labels are in, which only a tied core can have."""
+        assert self.total is not None
+        begin = filler.schedule.begins(self.total)
+        if not filler.calibration_steps:
+            return begin
+        mine = {id(place.tensor) for place in self.of(filler)}
+        tied = [
+            self.begins(other)
+            for other in self.fillers
+            if other.slot == "tying" != filler.slot and any(id(place.tensor) in mine for place in self.of(other))
+        ]
+        return max(begin, max(tied, default=0) + filler.calibration_steps)
+
+    def strength(self, filler: SlotFiller, step: int) -> float:
+        """How hard a slot acts at an optimizer step."""
+        assert self.total is not None
+        return filler.schedule.strength(step, self.total) if step >= self.begins(filler) else 0.0
