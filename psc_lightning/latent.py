@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -137,12 +136,10 @@ class Compressed:
         else:
             self.absorb(parameter)
         full = gather(self.latent)
-        if self.slots.stale:
-            self.slots.refresh(full)
         if is_sharded(parameter):
-            scatter(self.slots.make(full), parameter)
+            scatter(self.slots.renew(full), parameter)
         else:
-            self.slots.make(full, out=parameter.data)
+            self.slots.renew(full, out=parameter.data)
         self._mark = _Mark.of(parameter)
 
     def harden(self, parameter: nn.Parameter) -> None:
@@ -288,7 +285,7 @@ class Compressed:
         """Say once where a constraint that was written cannot hold."""
         if self._told:
             return
-        twin = deepcopy(self.slots)
+        twin = self.slots.twin()
         twin.refresh(latent)
         if float((twin.make(latent) - written).float().norm()) > _UNDONE * float(written.float().norm()):
             self._told = True
@@ -312,9 +309,9 @@ class Compressed:
         if not self.slots.begun:
             return None
         written = self.written(parameter)
-        if not (written or self.lent or self.slots.stale or SOFT in self.slots.phase):
+        if not (written or self.lent or self.slots.stale or self.slots.soft):
             return self.slots, self.dense(parameter)
-        slots, latent = deepcopy(self.slots), self.dense(parameter).clone()
+        slots, latent = self.slots.twin(), self.dense(parameter).clone()
         if written:
             taken = self._taken(slots, latent, gather(parameter.detach()), self._replaced(parameter))
             slots, latent = taken if taken is not None else (slots, latent)
@@ -328,7 +325,7 @@ class Compressed:
     def _recognised(self, parameter: nn.Parameter) -> tuple[Slots, Tensor] | None:
         """A loaded weight that the slots would leave as it is was made by them."""
         weight = gather(parameter.detach()).clone()
-        slots = deepcopy(self.slots).to(weight.device)
+        slots = self.slots.twin().to(weight.device)
         slots.harden(weight)
         return (slots, weight) if torch.equal(slots.make(weight), gather(parameter.detach())) else None
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from copy import deepcopy
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from psc_lightning.chain import Chain, Strengths
 from psc_lightning.layout import Layout, memory_format
 from psc_lightning.levels import LEVELS
 from psc_lightning.masks import MASKS
+from psc_lightning.spec import Spec
 from psc_lightning.stored import Stored
 from psc_lightning.strips import blank_
 from psc_lightning.symbols import Writer
@@ -35,24 +36,6 @@ Shape = tuple[int, ...]
 SLOTS = ("tying", "mask", "levels")
 
 OFF, SOFT, HARD = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What fills a slot: a method's name, its options, and the callback that asked for it (for error messages).
-
-    With levels may come `activations`: bits of the inputs of the layers that hold the tensor.
-    """
-
-    method: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    owner: str = ""
-    activations: int | None = None
-
-    @property
-    def told(self) -> dict[str, Any]:
-        """All that was asked for."""
-        return {**self.options, **({"activations": self.activations} if self.activations else {})}
 
 
 @contextmanager
@@ -138,6 +121,11 @@ class Slots(nn.Module):
     def begun(self) -> bool:
         """Whether any slot is in force."""
         return any(self.phase)
+
+    @property
+    def soft(self) -> bool:
+        """Whether any slot is in its ramp."""
+        return SOFT in self.phase
 
     @property
     def strengths(self) -> Strengths:
@@ -226,15 +214,22 @@ class Slots(nn.Module):
         return self.tying.reduce(matrix) if self.tying is not None and self.phase[0] else {"core": matrix}
 
     @torch.no_grad()
-    def refresh(self, latent: Tensor) -> None:
-        """Recompute what needs sorting, clustering or sums, from the latent weight as it is now."""
+    def renew(self, latent: Tensor, out: Tensor | None = None) -> Tensor:
+        """`refresh`, where something is stale, and `make`."""
+        return self._make(latent, self.refresh(latent) if self.stale else self._reduce(latent), out)
+
+    @torch.no_grad()
+    def refresh(self, latent: Tensor) -> dict[str, Tensor]:
+        """Recompute what needs sorting, clustering or sums, from the latent weight as it is now; give its cores."""
         due, self.due = self.due, [True, True, True]
         self.stale = False
+        cores = self._reduce(latent)
         if self.tying is not None and not self.phase[0]:
-            return
-        for name, core in self._reduce(latent).items():
+            return cores
+        for name, core in cores.items():
             self._chain(name).refresh(core, self.strengths, self.unborn, (due[1], due[2]))
         self.unborn = self.unborn and not self.phase[2]
+        return cores
 
     @torch.no_grad()
     def make(self, latent: Tensor, out: Tensor | None = None) -> Tensor:
@@ -244,18 +239,20 @@ class Slots(nn.Module):
             latent: whole, of the Parameter's shape.
             out: a tensor to write it into.
         """
+        return self._make(latent, self._reduce(latent), out)
+
+    def _make(self, latent: Tensor, cores: dict[str, Tensor], out: Tensor | None) -> Tensor:
         if not self.begun:
             return latent if out is None else out.copy_(latent)
         if out is not None and not self.phase[0] and not self.layout.transposed and latent.dtype == torch.float32:
-            core, place = self.layout.matrix(latent), self.layout.matrix(out)
-            self._chain("core").value(core, latent.dtype, self.strengths, place)
+            place = self.layout.matrix(out)
+            self._chain("core").value(cores["core"], latent.dtype, self.strengths, place)
             return out  # its core is the weight itself: no copy in between
-        made = self._expand(self._cores(latent), latent)
+        made = self._expand(self._values(cores, latent.dtype), latent)
         return made if out is None else out.copy_(made)
 
-    def _cores(self, latent: Tensor) -> dict[str, Tensor]:
-        cores = self._reduce(latent)
-        return {name: self._chain(name).value(core, latent.dtype, self.strengths) for name, core in cores.items()}
+    def _values(self, cores: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        return {name: self._chain(name).value(core, dtype, self.strengths) for name, core in cores.items()}
 
     def _expand(self, cores: dict[str, Tensor], latent: Tensor) -> Tensor:
         tied = self.tying is not None and self.phase[0]
@@ -265,9 +262,7 @@ class Slots(nn.Module):
         return expanded.contiguous(memory_format=memory_format(latent))
 
     def _chain(self, name: str) -> Chain:
-        chain = self.cores[name]
-        assert isinstance(chain, Chain)
-        return chain
+        return cast(Chain, self.cores[name])
 
     # -------------------------------------------------------------------------------------------- gradients
 
@@ -349,7 +344,7 @@ class Slots(nn.Module):
     @torch.no_grad()
     def stored(self, latent: Tensor) -> Stored:
         """What `encode` would store, as it is now."""
-        cores = self._cores(latent)
+        cores = self._values(self._reduce(latent), latent.dtype)
         tying = self.tying if self.phase[0] else None
         inputs = self.inputs.grid() if self.inputs is not None and self.phase[2] else None
         seen = self.inputs.output if self.inputs is not None else None
@@ -440,6 +435,10 @@ class Slots(nn.Module):
         other._read_strength()
         return other
 
+    def twin(self) -> Slots:
+        """A copy, to look ahead with."""
+        return deepcopy(self)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slots:
         """Sidecars follow the model to a device, but stay float32 when it goes to half precision."""
 
@@ -449,7 +448,3 @@ class Slots(nn.Module):
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return self
-
-    def extra_repr(self) -> str:
-        """The methods and how hard they act."""
-        return f"{self.method}, strength={[round(value, 3) for value in self.strength.tolist()]}"

@@ -176,7 +176,7 @@ def test_steps_are_those_of_a_graph_through_the_slots(name: str, optimizer: str,
     }[optimizer]
     layer = random(METHODS[name])
     tensor, weight = of(layer), layer.weight
-    twin, leaf = tensor.slots.twin(), tensor.latent.clone().requires_grad_()
+    twin, leaf = deepcopy(tensor.slots), tensor.latent.clone().requires_grad_()
     theirs, its = make([weight]), make([leaf])
     sidecars, twins = list(tensor.slots.parameters()), list(twin.parameters())
     beside = [torch.optim.AdamW(found, lr=0.01) for found in (sidecars, twins) if found]

@@ -30,7 +30,7 @@ LAYERS = [
     {"bits", "functional", "schedule", "layout", "configs", "sharding", "checkpoint"},
     {"precision"},
     {"tying", "masks", "levels", "activations"},
-    {"stored", "chain"},
+    {"stored", "chain", "spec"},
     {"slots"},
     {"latent"},
     {"live"},

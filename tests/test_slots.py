@@ -358,12 +358,12 @@ def test_what_is_made_knows_no_gradient():
     assert not slots.make(latent.requires_grad_()).requires_grad
 
 
-def test_a_twin_looks_ahead_alone():
+def test_a_copy_looks_ahead_alone():
     slots, latent = make(mask=("magnitude", SHARE), levels=("codebook", {"k": 4}))
     slots.set_strength("mask", 0.5, latent)
     slots.refresh(latent)
     before = pickle.dumps(slots)
-    twin, ahead = slots.twin(), latent.clone()
+    twin, ahead = deepcopy(slots), latent.clone()
     twin.harden(ahead)
     ahead.mul_(2)
     twin.refresh(ahead)
@@ -436,7 +436,7 @@ def test_a_mask_that_is_older_than_the_weight_is_part_of_the_state(same_bits):
     again, _ = make(mask=("magnitude", SHARE), levels=("uniform", {}))
     again.load_training_state(latent, slots.training_state(latent))
     assert same_bits(again.make(latent), slots.make(latent))
-    fresh = slots.twin()
+    fresh = deepcopy(slots)
     fresh.refresh(latent)
     assert not same_bits(fresh.make(latent), slots.make(latent))
 

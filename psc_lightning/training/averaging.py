@@ -8,7 +8,6 @@ hard from that before it is looked at: judged, saved, or taken over at the end.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -87,7 +86,7 @@ class Average:
         for place in places:
             mean, latent = means.get(place.parameter), self.latents.get(place.name)
             if mean is not None and latent is not None:
-                slots = deepcopy(place.tensor.slots)
+                slots = place.tensor.slots.twin()
                 slots.refresh(latent)
                 mean.copy_(slots.make(latent))
 

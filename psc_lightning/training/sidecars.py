@@ -6,10 +6,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 __all__ = ["Sidecars"]
+
+
+def _finite(gradient: Tensor) -> bool:
+    """Whether all entries are finite numbers: their sum tells, ten times as fast, unless it is too large itself."""
+    return bool(gradient.sum().isfinite()) or bool(gradient.isfinite().all())
 
 
 class Sidecars:
@@ -45,7 +50,7 @@ class Sidecars:
         if self.optimizer is None:
             return
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if gradients and all(bool(gradient.isfinite().all()) for gradient in gradients):
+        if gradients and all(map(_finite, gradients)):
             if scale != 1.0:
                 torch._foreach_div_(gradients, scale)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):

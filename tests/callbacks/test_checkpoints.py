@@ -29,7 +29,7 @@ from training import (
 
 from psc_lightning import GradientClipping, MaskLearning, StraightThroughQuantization, detach
 from psc_lightning.artifact import to_bytes
-from psc_lightning.training.conductor import KEY, VERSION
+from psc_lightning.training.entry import KEY, VERSION
 
 pytestmark = QUIET
 

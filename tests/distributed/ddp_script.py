@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from training import RUNS, Loader, Net, conductor, latents, layers, sidecars, slotted
@@ -71,6 +71,14 @@ class Keep(Callback):
             trainer.save_checkpoint(self.path)
 
 
+class Measures(Callback):
+    """Asks for the size on the last rank alone, which no other rank waits for, and which changes nothing."""
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_rank == 1:
+            psc_lightning.measure(pl_module)
+
+
 def slot_callbacks(names: Sequence[str]) -> list[SlotCallback]:
     found = []
     for name in names:
@@ -111,7 +119,7 @@ def main(devices: int, folder: Path) -> None:
         seed_everything(0, verbose=False)
         callbacks = slot_callbacks(NAMES)
         made = trainer(
-            [*callbacks, Keep(folder / f"{devices}{run}.ckpt", step=12 if run else 6)],
+            [*callbacks, Measures(), Keep(folder / f"{devices}{run}.ckpt", step=12 if run else 6)],
             devices=devices,
             precision="64-true" if run == "-double" else "32-true",
             strategy=DDPStrategy(process_group_backend="gloo", find_unused_parameters=False) if devices > 1 else "auto",
