@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,10 @@ class Compressed:
         self._spare: Tensor | None = None  # the hard weight's memory, while the latent one is in the Parameter's place
         self._mark: _Mark | None = None
         self._told = False
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy has other memory, in which nothing is written yet."""
+        return {**self.__dict__, "_mark": None if self._mark is None else replace(self._mark, pointer=0)}
 
     # ------------------------------------------------------------------------------------------ what is where
 
@@ -222,7 +226,11 @@ class Compressed:
 
     def written(self, parameter: nn.Parameter) -> bool:
         """Whether someone else has written to the Parameter since it was last written here."""
-        return self.latent is not None and not self.lent and (self.loaded or _Mark.of(parameter) != self._mark)
+        if self.latent is None or self.lent or self._mark is None:
+            return False
+        now = _Mark.of(parameter)
+        copied = self._mark.pointer == 0
+        return self.loaded or (now.total != self._mark.total if copied else now != self._mark)
 
     def traced(self, parameter: nn.Parameter) -> bool:
         """`written`, as far as it costs nothing to tell."""
@@ -236,11 +244,9 @@ class Compressed:
         if not self.written(parameter):
             return
         assert self.latent is not None
-        if self.latent.device != parameter.device or self.latent.dtype != parameter.dtype:
-            self.latent = self.latent.to(parameter.device, parameter.dtype)
-            self.slots.to(parameter.device)
         found, full = gather(parameter.detach()), gather(self.latent)
         taken = self._taken(self.slots, full, found, self._replaced(parameter))
+        self.latent = self.latent.to(parameter.device, parameter.dtype)
         if taken is not None:
             self.slots, full = taken
             if is_sharded(self.latent):
@@ -256,7 +262,7 @@ class Compressed:
 
     def _replaced(self, parameter: nn.Parameter) -> bool:
         assert self._mark is not None
-        return self.loaded or local(parameter).data_ptr() != self._mark.pointer
+        return self.loaded or self._mark.pointer not in (0, local(parameter).data_ptr())
 
     def _taken(self, slots: Slots, latent: Tensor, found: Tensor, replaced: bool) -> tuple[Slots, Tensor] | None:
         """Slots and the latent weight that hold what was found in the Parameter; None where the slots had made it so.
@@ -268,9 +274,12 @@ class Compressed:
             slots, full = slots.reshaped(tuple(found.shape)), found.clone()
             slots.begin_again(full)
             return slots, full
-        made = slots.make(latent)
+        made = slots.make(latent).to(found.device, found.dtype)
+        slots.to(found.device)
         if torch.equal(found, made):  # moved, or written as it was
+            slots.stale = slots.stale or latent.dtype != found.dtype  # which rounds once more, or less
             return None
+        latent = latent.to(found.device, found.dtype)
         if replaced or float((found - made).float().norm()) > _NEW * float(made.float().norm()):
             full = found.clone()
             slots.begin_again(full)
@@ -314,7 +323,7 @@ class Compressed:
         slots, latent = self.slots.twin(), self.dense(parameter).clone()
         if written:
             taken = self._taken(slots, latent, gather(parameter.detach()), self._replaced(parameter))
-            slots, latent = taken if taken is not None else (slots, latent)
+            slots, latent = taken if taken is not None else (slots, latent.to(parameter.device, parameter.dtype))
         for slot, phase in zip(SLOTS, self.slots.phase):
             if phase:
                 slots.set_strength(slot, 1.0, latent)

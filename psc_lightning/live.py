@@ -7,6 +7,7 @@ it: a function of this module, so that it copies and pickles.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -162,9 +163,18 @@ def _see_output(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None
 
 def _hook(layer: nn.Module) -> None:
     if _round_input not in layer._forward_pre_hooks.values():
+        _let_graphs_see_hooks()
         layer.register_forward_pre_hook(_round_input, with_kwargs=True)
         if not isinstance(layer, nn.Linear):
             layer.register_forward_hook(_see_output)
+
+
+def _let_graphs_see_hooks() -> None:
+    """Else torch.compile takes a graph of a layer without hooks for one with them: it does not look, to be quick."""
+    dynamo = sys.modules.get("torch._dynamo")  # loaded by Lightning; by itself it takes longer than reading a file
+    if dynamo is not None and dynamo.config.skip_nnmodule_hook_guards:
+        dynamo.config.skip_nnmodule_hook_guards = False
+        dynamo.reset()
 
 
 def _unhook(layer: nn.Module, ours: tuple[Any, ...]) -> None:

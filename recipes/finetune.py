@@ -14,6 +14,7 @@ import torch
 from lightning import LightningModule, Trainer
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 import psc_lightning
@@ -75,6 +76,7 @@ def main() -> None:
     ]
     print(psc_lightning.plan(model, callbacks))
     Trainer(max_epochs=20, callbacks=callbacks, **quiet).fit(model, train)
+    update_bn(train, model)  # BatchNorm's averages lag behind weights that jump between few levels
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "digits.psc")

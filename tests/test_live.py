@@ -229,7 +229,7 @@ def test_it_can_be_compiled_exported_scripted_and_traced(inputs: bool):
                 assert torch.allclose(make()(x), layer(x)), name
 
 
-@pytest.mark.xfail(strict=True, reason="dynamo guards no hooks by default (skip_nnmodule_hook_guards)")
+@pytest.mark.filterwarnings("ignore:.*torch.autograd.function.Function.* should not be instantiated")  # dynamo does
 @pytest.mark.parametrize("same", [True, False], ids=["itself, before", "another of its shape"])
 def test_a_graph_of_a_plain_layer_is_not_taken_for_one_whose_inputs_are_rounded(same: bool):
     torch.compiler.reset()
