@@ -138,6 +138,6 @@ def _steps(position: int | float, total_steps: int | float) -> int:
         return 0
     if not 0 <= total_steps < math.inf:
         raise ValueError(
-            f"{position!r} is a share of training, but the run has {total_steps} steps: give begin/end in steps"
+            f"{position!r} is a share of training, but how many steps this run has is not known: give begin/end in steps"
         )
     return math.floor(position * total_steps + 0.5)

@@ -49,8 +49,9 @@ class Average:
 
     def begin(self, model: nn.Module, place: Place) -> None:
         """A slot begins: until now the average was one of latent weights itself."""
-        if self._count and place.name not in self.latents:
-            self.latents[place.name] = self._means(model)[place.parameter].clone()
+        mean = self._means(model).get(place.parameter)
+        if mean is not None and place.name not in self.latents:
+            self.latents[place.name] = mean.clone()
 
     @torch.no_grad()
     def follow(self, places: Iterable[Place]) -> None:
@@ -59,7 +60,7 @@ class Average:
         if self.number <= before:
             return
         begun = [place for place in places if place.tensor.latent is not None]
-        new = [place for place in begun if place.name not in self.latents]
+        new = [place for place in begun if not before or place.name not in self.latents]  # the first is a copy
         for place in new:
             self.latents[place.name] = place.tensor.dense(place.parameter).clone()
         old = [place for place in begun if place not in new]

@@ -48,7 +48,7 @@ def steps_of(trainer: Trainer, module: LightningModule) -> float:
     if not module.automatic_optimization:
         steps *= max(1, len(trainer.optimizers))
         steps = min(steps, trainer.max_steps) if trainer.max_steps >= 0 else steps
-    return steps
+    return steps if steps >= 0 else math.inf  # Lightning has -1 for data without a length
 
 
 def user_rate(optimizers: list[Optimizer], initial: bool = False) -> float | None:

@@ -728,3 +728,21 @@ def test_the_data_are_the_tests():
     model, _ = fit((), Net("sgd"), max_epochs=3)
     loss = nn.functional.cross_entropy(model.eval()(INPUTS), LABELS)
     assert loss < 1.3 < nn.functional.cross_entropy(Net().eval()(INPUTS), LABELS)
+
+
+def test_an_average_is_hard_before_its_first_update(tmp_path):
+    """One that starts late is judged and saved as the model was at the start, made hard."""
+    seen = []
+
+    class Look(Callback):
+        def on_validation_batch_end(self, made, model, *args):
+            rows = model.net[3].weight.detach().flatten(1)
+            seen.append((made.global_step, max(row.unique().numel() for row in rows)))
+
+    late = EMAWeightAveraging(decay=0.6, update_starting_at_step=18)
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+    fit([Q("uniform", bits=2, schedule="constant"), late, Look(), saver], val_check_interval=6)
+    assert [step for step, _ in seen[::2]] == [6, 12, 18, 24]
+    assert max(values for _, values in seen) <= 3
+    state = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["state_dict"]
+    assert max(row.unique().numel() for row in state["net.3.weight"].flatten(1)) <= 3
