@@ -21,6 +21,7 @@ __all__ = [
     "Group",
     "block_expand",
     "block_mean",
+    "block_sum",
     "group_counts",
     "masked",
     "split",
@@ -235,6 +236,20 @@ def _block_mean(matrix: Tensor, axis: int, size: int) -> Tensor:
             total.add_(other).sub_(first)
         torch.add(first, total.div_(size), out=means[start : start + rows])
     return out
+
+
+def block_sum(matrix: Tensor, axis: int, size: int) -> Tensor:
+    """Sum of each block of `size` neighbours along an axis of a matrix; the last block may be shorter.
+
+    >>> block_sum(torch.tensor([[1.0, 3.0, 8.0]]), axis=1, size=2).tolist()
+    [[4.0, 8.0]]
+    """
+    length = matrix.shape[axis]
+    blocks = -(-length // size)
+    if missing := blocks * size - length:
+        matrix = F.pad(matrix, (0, missing) if axis == 1 else (0, 0, 0, missing))
+    parts = (len(matrix), blocks, size) if axis == 1 else (blocks, size, matrix.shape[1])
+    return matrix.reshape(parts).sum(axis + 1)
 
 
 def block_expand(core: Tensor, axis: int, size: int, length: int) -> Tensor:

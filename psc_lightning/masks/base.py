@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.functional import Group, block_expand, block_mean, group_counts, masked, zero_count
+from psc_lightning.functional import Group, block_expand, block_sum, group_counts, masked, zero_count
 from psc_lightning.selection import largest, magnitudes, mark_largest, numbers
 from psc_lightning.strips import blank_, strips
 from psc_lightning.symbols import Reader, Writer
@@ -36,16 +36,6 @@ def units_shape(shape: Shape, granularity: str, block: int) -> Shape:
     }[granularity]
 
 
-def unit_mean(core: Tensor, granularity: str, block: int) -> Tensor:
-    """Mean over the entries of each unit."""
-    matrix = _matrix(core)
-    if granularity == "element":
-        return matrix
-    if granularity == "channel":
-        return matrix.mean(1, keepdim=True)
-    return block_mean(matrix, 1 if granularity == "row" else 0, block)
-
-
 def unit_sum(core: Tensor, granularity: str, block: int) -> Tensor:
     """Sum over the entries of each unit."""
     matrix = _matrix(core)
@@ -53,11 +43,21 @@ def unit_sum(core: Tensor, granularity: str, block: int) -> Tensor:
         return matrix
     if granularity == "channel":
         return matrix.sum(1, keepdim=True)
-    axis = 1 if granularity == "row" else 0
-    length = matrix.shape[axis]
-    counts = torch.full((-(-length // block),), float(block), dtype=matrix.dtype, device=matrix.device)
+    return block_sum(matrix, 1 if granularity == "row" else 0, block)
+
+
+def unit_mean(core: Tensor, granularity: str, block: int) -> Tensor:
+    """Mean over the entries of each unit; units of equal sums have equal means."""
+    sums = unit_sum(core, granularity, block)
+    if granularity == "element":
+        return sums
+    columns = prod(core.shape[1:])
+    if granularity == "channel":
+        return sums / columns
+    axis, length = (1, columns) if granularity == "row" else (0, core.shape[0])
+    counts = torch.full((sums.shape[axis],), float(block), dtype=sums.dtype, device=sums.device)
     counts[-1] = length - (len(counts) - 1) * block
-    return block_mean(matrix, axis, block) * (counts if axis == 1 else counts[:, None])
+    return sums / (counts if axis == 1 else counts[:, None])
 
 
 def unit_expand(units: Tensor, shape: Shape, granularity: str, block: int) -> Tensor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.masks.base import Mask, unit_mean, unit_sum
+from psc_lightning.functional import zero_count
+from psc_lightning.masks.base import Mask, unit_expand, unit_mean, unit_sum
+from psc_lightning.selection import largest
 from psc_lightning.strips import blank_
 
 __all__ = ["MovementMask"]
@@ -16,6 +18,8 @@ class MovementMask(Mask):
 
     Forward: ``w · m`` with m = 0 at the smallest s; s starts at 0 and ties fall back to |w|, so the first mask is the
     magnitude mask. Pseudo-gradient: ∂/∂w = g·m, ∂/∂s = g·w (straight through the top-k; a unit's is the sum).
+    A row that has got no gradient (a word that fine-tuning has not seen) has no opinion: such rows are masked by |w| among
+    themselves, the same share as the others.
     Stored: one bit a unit, entropy-coded. The scores are training state only.
 
     Args, shapes: see `Mask`. The scores are stepped by the plugin's own AdamW (`score_lr`, no decay).
@@ -46,6 +50,29 @@ class MovementMask(Mask):
     def observe(self, core: Tensor, gradient: Tensor) -> None:
         """One step of plain gradient descent on the scores, for use without an optimizer (one-shot)."""
         self.scores.sub_(unit_mean(gradient * core, self.granularity, self.block))
+
+    @torch.no_grad()
+    def refresh(self, core: Tensor, strength: float = 1.0) -> None:
+        """Choose which entries are zero now; `strength` scales the share."""
+        seen = self.scores.any(1)
+        rows, columns = self.units()
+        number = int(seen.sum())
+        if self.threshold == 0 or self.group != "tensor" or number in (0, rows):
+            super().refresh(core, strength)
+            return
+        share = self.threshold * strength
+        zeros = zero_count(share, rows * columns)
+        # The same share of both, and as many in all as ever.
+        of_seen = min(max(zeros - round(share * (rows - number) * columns), 0), number * columns)
+        weights = unit_mean(core.abs(), self.granularity, self.block).float()
+        kept = torch.empty(rows, columns, dtype=torch.bool, device=core.device)
+        for part, order, count in ((seen, self.scores, of_seen), (~seen, weights, zeros - of_seen)):
+            entries = order[part].reshape(1, -1)
+            all_of_them = count >= entries.numel()
+            kept[part] = (
+                False if all_of_them else largest(entries, weights[part].reshape(1, -1), count).reshape(-1, columns)
+            )
+        self.keep.copy_(unit_expand(kept, self.shape, self.granularity, self.block))
 
     @torch.no_grad()
     def pull(self, core: Tensor, gradient: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ def test_movement_scores_that_are_equal_fall_back_to_the_weight():
     mask = MASKS["movement"]((200, 100), threshold=0.6)
     core = torch.randn(200, 100)
     with torch.no_grad():
-        mask.scores[:10] = torch.randn(10, 100)
+        mask.scores[:, :10] = torch.randn(200, 10)  # no row is without an opinion
     mask.refresh(core)
     order = np.lexsort((np.arange(20_000), core.abs().reshape(-1), mask.scores.detach().reshape(-1)))
     assert (~mask.keep).reshape(-1).nonzero().flatten().tolist() == sorted(order[:12_000].tolist())

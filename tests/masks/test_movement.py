@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from psc_lightning.masks.movement import MovementMask
@@ -46,3 +47,24 @@ def test_scores_learn_although_nothing_is_masked():
     w = torch.tensor([[1.0, 2.0]], requires_grad=True)
     mask(w, w).sum().backward()
     assert mask.scores.grad.tolist() == [[1.0, 2.0]]
+
+
+def test_rows_without_a_gradient_go_by_magnitude_among_themselves():
+    """By hand: half of each kind; by scores alone the unseen row (all 0) would lose to every positive score."""
+    mask = MovementMask((2, 4), threshold=0.5)
+    core = torch.tensor([[9.0, 9.0, 9.0, 9.0], [1.0, -4.0, 2.0, 3.0]])
+    with torch.no_grad():
+        mask.scores[0] = torch.tensor([-1.0, 2.0, 0.5, -3.0])
+    mask.refresh(core)
+    assert mask.keep.tolist() == [[False, True, True, False], [False, True, False, True]]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_the_count_of_zeros_is_exact_however_many_rows_were_seen(share, rows):
+    mask = MovementMask((10, 7), threshold=share)
+    with torch.no_grad():
+        mask.scores[:rows] = torch.randn(rows, 7, generator=torch.Generator().manual_seed(rows))
+    mask.refresh(torch.randn(10, 7, generator=torch.Generator().manual_seed(0)))
+    assert int((~mask.keep).sum()) == min(int(share * 70 + 0.5), 69)
+    assert abs(int((~mask.keep[rows:]).sum()) - share * 7 * (10 - rows)) <= 1
