@@ -230,12 +230,22 @@ def _block_mean(matrix: Tensor, axis: int, size: int) -> Tensor:
     parts = matrix.narrow(axis, 0, full * size).unflatten(axis, (full, size))  # type: ignore[no-untyped-call]  # torch's
     rows = max(STRIP // max(parts[0].numel(), 1), 1) if matrix.device.type == "cpu" else len(parts)
     for start in range(0, len(parts), rows):
-        first, *others = parts[start : start + rows].unbind(axis + 1)
-        total = torch.zeros_like(first)
-        for other in others:
-            total.add_(other).sub_(first)
-        torch.add(first, total.div_(size), out=means[start : start + rows])
+        torch.mul(*_mean_of(list(parts[start : start + rows].unbind(axis + 1))), out=means[start : start + rows])
     return out
+
+
+def _mean_of(members: list[Tensor]) -> tuple[Tensor, float]:
+    """A tensor and a factor that make the mean: of equal members, exactly that member."""
+    size = len(members)
+    if size & (size - 1) == 0:  # sums of equal pairs only move the exponent
+        while len(members) > 1:
+            members = [torch.add(one, other) for one, other in zip(members[::2], members[1::2])]
+        return members[0], 1 / size
+    first, *others = members
+    total = torch.zeros_like(first)
+    for other in others:
+        total.add_(other).sub_(first)
+    return total.div_(size).add_(first), 1.0
 
 
 def block_sum(matrix: Tensor, axis: int, size: int) -> Tensor:

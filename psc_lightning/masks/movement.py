@@ -54,7 +54,7 @@ class MovementMask(Mask):
     @torch.no_grad()
     def refresh(self, core: Tensor, strength: float = 1.0) -> None:
         """Choose which entries are zero now; `strength` scales the share."""
-        seen = self.scores.any(1)
+        seen = (self.scores.amax(1) != 0) | (self.scores.amin(1) != 0)  # `any` takes three times as long
         rows, columns = self.units()
         number = int(seen.sum())
         if self.threshold == 0 or self.group != "tensor" or number in (0, rows):
