@@ -123,7 +123,8 @@ class BinaryLevels(Levels):
     def _snap(self, values: Tensor, place: Tensor, *tables: Tensor) -> None:
         scale, *rest = tables
         if self.form == "sign":
-            torch.ge(values, 0, out=place).mul_(2).sub_(1).mul_(scale)
+            torch.add(values, 0.0, out=place)  # -0.0 counts as positive
+            torch.copysign(scale, place, out=place)
         else:
             middle, offset = rest
             torch.gt(values, middle, out=place).mul_(scale).add_(offset)
