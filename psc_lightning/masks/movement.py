@@ -7,10 +7,25 @@ from torch import Tensor, nn
 
 from psc_lightning.functional import zero_count
 from psc_lightning.masks.base import Mask, unit_expand, unit_mean, unit_sum
-from psc_lightning.selection import largest
+from psc_lightning.selection import largest, magnitudes, mark_largest, numbers
 from psc_lightning.strips import blank_
 
 __all__ = ["MovementMask"]
+
+
+def _largest(weights: Tensor, scores: Tensor | None, zeros: int) -> Tensor:
+    """All but the smallest in the order (score, |weight|, index); without scores by |weight|."""
+    if zeros == 0 or zeros >= len(weights):
+        return torch.full_like(weights, zeros == 0, dtype=torch.bool)
+    if weights.device.type != "cpu":
+        magnitude = weights.abs()[None]
+        return largest(magnitude if scores is None else scores[None], magnitude, zeros)[0]
+    kept = torch.empty(len(weights), dtype=torch.bool)
+    if scores is None:
+        mark_largest(magnitudes(weights), None, zeros, kept.numpy())
+    else:
+        mark_largest(numbers(scores), magnitudes(weights), zeros, kept.numpy())
+    return kept
 
 
 class MovementMask(Mask):
@@ -64,14 +79,13 @@ class MovementMask(Mask):
         zeros = zero_count(share, rows * columns)
         # The same share of both, and as many in all as ever.
         of_seen = min(max(zeros - round(share * (rows - number) * columns), 0), number * columns)
-        weights = unit_mean(core.abs(), self.granularity, self.block).float()
+        weights = unit_mean(core if self.granularity == "element" else core.abs(), self.granularity, self.block)
         kept = torch.empty(rows, columns, dtype=torch.bool, device=core.device)
-        for part, order, count in ((seen, self.scores, of_seen), (~seen, weights, zeros - of_seen)):
-            entries = order[part].reshape(1, -1)
-            all_of_them = count >= entries.numel()
-            kept[part] = (
-                False if all_of_them else largest(entries, weights[part].reshape(1, -1), count).reshape(-1, columns)
-            )
+        for part, scores, count in ((seen, self.scores, of_seen), (~seen, None, zeros - of_seen)):
+            places = part.nonzero().flatten()
+            magnitude = weights.index_select(0, places).float().reshape(-1)
+            score = None if scores is None else scores.index_select(0, places).reshape(-1)
+            kept.index_copy_(0, places, _largest(magnitude, score, count).reshape(-1, columns))
         self.keep.copy_(unit_expand(kept, self.shape, self.granularity, self.block))
 
     @torch.no_grad()
