@@ -74,12 +74,13 @@ class Compressed:
 
     Attributes:
         slots: what makes the hard weight.
+        name: the tensor's first name, for messages.
         latent: the latent weight, sharded as the Parameter is; None where the Parameter holds it.
         lent: whether the latent weight is in the Parameter's place now.
     """
 
-    def __init__(self, slots: Slots) -> None:
-        self.slots = slots
+    def __init__(self, slots: Slots, name: str = "a weight") -> None:
+        self.slots, self.name = slots, name
         self.latent: Tensor | None = None
         self.lent = False
         self.loaded = False  # `load_state_dict` has written to the Parameter
@@ -280,11 +281,13 @@ class Compressed:
             slots.stale = slots.stale or latent.dtype != found.dtype  # which rounds once more, or less
             return None
         latent = latent.to(found.device, found.dtype)
-        if replaced or float((found - made).float().norm()) > _NEW * float(made.float().norm()):
+        zeroed = _zeroed(found, made)
+        change = torch.where(zeroed, 0.0, found - made)  # setting to zero is no new weight
+        if replaced or float(change.float().norm()) > _NEW * float(made.float().norm()):
             full = found.clone()
             slots.begin_again(full)
             return slots, full
-        full = torch.where(_zeroed(found, made), 0.0, latent + (found - made))
+        full = torch.where(zeroed, 0.0, latent + change)
         slots.stale = slots.begun
         if slots is self.slots:
             self._tell(full, found)
@@ -299,7 +302,7 @@ class Compressed:
         if float((twin.make(latent) - written).float().norm()) > _UNDONE * float(written.float().norm()):
             self._told = True
             warnings.warn(
-                f"a weight of shape {tuple(written.shape)} was written to while it is compressed ({self.slots.method}), and "
+                f"{self.name} was written to while it is compressed ({self.slots.method}), and "
                 "its slots cannot hold what was written: most of it is undone at the next step. Write before training, "
                 "leave the tensor out by `ignore`, or psc_lightning.detach(model) first",
                 stacklevel=2,

@@ -103,7 +103,8 @@ class SlotCallback(Callback):
         for target in self.choose(model).targets:
             if is_sharded(target.parameter):
                 self._check_shard(target, gathered)
-            tensor = held(*target.holders[0]) or Compressed(Slots(target.layout, tuple(target.parameter.shape)))
+            fresh = Compressed(Slots(target.layout, tuple(target.parameter.shape)), target.name)
+            tensor = held(*target.holders[0]) or fresh
             taken = tensor.slots.specs.get(self.slot)
             if taken is None or taken.owner != self.state_key:
                 try:

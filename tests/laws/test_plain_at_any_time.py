@@ -272,6 +272,22 @@ def test_a_new_weight_replaces_the_old_one(write):
     assert torch.equal(tensor.latent, new)
 
 
+def test_a_constraint_that_the_levels_cannot_hold_is_told_once_by_layer():
+    """Two values, neither of them zero, for a weight of which half is set to zero before each batch."""
+
+    class Prunes(Net):
+        def on_train_batch_start(self, batch, batch_idx):
+            with torch.no_grad():
+                self.net[7].weight[:, ::2] = 0
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit([Q("binary", schedule="constant")], Prunes("sgd"))
+    found = [str(one.message) for one in told if "most of it is undone" in str(one.message)]
+    assert len(found) == 1
+    assert found[0].startswith("net.7.weight was written to while it is compressed (binary)")
+
+
 def test_a_gradient_hook_a_norm_and_clipping_see_the_plain_gradient():
     seen = {}
 
