@@ -9,25 +9,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from psc_lightning.artifact import ArtifactError, Report, TensorReport, load, load_into, measure, save, verify
+    from psc_lightning.artifact import ArtifactError, load, load_into, measure, save, verify
     from psc_lightning.callbacks import GradientClipping, MaskLearning, StraightThroughQuantization, WeightSharing
+    from psc_lightning.callbacks.presets import preset
     from psc_lightning.configs import config_dir
     from psc_lightning.export.onnx import export_onnx
     from psc_lightning.folding import fold_batchnorm
     from psc_lightning.live import detach
     from psc_lightning.oneshot import Plan, attach, compress, plan
+    from psc_lightning.report.numbers import Report, TensorReport
     from psc_lightning.schedule import Schedule
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "artifact": ("ArtifactError", "Report", "TensorReport", "load", "load_into", "measure", "save", "verify"),
+    "artifact": ("ArtifactError", "load", "load_into", "measure", "save", "verify"),
     "callbacks": ("GradientClipping", "MaskLearning", "StraightThroughQuantization", "WeightSharing"),
+    "callbacks.presets": ("preset",),
     "configs": ("config_dir",),
     "export.onnx": ("export_onnx",),
     "folding": ("fold_batchnorm",),
     "live": ("detach",),
     "oneshot": ("Plan", "attach", "compress", "plan"),
+    "report.numbers": ("Report", "TensorReport"),
     "schedule": ("Schedule",),
 }
 
@@ -51,6 +55,7 @@ __all__ = [
     "load_into",
     "measure",
     "plan",
+    "preset",
     "save",
     "verify",
 ]

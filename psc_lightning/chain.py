@@ -86,28 +86,10 @@ class Chain(nn.Module):
         idle = mask is None or mask.straight or (mask.threshold == 0 and mask.learned_scores() is None)
         return idle and (levels is None or levels.straight)
 
-    def pulls(self, at: Strengths) -> bool:
-        """Whether `pull` has a formula; else it takes autograd through `differentiable`."""
-        _, levels = self._acting(at)
-        return levels is None or levels.pulls
-
     @torch.no_grad()
     def pull(self, core: Tensor, gradient: Tensor, at: Strengths) -> Tensor:
         """The core's gradient from that of its value, which may be overwritten; sidecars get theirs, in `grad`."""
         mask, levels = self._acting(at)
-        if levels is not None:
-            levels.pull(core, gradient, self.keep(at), at.levels)
-        return gradient if mask is None else mask.pull(core, gradient)
-
-    def differentiable(self, core: Tensor, at: Strengths) -> Tensor:
-        """`value`, with gradients to the core and the sidecars; of levels that pass them straight the value is the core's.
-
-        A factor's value stands in the other one's gradient, so that it must be right.
-        """
-        mask, levels = self._acting(at)
-        value = core
-        if levels is not None and (isinstance(core, nn.Parameter) or not levels.straight):
-            value = levels(core)
-            if at.levels < 1:
-                value = value + (1 - at.levels) * (core - value)
-        return value if mask is None else mask(value, core)
+        if mask is not None:
+            gradient = mask.pull(core, gradient)  # scores learn from the gradient as it comes, not as levels clamp it
+        return gradient if levels is None else levels.pull(core, gradient, self.keep(at), at.levels)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from psc_lightning.artifact import ArtifactError, NamelessError, inspect, load, load_into, load_stored
-from psc_lightning.artifact.difference import difference_dict, difference_table, differences
 from psc_lightning.checkpoint import bare, read_tensors
+from psc_lightning.report.difference import difference_dict, difference_table, differences
 
 __all__ = ["main"]
 

@@ -22,15 +22,12 @@ __all__ = [
     "block_expand",
     "block_mean",
     "block_sum",
+    "doubled",
     "group_counts",
-    "masked",
     "split",
     "spread",
     "straight_through",
-    "survivor_largest",
     "survivor_magnitude",
-    "survivor_mean",
-    "survivor_room",
     "zero_count",
 ]
 
@@ -66,36 +63,12 @@ def straight_through(value: Tensor, source: Tensor) -> Tensor:
     return out
 
 
-class _Masked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, keep: Tensor, core: Tensor, scores: Tensor | None, dense: bool) -> Tensor:
-        ctx.dense, ctx.learned = dense, scores is not None
-        ctx.save_for_backward(keep, core) if ctx.learned else ctx.save_for_backward(keep)
-        return torch.where(keep, value, 0.0)  # a product would leave -0.0
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, Tensor | None, Tensor | None, None]:
-        keep, *rest = ctx.saved_tensors
-        (grad,) = grads
-        hidden = torch.where(keep, 0.0, grad) if ctx.dense else None
-        return torch.where(keep, grad, 0.0), None, hidden, grad * rest[0] if rest else None, None
+# ----------------------------------------------------------------------------------------------------- products
 
 
-def masked(value: Tensor, keep: Tensor, core: Tensor, scores: Tensor | None = None, dense: bool = True) -> Tensor:
-    """`value` where `keep`, else +0.0.
-
-    Pseudo-gradient: ∂/∂value = g·keep, so that levels learn their steps and centroids from the survivors alone;
-    ∂/∂core = g·(1 - keep) (`dense`: masked entries go on learning and may return) or 0;
-    ∂/∂scores = g·core (straight through the mask: the mask entry m multiplies the core entry).
-
-    >>> w = torch.tensor([-2.0, 3.0], requires_grad=True)
-    >>> s = torch.zeros(2, requires_grad=True)
-    >>> masked(w, torch.tensor([False, True]), w, s, dense=False).sum().backward()
-    >>> w.grad.tolist(), s.grad.tolist()
-    ([0.0, 1.0], [-2.0, 3.0])
-    """
-    out: Tensor = _Masked.apply(value, keep, core, scores, dense)  # type: ignore[no-untyped-call]  # torch's
-    return out
+def doubled(factor: Tensor) -> Tensor:
+    """In float64: on the CPU, where the device has no such numbers; differentiable."""
+    return factor.double() if factor.device.type in ("cpu", "cuda") else factor.cpu().double()
 
 
 # ------------------------------------------------------------------------------------------------------- groups
@@ -140,17 +113,6 @@ def spread(values: Tensor, shape: tuple[int, ...], group: Group) -> Tensor:
     return values[:, None].expand(-1, size).reshape(-1)[: prod(shape)].reshape(shape)
 
 
-def survivor_mean(values: Tensor, keep: Tensor | None) -> Tensor:
-    """Mean over the kept entries (None: all) of each group; 0 for a group without any.
-
-    >>> survivor_mean(torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([[True, False, True]])).tolist()
-    [3.5]
-    """
-    if keep is None:
-        return values.sum(1) / max(values.shape[1], 1)
-    return torch.where(keep, values, 0.0).sum(1) / keep.sum(1).clamp_min(1)
-
-
 def survivor_magnitude(core: Tensor, keep: Tensor | None, group: Group) -> Tensor:
     """Mean of |x| over the kept entries (None: all) of each group of a core; 0 for a group without any.
 
@@ -158,34 +120,12 @@ def survivor_magnitude(core: Tensor, keep: Tensor | None, group: Group) -> Tenso
     [1.5, 7.0]
     """
     count, size = group_counts(tuple(core.shape), group)
-    total, number = survivor_room(core, count), survivor_room(core, count)
-    for groups, values, kept, spare in survivors(core, keep, size):
-        total[groups].add_(torch.abs(values, out=spare).sum(1))
-        number[groups].add_(kept())
+    wide = core.dtype if core.element_size() >= 4 else torch.float32
+    total, number = (torch.zeros(count, dtype=wide, device=core.device) for _ in range(2))
+    for strip in survivors(core, keep, size):
+        total[strip.groups].add_(torch.abs(strip.values, out=strip.spare()).sum(1))
+        number[strip.groups].add_(strip.number())
     return total / number.clamp_min(1)
-
-
-def survivor_largest(core: Tensor, keep: Tensor | None, group: Group) -> Tensor:
-    """The largest |x| of the kept entries (None: all) of each group of a core; 0 for a group without any.
-
-    >>> survivor_largest(torch.tensor([[1.0, -2.0], [8.0, -6.0]]), torch.tensor([[True, False]] * 2), "channel").tolist()
-    [1.0, 8.0]
-    """
-    count, size = group_counts(tuple(core.shape), group)
-    largest = survivor_room(core, count)
-    if keep is None and core.is_contiguous() and count * size == core.numel() > 0:
-        # Two passes that write nothing are the fastest.
-        rows = core.detach().view(count, size)
-        return torch.maximum(rows.amax(1), -rows.amin(1)).to(largest.dtype)
-    for groups, values, _, spare in survivors(core, keep, size):
-        top = largest[groups]
-        torch.maximum(top, torch.abs(values, out=spare).amax(1), out=top)
-    return largest
-
-
-def survivor_room(core: Tensor, count: int) -> Tensor:
-    """Zeros to sum up over groups in."""
-    return torch.zeros(count, dtype=core.dtype if core.element_size() >= 4 else torch.float32, device=core.device)
 
 
 # ------------------------------------------------------------------------------------------------------- blocks

@@ -12,64 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.artifact import Report, estimate, to_bytes
+from psc_lightning.artifact import estimate, to_bytes
+from psc_lightning.callbacks.presets import preset
 from psc_lightning.callbacks.slot import SlotCallback
-from psc_lightning.configs import config_dir
 from psc_lightning.live import Place, compressed, held, let_go
 from psc_lightning.masks import MASKS
-from psc_lightning.slots import SLOTS
-from psc_lightning.targets import Target, patterns
+from psc_lightning.report.numbers import Report
+from psc_lightning.targets import Target
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
 
-__all__ = ["Plan", "attach", "compress", "plan", "preset"]
-
-_NOT_OPTIONS = ("name", "callbacks")
-
-
-def preset(compression: str, threshold: float | None = None, **options: Any) -> list[SlotCallback]:
-    """The callbacks of a preset, as `python train.py compression=…` builds them, with the constant schedule.
-
-    Args:
-        compression: a file's name in ``conf/compression``.
-        threshold: share of the core's entries that are zero; None: the preset's default.
-        options: any other key at the top of that file (`bits`, `group`, `targets`, …).
-
-    Raises:
-        ValueError: an unknown preset, an option that it does not have, or a wrong value; the key is named.
-
-    >>> [callback.method for callback in preset("deep", threshold=0.8)]
-    ['movement', 'codebook']
-    """
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-    from omegaconf import DictConfig, OmegaConf
-
-    folder = config_dir() / "compression"
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if compression not in known:
-        raise ValueError(f"compression: unknown preset {compression!r}; there are {', '.join(known)}")
-    config = OmegaConf.load(folder / f"{compression}.yaml")
-    assert isinstance(config, DictConfig)
-    allowed = [str(key) for key in config if key not in _NOT_OPTIONS]
-    if threshold is not None:
-        options["threshold"] = threshold
-    for key, value in options.items():
-        if key not in allowed:
-            raise ValueError(f"{key}: compression={compression!r} has no such option; it has {', '.join(allowed)}")
-        config[key] = patterns(key, value) if key in ("targets", "ignore") else value  # classes become names
-    root = OmegaConf.create({"compression": config, "schedule": "constant"})
-    resolved = OmegaConf.to_container(root, resolve=True)
-    assert isinstance(resolved, dict)
-    parts = (resolved["compression"]["callbacks"] or {}).values()
-    try:
-        built = [instantiate(part, _convert_="all") for part in parts]
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ValueError):
-            raise error.__cause__ from None  # the callback's own message names the argument
-        raise
-    return sorted(built, key=lambda callback: SLOTS.index(callback.slot))
+__all__ = ["Plan", "attach", "compress", "plan"]
 
 
 def attach(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> None:
@@ -87,7 +41,7 @@ def attach(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> None:
 
 def compress(
     model: nn.Module,
-    compression: str | Sequence[Callback],
+    compression: str | Sequence[Callback] = "none",
     threshold: float | None = None,
     batches: Iterable[Any] | None = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
@@ -105,8 +59,8 @@ def compress(
         batches: for presets that labels drive (`mask`, `deep`), and callbacks that round activations: batches to compute
             gradients on, and to see inputs in; `cross_channel` goes by magnitude without them; others do not read them.
         loss: ``loss(model, batch)`` gives a scalar for each of them.
-        options: any other key of ``conf/compression/<preset>.yaml``: `bits`, `k`, `group`, `groups`, `block`, `rank`,
-            `targets`, `ignore`, `min_size`, …
+        options: other methods in the preset's slots (`tying`, `mask`, `levels`), and the options of its methods: `bits`,
+            `k`, `group`, `groups`, `block`, `rank`, `targets`, `ignore`, `min_size`, …; see `preset`.
 
     Returns:
         The report of the file that `save` will write.

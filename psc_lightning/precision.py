@@ -110,7 +110,7 @@ class Log8:
     def _table(self, values: Tensor) -> Tensor:
         # float64 on the way, so that every machine's float32 is the same
         steps = [2.0 ** ((j - _TOP + 1) / _STEPS) for j in range(_TOP)]
-        return torch.tensor(steps, dtype=torch.float32, device=values.device)
+        return torch.tensor(steps, dtype=torch.float32).to(values.device)
 
     def _codes(self, values: Tensor, unit: Tensor | float) -> Tensor:
         """-127 … 127, the nearest; halves of the smallest and below are 0."""

@@ -216,20 +216,18 @@ class Slots(nn.Module):
     @torch.no_grad()
     def renew(self, latent: Tensor, out: Tensor | None = None) -> Tensor:
         """`refresh`, where something is stale, and `make`."""
-        return self._make(latent, self.refresh(latent) if self.stale else self._reduce(latent), out)
+        if self.stale:
+            self.refresh(latent)
+        return self.make(latent, out)
 
     @torch.no_grad()
-    def refresh(self, latent: Tensor) -> dict[str, Tensor]:
-        """Recompute what needs sorting, clustering or sums, from the latent weight as it is now; give its cores."""
-        due, self.due = self.due, [True, True, True]
-        self.stale = False
-        cores = self._reduce(latent)
-        if self.tying is not None and not self.phase[0]:
-            return cores
-        for name, core in cores.items():
-            self._chain(name).refresh(core, self.strengths, self.unborn, (due[1], due[2]))
+    def refresh(self, latent: Tensor) -> None:
+        """Recompute what needs sorting, clustering or sums, from the latent weight as it is now."""
+        if self.tying is None or self.phase[0]:
+            for name, core in self._reduce(latent).items():
+                self._chain(name).refresh(core, self.strengths, self.unborn, (self.due[1], self.due[2]))
+        self.stale, self.due = False, [True, True, True]
         self.unborn = self.unborn and not self.phase[2]
-        return cores
 
     @torch.no_grad()
     def make(self, latent: Tensor, out: Tensor | None = None) -> Tensor:
@@ -239,20 +237,15 @@ class Slots(nn.Module):
             latent: whole, of the Parameter's shape.
             out: a tensor to write it into.
         """
-        return self._make(latent, self._reduce(latent), out)
-
-    def _make(self, latent: Tensor, cores: dict[str, Tensor], out: Tensor | None) -> Tensor:
+        at = self.strengths
         if not self.begun:
             return latent if out is None else out.copy_(latent)
         if out is not None and not self.phase[0] and not self.layout.transposed and latent.dtype == torch.float32:
-            place = self.layout.matrix(out)
-            self._chain("core").value(cores["core"], latent.dtype, self.strengths, place)
+            self._chain("core").value(self._matrix(latent), latent.dtype, at, self.layout.matrix(out))
             return out  # its core is the weight itself: no copy in between
-        made = self._expand(self._values(cores, latent.dtype), latent)
+        cores = {name: self._chain(name).value(core, latent.dtype, at) for name, core in self._reduce(latent).items()}
+        made = self._expand(cores, latent)
         return made if out is None else out.copy_(made)
-
-    def _values(self, cores: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        return {name: self._chain(name).value(core, dtype, self.strengths) for name, core in cores.items()}
 
     def _expand(self, cores: dict[str, Tensor], latent: Tensor) -> Tensor:
         tied = self.tying is not None and self.phase[0]
@@ -286,25 +279,32 @@ class Slots(nn.Module):
         at, tying = self.strengths, self.tying if self.phase[0] else None
         if self.straight:
             return gradient
-        if tying is None and self._chain("core").pulls(at):
+        if tying is None:
             pulled = self._chain("core").pull(self._matrix(latent), self._matrix(gradient), at)
             return self.layout.weight(pulled, self.stored_shape)
-        if tying is not None and not list(tying.parameters()) and all(self._chain(n).straight(at) for n in self.cores):
+        trained = any(True for _ in tying.parameters())
+        if not trained and all(self._chain(name).straight(at) for name in self.cores):
             return self._expand(tying.reduce(self._matrix(gradient)), gradient)  # each member gets the members' mean
-        return self._pull_by_autograd(latent, gradient)
+        return self._pull_tied(latent, gradient, trained)
 
-    def _pull_by_autograd(self, latent: Tensor, gradient: Tensor) -> Tensor | None:
-        """Of factors, and of what has no formula of its own."""
-        sidecars = list(self.awake())
+    def _pull_tied(self, latent: Tensor, gradient: Tensor, trained: bool) -> Tensor | None:
+        """Back through `expand`, mask and levels, and through `reduce`, unless the cores are trained themselves."""
+        at, dense = self.strengths, latent.detach().requires_grad_()
         with torch.enable_grad():
-            leaf = latent.detach().requires_grad_()
-            cores = self._reduce(leaf)
-            for name, core in cores.items():
-                cores[name] = self._chain(name).differentiable(core, self.strengths)
-            made = self._expand(cores, leaf)
-        first, *others = torch.autograd.grad(made, [leaf, *sidecars], gradient.to(made.dtype), allow_unused=True)
-        for sidecar, found in zip(sidecars, others, strict=True):
-            sidecar.grad = found
+            cores = self._reduce(dense)
+            # A factor stands in the other one's gradient as it is stored; else the values do not matter.
+            values = {
+                name: (self._chain(name).value(core, latent.dtype, at) if trained else core).detach().requires_grad_()
+                for name, core in cores.items()
+            }
+            made = self._expand(values, latent)
+        found = torch.autograd.grad(made, list(values.values()), gradient.to(made.dtype))
+        pulled = [self._chain(name).pull(core.detach(), part, at) for (name, core), part in zip(cores.items(), found)]
+        if trained:
+            for core, part in zip(cores.values(), pulled, strict=True):
+                core.grad = part
+            return None
+        (first,) = torch.autograd.grad(list(cores.values()), dense, pulled)
         return first
 
     def awake(self) -> Iterator[nn.Parameter]:
@@ -315,10 +315,7 @@ class Slots(nn.Module):
 
     @torch.no_grad()
     def observe(self, slot: str, latent: Tensor, gradient: Tensor | None) -> None:
-        """Let a labelled method of a slot take in the latent weight's gradient (its factors', where these are trained).
-
-        One that is not finite says nothing, and would be all that the labels ever say.
-        """
+        """Give a labelled method the latent weight's gradient; a non-finite one is skipped: a NaN would poison the sum."""
         found = _finite(gradient)
         matrix = None if found is None else self._matrix(found)
         if slot == "tying" and self.tying is not None and matrix is not None:
@@ -344,7 +341,8 @@ class Slots(nn.Module):
     @torch.no_grad()
     def stored(self, latent: Tensor) -> Stored:
         """What `encode` would store, as it is now."""
-        cores = self._values(self._reduce(latent), latent.dtype)
+        at = self.strengths
+        cores = {name: self._chain(name).value(core, latent.dtype, at) for name, core in self._reduce(latent).items()}
         tying = self.tying if self.phase[0] else None
         inputs = self.inputs.grid() if self.inputs is not None and self.phase[2] else None
         seen = self.inputs.output if self.inputs is not None else None

@@ -6,8 +6,7 @@ devices than the CPU, where a step is a kernel to launch, a strip is as much as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor
 
 __all__ = ["STRIP", "Strip", "blank_", "strips", "survivors", "whole"]
 
-#: entries for each thread: with their places and a scratch array they fit in a megabyte
-STRIP = 1 << 16
+#: entries for each thread: with their places they fit in a megabyte
+STRIP = 1 << 17
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
 
@@ -27,7 +26,7 @@ class Strip(NamedTuple):
     groups: slice  #: which groups these rows belong to
     values: Tensor  #: to read only: it may be the core itself
     keep: Tensor | None  #: which of them are kept; None: all
-    place: Tensor | None  #: where to write: it is, or will be copied to, the same entries of `out`
+    places: tuple[Tensor, ...]  #: where to write: each is, or will be copied to, the same entries of one of `outs`
 
 
 def whole(core: Tensor, size: int) -> bool:
@@ -53,14 +52,14 @@ def _bounds(entries: int, size: int, longest: int) -> Iterator[tuple[int, int, i
         yield full // size, piece, min(piece + longest, entries)
 
 
-def strips(core: Tensor, size: int, keep: Tensor | None = None, out: Tensor | None = None) -> Iterator[Strip]:
+def strips(core: Tensor, size: int, keep: Tensor | None = None, *outs: Tensor) -> Iterator[Strip]:
     """Go through a core whose groups are `size` consecutive entries (the last may be shorter); use each before the next.
 
-    A group longer than a strip comes in several. `out` has the core's shape, any strides and dtype, and no entry of the
-    core; what has been written to a strip's place is in it when the next strip is asked for.
+    A group longer than a strip comes in several. `outs` have the core's shape, any strides and dtype, and no entry of the
+    core; what has been written to a strip's places is in them when the next strip is asked for.
 
     >>> out = torch.empty(2, 3)
-    >>> for groups, values, _, place in strips(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), 3, out=out):
+    >>> for groups, values, _, (place,) in strips(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), 3, None, out):
     ...     _ = torch.mul(values, torch.tensor([[10.0], [100.0]])[groups], out=place)
     >>> out.tolist()
     [[10.0, 20.0, 30.0], [400.0, 500.0, 600.0]]
@@ -69,25 +68,25 @@ def strips(core: Tensor, size: int, keep: Tensor | None = None, out: Tensor | No
     entries, columns = core.numel(), core.numel() // max(len(core), 1) if core.dim() else 1
     if not entries:
         return
-    tensors = [tensor for tensor in (core, keep, out) if tensor is not None]
+    tensors = [core, *outs] if keep is None else [core, keep, *outs]
     if all(tensor.is_contiguous() for tensor in tensors) or size not in (entries, columns):
         # Groups that cross rows have no other order than this; then the whole is copied once.
         flat, kept = core.reshape(-1), None if keep is None else keep.reshape(-1)
-        direct = out is None or out.is_contiguous()
-        target = (
-            None
-            if out is None
-            else out.view(-1)
-            if direct
-            else torch.empty(entries, dtype=out.dtype, device=out.device)
-        )
+        targets = [
+            out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device) for out in outs
+        ]
+        lines = [target.view(-1) for target in targets]
         for group, start, stop in _bounds(entries, size, _longest(flat)):
-            count = max((stop - start) // size, 1)
-            parts = [None if t is None else t[start:stop].view(count, -1) for t in (flat, kept, target)]
-            assert parts[0] is not None
-            yield Strip(slice(group, group + count), parts[0], parts[1], parts[2])
-        if out is not None and target is not None and not direct:
-            out.copy_(target.view(out.shape))
+            shape = (max((stop - start) // size, 1), -1)
+            yield Strip(
+                slice(group, group + shape[0]),
+                flat[start:stop].view(shape),
+                None if kept is None else kept[start:stop].view(shape),
+                tuple(line[start:stop].view(shape) for line in lines),
+            )
+        for out, target in zip(outs, targets):
+            if target is not out:
+                out.copy_(target)
         return
     # Rows of any strides: a strip of them is copied to the cache on the way, and back.
     rows = max(_longest(core) // columns, 1)
@@ -95,60 +94,76 @@ def strips(core: Tensor, size: int, keep: Tensor | None = None, out: Tensor | No
         part = slice(row, row + rows)
         values = core[part].reshape(-1)
         shape = (-1, columns) if size == columns else (1, -1)
-        kept = None if keep is None else keep[part].reshape(shape)
-        place = None if out is None else torch.empty(len(values), dtype=out.dtype, device=out.device)
+        places = [torch.empty(len(values), dtype=out.dtype, device=out.device).view(shape) for out in outs]
         groups = slice(row, row + len(values) // columns) if size == columns else slice(0, 1)
-        yield Strip(groups, values.view(shape), kept, None if place is None else place.view(shape))
-        if out is not None and place is not None:
+        yield Strip(groups, values.view(shape), None if keep is None else keep[part].reshape(shape), tuple(places))
+        for out, place in zip(outs, places):
             out[part].copy_(place.view(out[part].shape))
 
 
-def blank_(values: Tensor, keep: Tensor | None) -> Tensor:
-    """Set what is not kept to +0.0, whatever it is, in place.
+def blank_(values: Tensor, keep: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """Set what is not kept to +0.0, whatever it is, in place, or write that to `out`.
 
     By its bits, times 1 or 0: `where` and `masked_fill` decide entry by entry, and take twenty times as long.
 
     >>> blank_(torch.tensor([[-1.0, float("inf"), 3.0]]), torch.tensor([[False, False, True]])).tolist()
     [[0.0, 0.0, 3.0]]
     """
+    if out is None:
+        out = values
     if keep is None:
-        return values
-    if not (values.is_contiguous() and keep.is_contiguous()):
-        return values.masked_fill_(~keep, 0.0)
-    bits, marks = values.view(-1).view(_BITS[values.element_size()]), keep.view(-1).view(torch.int8)
-    step = _longest(values)
+        return out if out is values else out.copy_(values)
+    if not (values.is_contiguous() and keep.is_contiguous() and out.is_contiguous()):
+        return (out if out is values else out.copy_(values)).masked_fill_(~keep, 0.0)
+    kind = _BITS[values.element_size()]
+    bits, target, marks = values.view(-1).view(kind), out.view(-1).view(kind), keep.view(-1).view(torch.int8)
+    step = max(_longest(values) // 2, 1)
     for start in range(0, bits.numel(), step):
-        bits[start : start + step].mul_(marks[start : start + step].to(bits.dtype))
-    return values
+        part = slice(start, start + step)
+        torch.mul(bits[part], marks[part].to(kind), out=target[part])
+    return out
 
 
-def survivors(
-    core: Tensor, keep: Tensor | None, size: int
-) -> Iterator[tuple[slice, Tensor, Callable[[], Tensor], Tensor]]:
-    """The strips of a core for sums over what is kept: (groups, values, how many are kept in each row, scratch).
+class Survivors(NamedTuple):
+    """A strip for sums over what is kept."""
 
-    What is not kept is +0.0 among the values. They are to read only; the scratch array, of their shape, is the
-    caller's. Half-precision cores come as float32.
+    groups: slice  #: which groups these rows belong to
+    values: Tensor  #: to read only; what is not kept is +0.0; half-precision ones come as float32
+    keep: Tensor | None
+    scratch: list[Tensor]
 
-    >>> [(values.tolist(), int(number())) for _, values, number, _ in
+    def number(self) -> Tensor:
+        """How many are kept in each row."""
+        if self.keep is None:
+            return torch.full((1,), self.values.shape[1], device=self.values.device)
+        # A sum of eight-bit numbers takes ten times as long.
+        return self.keep.view(torch.int8).to(torch.int32).sum(1, dtype=torch.int32)
+
+    def spare(self, which: int = 0) -> Tensor:
+        """A scratch array of the values' shape, and another one; each strip's is the same."""
+        if self.scratch[which].shape != self.values.shape:
+            self.scratch[which].resize_(self.values.shape)
+        return self.scratch[which]
+
+
+def survivors(core: Tensor, keep: Tensor | None, size: int, at_once: bool = False) -> Iterator[Survivors]:
+    """The strips of a core (see `strips`) for sums over what is kept; one for all, `at_once`, where nothing is written.
+
+    >>> [(strip.values.tolist(), int(strip.number())) for strip in
     ...  survivors(torch.tensor([[1.0, 2.0]]), torch.tensor([[False, True]]), 2)]
     [([[0.0, 2.0]], 1)]
     """
     wide = core.dtype if core.element_size() >= 4 else torch.float32
-    scratch = torch.empty(0, dtype=wide, device=core.device), torch.empty(0, dtype=wide, device=core.device)
+    scratch = [torch.empty(0, dtype=wide, device=core.device) for _ in range(3)]
+    whole_groups = size and core.numel() % size == 0
+    if at_once and keep is None and core.dtype == wide and core.numel() and core.is_contiguous() and whole_groups:
+        yield Survivors(slice(0, core.numel() // size), core.detach().view(-1, size), None, scratch)
+        return
     for groups, part, kept, _ in strips(core, size, keep):
-        values = part.to(wide)
-        if scratch[0].shape != values.shape:
-            for array in scratch:
-                array.resize_(values.shape)
-        if kept is None:
-            yield groups, values, partial(torch.full, (1,), values.shape[1], device=core.device), scratch[0]
-            continue
-        marks = scratch[1].view(_BITS[values.element_size()]).copy_(kept.view(torch.int8))
-        marks.mul_(values.view(marks.dtype))
-        yield groups, scratch[1], partial(_count, kept), scratch[0]
-
-
-def _count(keep: Tensor) -> Tensor:
-    """How many are kept in each row. (A sum of eight-bit numbers takes ten times as long.)"""
-    return keep.view(torch.int8).to(torch.int32).sum(1, dtype=torch.int32)
+        strip = Survivors(groups, part.to(wide), kept, scratch)
+        if kept is not None:
+            values = strip.spare(2)
+            marks = values.view(_BITS[values.element_size()]).copy_(kept.view(torch.int8))
+            marks.mul_(strip.values.view(marks.dtype))
+            strip = strip._replace(values=values)
+        yield strip

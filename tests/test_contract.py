@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from graph import through_all
 from torch import Tensor, nn
 
 from psc_lightning.artifact import load, load_into, to_bytes
-from psc_lightning.functional import straight_through, zero_count
+from psc_lightning.functional import zero_count
 from psc_lightning.latent import Compressed
 from psc_lightning.layout import Layout
 from psc_lightning.levels import LEVELS
@@ -88,11 +90,25 @@ def options_of(slot: str, name: str) -> list[dict[str, Any]]:
 
 
 def company() -> Iterator[dict[str, Choice]]:
-    """Every single, pair and triple of methods, with their first options."""
-    choices = [[None, *((name, options_of(slot, name)[0]) for name in FOLDERS[slot][0])] for slot in SLOTS]
-    for three in itertools.product(*choices):
-        if any(three):
-            yield dict(zip(SLOTS, three, strict=True))
+    """Every method alone and every pair of two slots' methods, with their first options; all triples where asked for."""
+    ties, masks, levels = ([None, *((n, options_of(slot, n)[0]) for n in FOLDERS[slot][0])] for slot in SLOTS)
+    if "PSC_TRIPLES" in os.environ:  # PSC_TRIPLES=1 pytest tests/test_contract.py
+        yield from (dict(zip(SLOTS, three)) for three in itertools.product(ties, masks, levels) if any(three))
+        return
+    for slot, choices in zip(SLOTS, (ties, masks, levels), strict=True):
+        yield from ({**dict.fromkeys(SLOTS), slot: choice} for choice in choices[1:])
+    for (i, tying), (j, level) in itertools.product(enumerate(ties), enumerate(levels)):
+        three = (tying, masks[(i + j) % len(masks)], level)  # each mask beside each tying, and beside each levels
+        if sum(part is not None for part in three) > 1:
+            yield dict(zip(SLOTS, three))
+
+
+def test_company_holds_every_pair():
+    found = {(a, b) for choice in company() for a, b in itertools.combinations(map(str, choice.items()), 2)}
+    for one, other in itertools.combinations(SLOTS, 2):
+        for a, b in itertools.product(FOLDERS[one][0], FOLDERS[other][0]):
+            pair = (str((one, (a, options_of(one, a)[0]))), str((other, (b, options_of(other, b)[0]))))
+            assert pair in found, (a, b)
 
 
 def alone() -> Iterator[dict[str, Choice]]:
@@ -336,19 +352,30 @@ def test_size_sum_and_sameness_of_the_file(first, second, tmp_path, same_bits):
 # ------------------------------------------------------------------------------------------------------ gradients
 
 
-def through_all(slots: Slots, latent: Tensor) -> Tensor:
-    """The hard weight as a graph of everything that makes it, nothing left out."""
-    cores = slots._reduce(latent)
-    with torch.no_grad():
-        exact = slots._reduce(latent.detach())  # a graph may sum in another order
-    for name, core in cores.items():
-        chain = slots._chain(name)
-        core = core if isinstance(core, nn.Parameter) else straight_through(exact[name], core)
-        value = core
-        if slots.phase[2] and chain.levels is not None:
-            value = chain.levels(core).to(core.dtype)
-        cores[name] = chain.mask(value, core) if slots.phase[1] and chain.mask is not None else value
-    return slots._expand(cores, latent)
+def check_gradients(tensor: Compressed, weight: nn.Parameter, seed: int, why: str, same_bits: Any) -> None:
+    """`pull` gives everything that is trained a gradient, and the one that autograd finds by the whole graph."""
+    slots = tensor.slots
+    gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+    weight.grad = gradient.clone()
+    hard = weight.detach().clone()
+    tensor.pull(weight)
+    assert same_bits(weight, hard), why
+    factors = list(slots.sidecars("tying"))
+    found = [weight.grad, *(sidecar.grad for sidecar in slots.parameters())]
+    for parameter in [*slots.parameters(), *([] if factors else [weight])]:
+        assert parameter.grad is not None, why
+        assert parameter.grad.isfinite().all(), why
+        assert parameter.grad.dtype == parameter.dtype, why
+    assert not factors or weight.grad is None, why
+    assert any(bool(one.any()) for one in found if one is not None), why
+    leaf = tensor.latent.clone().requires_grad_()
+    made = through_all(slots, leaf)
+    assert same_bits(made, hard), why
+    wanted = torch.autograd.grad(made, [leaf, *slots.parameters()], gradient, allow_unused=True)
+    if slots.tying is None and not slots.soft:
+        assert torch.equal(found[0], wanted[0]), why
+    for one, other in zip(found, wanted, strict=True):  # of ties and sidecars sums, in whatever order
+        assert (one is None and other is None) or torch.allclose(one, other, rtol=1e-5, atol=1e-5), why
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -356,31 +383,34 @@ def test_gradients_are_finite_reach_everything_that_is_trained_and_are_those_of_
     whole = company() if layer in ("Conv2d", "ConvTranspose2d, grouped") else ()
     for seed, choice in enumerate(itertools.chain(alone(), whole)):
         built = build(layer, choice, seed=seed)
+        if built is not None:
+            module, name, tensor = built
+            check_gradients(tensor, module._parameters[name], seed, label(layer, choice), same_bits)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("layer", ["Conv2d", "ConvTranspose2d, grouped"])
+@pytest.mark.parametrize("levels", ["a step", "a step of one bit", "a codebook a channel", "binary"])
+def test_gradients_pass_masks_and_ties_of_every_kind_in_a_ramp_too(levels, layer, strength, same_bits):
+    """Few levels, so that some weights lie beyond the last."""
+    few = {
+        "a step": ("uniform", {"bits": 2, "learned_step": True}),
+        "a step of one bit": ("uniform", {"bits": 1, "learned_step": True}),
+        "a codebook a channel": ("codebook", {"k": 3, "group": "channel"}),
+        "binary": ("binary", {}),
+    }
+    masks = [None, *((name, options) for name in MASKS for options in options_of("mask", name))]
+    ties = [None, *((name, options_of("tying", name)[0]) for name in TYINGS)]
+    for seed, (tying, mask) in enumerate(itertools.product(ties, masks)):
+        choice = {"tying": tying, "mask": mask, "levels": few[levels]}
+        built = build(layer, choice, seed=seed)
         if built is None:
             continue
         module, name, tensor = built
-        weight, slots, why = module._parameters[name], tensor.slots, label(layer, choice)
-        gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
-        weight.grad = gradient.clone()
-        hard = weight.detach().clone()
-        tensor.pull(weight)
-        assert same_bits(weight, hard), why
-        factors = list(slots.sidecars("tying"))
-        found = [weight.grad, *(sidecar.grad for sidecar in slots.parameters())]
-        for parameter in [*slots.parameters(), *([] if factors else [weight])]:
-            assert parameter.grad is not None, why
-            assert parameter.grad.isfinite().all(), why
-            assert parameter.grad.dtype == parameter.dtype, why
-        assert not factors or weight.grad is None, why
-        assert any(bool(one.any()) for one in found if one is not None), why
-        leaf = tensor.latent.clone().requires_grad_()
-        made = through_all(slots, leaf)
-        assert same_bits(made, hard), why
-        wanted = torch.autograd.grad(made, [leaf, *slots.parameters()], gradient, allow_unused=True)
-        if slots.tying is None:
-            assert torch.equal(found[0], wanted[0]), why
-        for one, other in zip(found, wanted, strict=True):  # of ties and sidecars sums, in whatever order
-            assert (one is None and other is None) or torch.allclose(one, other, rtol=1e-5, atol=1e-5), why
+        for slot in ("mask", "levels"):
+            tensor.set_strength(slot, strength, module._parameters[name])
+        tensor.show_if_stale(module._parameters[name])
+        check_gradients(tensor, module._parameters[name], seed, label(layer, choice, strength), same_bits)
 
 
 # ------------------------------------------------------------------------------------------------------- strength

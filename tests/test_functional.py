@@ -5,13 +5,14 @@ from fractions import Fraction
 from unittest.mock import patch
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psc_lightning import functional as F
 from psc_lightning import strips
+from psc_lightning.levels.base import largest
+from psc_lightning.strips import survivors
 
 shapes = st.lists(st.integers(1, 5), min_size=2, max_size=4).map(tuple)
 seeds = st.integers(0, 99)
@@ -46,29 +47,6 @@ def test_straight_through_gives_a_trained_value_its_gradient_too():
     assert value.grad.tolist() == source.grad.tolist() == [3.0, 4.0]
 
 
-@pytest.mark.parametrize(("dense", "expected"), [(True, [5.0, 7.0, 11.0]), (False, [0.0, 7.0, 0.0])])
-def test_masked_gradients(dense: bool, expected: list[float], same_bits):
-    core = torch.tensor([-2.0, 3.0, 0.5], requires_grad=True)
-    scores = torch.zeros(3, requires_grad=True)
-    out = F.masked(core * 1, torch.tensor([False, True, False]), core, scores, dense)
-    assert same_bits(out, torch.tensor([0.0, 3.0, 0.0]))
-    out.backward(torch.tensor([5.0, 7.0, 11.0]))
-    assert core.grad.tolist() == expected
-    assert scores.grad.tolist() == [-10.0, 21.0, 5.5]
-
-
-def test_masked_entries_learn_through_the_core_alone():
-    """Levels stand between core and value; what they train must not hear of entries that are not stored."""
-    core, value = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
-    F.masked(value, torch.tensor([False, True]), core).backward(torch.tensor([3.0, 5.0]))
-    assert (value.grad.tolist(), core.grad.tolist()) == ([0.0, 5.0], [3.0, 0.0])
-
-
-def test_masked_zeros_are_positive_even_of_infinities(same_bits):
-    out = F.masked(torch.tensor([-1.0, -math.inf, math.nan]), torch.zeros(3, dtype=torch.bool), torch.zeros(3))
-    assert same_bits(out, torch.zeros(3))
-
-
 # ------------------------------------------------------------------------------------------------------- groups
 
 
@@ -87,29 +65,22 @@ def test_split_and_spread_are_the_loops_groups(shape, group):
     assert [full[i].item() for row in rows for i in row] == [g for g, row in enumerate(rows) for _ in row]
 
 
-def test_survivor_mean_by_hand():
-    values = torch.tensor([[1.0, 2.0, 6.0], [1.0, 2.0, 3.0]])
-    keep = torch.tensor([[True, False, True], [False, False, False]])
-    assert F.survivor_mean(values, keep).tolist() == [3.5, 0.0]
-
-
-def test_survivor_mean_of_all():
-    assert F.survivor_mean(torch.tensor([[1.0, 2.0, 6.0]]), None).tolist() == [3.0]
-
-
 @settings(deadline=None)
-@given(shapes, groups, st.sampled_from([None, 0.0, 0.5, 1.0]), st.sampled_from([1, 4, 1 << 16]), st.integers(0, 99))
-def test_magnitudes_of_the_survivors_are_the_loop(shape, group, share, strip, seed):
+@given(shapes, groups, st.sampled_from([None, 0.0, 0.5, 1.0]), st.sampled_from([1, 4, 1 << 16]), st.booleans(), seeds)
+def test_magnitudes_of_the_survivors_are_the_loop(shape, group, share, strip, at_once, seed):
     random = np.random.default_rng(seed)
+    count, size = F.group_counts(shape, group)
+    top = torch.zeros(count, dtype=torch.float64)
     core = random.normal(size=shape)
     keep = random.random(shape) >= (share or 0.0)
     kept = None if share is None else torch.from_numpy(keep)
     with patch.object(strips, "STRIP", strip):
         mean = F.survivor_magnitude(torch.from_numpy(core), kept, group)
-        largest = F.survivor_largest(torch.from_numpy(core), kept, group)
+        for part in survivors(torch.from_numpy(core), kept, size, at_once):
+            top[part.groups] = torch.maximum(top[part.groups], largest(part))
     parts = [np.abs(core.reshape(-1)[row])[keep.reshape(-1)[row]] for row in rows_of(shape, group)]
     np.testing.assert_allclose(mean.numpy(), [part.mean() if len(part) else 0.0 for part in parts], rtol=1e-12)
-    assert largest.tolist() == [part.max(initial=0.0) for part in parts]
+    assert top.tolist() == [part.max(initial=0.0) for part in parts]
 
 
 def test_survivors_of_half_precision_are_summed_in_single():

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_contract import through_all
+from graph import through_all
 from torch import Tensor, nn
 
 from psc_lightning.artifact import load, measure, save, to_bytes

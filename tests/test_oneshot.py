@@ -229,10 +229,10 @@ def test_only_labels_find_the_planted_inputs():
     how = {"threshold": 0.75, "granularity": "element", "min_size": 1}
     for method in ("movement", "saliency"):
         model, inputs, matter = planted()
-        compress(model, "mask", batches=inputs, loss=moving_away, method=method, **how)
+        compress(model, "mask", batches=inputs, loss=moving_away, mask=method, **how)
         assert kept_inputs(model) == matter, method
     model, inputs, matter = planted()
-    compress(model, "mask", batches=inputs, loss=moving_away, method="magnitude", **how)
+    compress(model, "mask", batches=inputs, loss=moving_away, mask="magnitude", **how)
     assert not kept_inputs(model) & matter
     model, inputs, matter = planted()
     compress(model, "float", threshold=0.75)
@@ -287,7 +287,7 @@ def test_calibration_leaves_modes_and_gradients_alone():
 def test_a_frozen_weight_has_labels_too():
     model, inputs, matter = planted()
     model.requires_grad_(False)
-    compress(model, "mask", threshold=0.75, method="saliency", batches=inputs, loss=moving_away)
+    compress(model, "mask", threshold=0.75, mask="saliency", batches=inputs, loss=moving_away)
     assert kept_inputs(model) == matter
     assert not model[0].weight.requires_grad
 
@@ -304,8 +304,8 @@ def test_labels_are_computed_within_no_grad_too():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"compression": "bianry"}, "compression: unknown preset 'bianry'; there are binary, codebook"),
-        ({"compression": "float", "k": 4}, "k: compression='float' has no such option; it has threshold"),
+        ({"compression": "bianry"}, "compression: expected one of binary, codebook"),
+        ({"compression": "float", "k": 4}, "k: compression='float' has no such option; it has bits"),
         ({"compression": "float", "bitts": 4}, "bitts: compression='float' has no such option"),
         ({"compression": "float", "threshold": 1.5}, "threshold: expected a share"),
         ({"compression": "float", "threshold": -0.1}, "threshold: expected a finite number"),
@@ -400,7 +400,7 @@ def test_options_reach_their_methods():
     chain = slots._chain("core")
     assert name == "3.weight"
     assert (chain.levels.bits, chain.levels.group) == (4, 16)
-    assert (chain.mask.threshold, chain.mask.granularity, chain.mask.block) == (0.25, "row", 3)
+    assert (chain.mask.threshold, chain.mask.units.granularity, chain.mask.units.block) == (0.25, "row", 3)
     compress(deepcopy(net()), "log", base=2) if "base" in _options("log") else compress(net(), "log", root=2)
     compress(net(), "float", targets=nn.Conv2d)
     compress(net(), "float", targets=[nn.Conv2d, "5"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from unittest.mock import patch
 
@@ -22,17 +23,19 @@ def test_every_entry_once_with_its_group(shape, size, strip, turned, out_turned)
     order = list(range(len(shape)))[::-1]
     core = torch.arange(entries).reshape(shape).float()
     keep = torch.arange(entries).reshape(shape) % 3 > 0
-    out = torch.full(shape, -1, dtype=torch.int64)
+    out, plain = torch.full(shape, -1, dtype=torch.int64), torch.full(shape, math.nan)
     if turned:
         core = core.permute(order).contiguous().permute(order)
     if out_turned:
         out = out.permute(order).contiguous().permute(order)
     with patch.object(module, "STRIP", strip):
-        for groups, values, kept, place in strips(core, size, keep, out):
-            assert values.shape == kept.shape == place.shape
+        for groups, values, kept, (place, other) in strips(core, size, keep, out, plain):
+            assert values.shape == kept.shape == place.shape == other.shape
             assert len(values) == len(range(*groups.indices(10**6)))
             assert torch.equal(kept, values % 3 > 0)
             place.copy_(torch.arange(groups.start, groups.stop)[:, None].expand(values.shape))
+            other.copy_(values)
+    assert torch.equal(plain, core)
     assert torch.equal(out, torch.arange(entries).reshape(shape) // size)
 
 
@@ -69,18 +72,43 @@ def test_blank_zeros_are_positive_whatever_was_there(dtype: torch.dtype, turned:
     assert blank_(values, None) is values
 
 
+@pytest.mark.parametrize("turned", list(itertools.product([False, True], repeat=3)))
+def test_blanked_elsewhere_the_values_stay(turned: tuple[bool, ...], same_bits):
+    """However values, marks and target lie."""
+    values = torch.tensor([[-1.0, math.nan, -0.0], [math.inf, -2.5, 7.0]])
+    keep = torch.tensor([[False, False, True], [False, True, True]])
+    out, before = torch.full((2, 3), math.nan), values.clone()
+    values, keep, out = (x.t().contiguous().t() if turn else x for x, turn in zip((values, keep, out), turned))
+    assert blank_(values, keep, out) is out
+    assert same_bits(out, torch.tensor([[0.0, 0.0, -0.0], [0.0, -2.5, 7.0]]))
+    assert same_bits(values, before)
+    assert blank_(values, None, out) is out
+    assert same_bits(out, before)
+
+
+def test_survivors_come_at_once_where_they_can():
+    core = torch.arange(12.0).reshape(4, 3)
+    with patch.object(module, "STRIP", 3):
+        assert [part.values.shape for part in survivors(core, None, 3, at_once=True)] == [(4, 3)]
+        assert len(list(survivors(core, None, 3))) == 4
+        assert len(list(survivors(core, core > 5, 3, at_once=True))) == 4  # zeros would have to be written
+        assert len(list(survivors(core, None, 5, at_once=True))) > 1  # the last group is shorter
+
+
 @settings(deadline=None)
-@given(shapes, st.integers(1, 9), st.integers(1, 20), st.booleans(), st.integers(0, 99))
-def test_survivors_sum_to_the_sum_over_the_kept(shape, size, strip, masked, seed):
+@given(shapes, st.integers(1, 9), st.integers(1, 20), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_survivors_sum_to_the_sum_over_the_kept(shape, size, strip, masked, at_once, seed):
     torch.manual_seed(seed)
     core, keep = torch.randint(-9, 9, shape).float(), torch.rand(shape) > 0.5 if masked else None
     total, number = torch.zeros(len(core.reshape(-1).split(size))), torch.zeros(len(core.reshape(-1).split(size)))
     with patch.object(module, "STRIP", strip):
-        for groups, values, kept, spare in survivors(core, keep, size):
-            assert spare.shape == values.shape
-            spare.fill_(math.nan)
-            total[groups] += values.sum(1)
-            number[groups] += kept()
+        for part in survivors(core, keep, size, at_once):
+            for spare in (part.spare(), part.spare(1)):
+                assert spare.shape == part.values.shape
+                spare.fill_(math.nan)
+            assert part.spare().data_ptr() != part.spare(1).data_ptr()
+            total[part.groups] += part.values.sum(1)
+            number[part.groups] += part.number()
     marks = torch.ones(shape) if keep is None else keep.float()
     assert total.tolist() == [float(part.sum()) for part in (core * marks).reshape(-1).split(size)]
     assert number.tolist() == [float(part.sum()) for part in marks.reshape(-1).split(size)]

@@ -18,7 +18,7 @@ from filelock import FileLock
 from lightning import LightningModule
 from torch import Tensor
 
-from psc_lightning.app.files import write_atomic
+from psc_lightning.files import write_atomic
 
 __all__ = ["cached", "fingerprint", "make_cache"]
 

@@ -15,7 +15,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from psc_lightning.callbacks.arguments import one_of, positive, whole
+from psc_lightning.options import one_of, positive, whole
 
 __all__ = ["Epochs", "ImageData", "Images", "Loader", "Splits"]
 

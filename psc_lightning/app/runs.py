@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from psc_lightning.app.errors import UsageError
-from psc_lightning.app.files import write_atomic
+from psc_lightning.files import write_atomic
 
 __all__ = ["Run", "register_resolvers"]
 

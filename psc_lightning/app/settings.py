@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,11 +11,23 @@ from omegaconf import DictConfig, OmegaConf
 
 from psc_lightning.app.errors import UsageError
 from psc_lightning.artifact.leftovers import LEFTOVERS
-from psc_lightning.callbacks.arguments import positive, whole
+from psc_lightning.options import positive, whole
 
 __all__ = ["check_settings"]
 
+_OURS = ("name", "callbacks", "untied")
+_ALWAYS = (*_OURS, "threshold", "targets", "ignore", "min_size")
 GROUPS = ("compression", "clipping", "data", "model", "optimizer", "trainer", "logger", "callbacks")
+
+
+def _check_read(cfg: DictConfig) -> None:
+    """Refuse a key of `compression` that none of its callbacks refers to."""
+    callbacks = OmegaConf.to_yaml(cfg.compression.callbacks)
+    if "${" not in callbacks:
+        return  # a run's own record, in which all is resolved
+    read = {*re.findall(r"\$\{compression\.(\w+)\}", callbacks), *_ALWAYS}
+    if unread := sorted(str(key) for key in cfg.compression if key not in read):
+        raise UsageError(f"compression.{unread[0]}: nothing reads it; there are {', '.join(sorted(read - {*_OURS}))}")
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -28,6 +41,7 @@ def check_settings(cfg: DictConfig) -> None:
         if not isinstance(value(key), DictConfig):
             hint = f": choose one of the files in conf/{key}" * (key in GROUPS)
             raise UsageError(f"{key}: expected keys and values, found {value(key)!r}{hint}")
+    _check_read(cfg)
     whole("seed", value("seed"), 0, 2**32 - 1)
     whole("batchnorm", value("batchnorm"), 0)
     whole("checkpoint.every_n_steps", value("checkpoint.every_n_steps"), 1)

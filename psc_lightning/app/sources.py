@@ -22,7 +22,7 @@ from torch import Tensor
 
 from psc_lightning.app.data import Splits
 from psc_lightning.app.errors import UsageError
-from psc_lightning.app.files import write_atomic
+from psc_lightning.files import write_atomic
 
 __all__ = ["cifar10", "digits", "fashion_mnist", "mnist"]
 

@@ -11,8 +11,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from psc_lightning.app.files import write_atomic
 from psc_lightning.app.runs import Run
+from psc_lightning.files import write_atomic
 
 __all__ = ["SweepFolder", "summarise"]
 

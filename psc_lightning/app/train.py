@@ -43,7 +43,7 @@ from psc_lightning.app.sweep import SweepFolder, summarise
 from psc_lightning.app.task import Classifier
 from psc_lightning.artifact import to_bytes
 from psc_lightning.configs import config_dir
-from psc_lightning.report import Curve, draw
+from psc_lightning.report.plots import Curve, draw
 
 __all__ = ["main", "run"]
 
@@ -207,8 +207,8 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
     if cfg.clipping:
         nodes["clipping"] = cfg.clipping
     nodes |= {f"callbacks.{name}": node for name, node in cfg.callbacks.items()}
-    if cfg.compression.name == "none" and cfg.compression.threshold:
-        log.info("compression=none ignores compression.threshold=%s", cfg.compression.threshold)
+    if "mask" not in cfg.compression.callbacks and cfg.compression.get("threshold"):
+        log.info("compression has no mask, and ignores compression.threshold=%s", cfg.compression.threshold)
     return [build(node, key) for key, node in nodes.items()]
 
 

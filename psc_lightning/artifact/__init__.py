@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from psc_lightning.artifact.errors import ArtifactError, NamelessError
 from psc_lightning.artifact.file import estimate, inspect, load, load_into, load_stored, measure, save, to_bytes, verify
-from psc_lightning.artifact.report import Report, TensorReport
 
 __all__ = [
     "ArtifactError",
     "NamelessError",
-    "Report",
-    "TensorReport",
     "estimate",
     "inspect",
     "load",

@@ -1,4 +1,4 @@
-"""The outer shell of a .psc file: magic, version, checksum, sections; and how it gets onto a disk.
+"""The outer shell of a .psc file: magic, version, checksum, sections.
 
     3 bytes   "PSC"
     1 byte    version, 1
@@ -12,15 +12,12 @@ a reader skips those it does not know and refuses other unknown ones.
 from __future__ import annotations
 
 import os
-import secrets
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 
 from psc_lightning.artifact.errors import ArtifactError
 
-__all__ = ["MAGIC", "VERSION", "Cursor", "pack", "read", "unpack", "varint", "write"]
+__all__ = ["MAGIC", "VERSION", "Cursor", "pack", "read", "unpack", "varint"]
 
 MAGIC = b"PSC"
 VERSION = 1
@@ -159,40 +156,6 @@ def read(path: str | os.PathLike[str], max_bytes: int) -> bytes:
         if size > max_bytes:
             raise ArtifactError(f"expected a file of at most max_bytes = {max_bytes} bytes, found {size}: {_OVERSIZE}")
         return file.read(size)  # not max_bytes: Python takes memory for as many bytes as it is asked to read
-
-
-def write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file as a whole or not at all: an older file stays until the new one is safe on the disk.
-
-    Raises:
-        OSError: the folder is missing or not writable, or the disk is full; nothing is left behind.
-    """
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            why = f"{error.strerror}; expected an existing, writable folder with room for {len(data)} bytes"
-            raise type(error)(error.errno, f"cannot write {target.name}: {why}", str(target.parent)) from error
-        raise
-    _sync(target.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Make the new name itself survive a power cut, where the system lets a folder be synced."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 _ADVICE = "the file is truncated or damaged; get a fresh copy, or save the model again"

@@ -18,10 +18,11 @@ from psc_lightning.artifact.directory import DTYPES, Entry, Kind
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
 from psc_lightning.artifact.leftovers import Precisions
 from psc_lightning.artifact.pricing import Pricer
-from psc_lightning.artifact.report import Report
 from psc_lightning.artifact.snapshots import Snapshot, plain_name, plain_state, snapshots_of
 from psc_lightning.artifact.streams import Stream, SymbolReader, SymbolWriter
 from psc_lightning.artifact.summary import Summary, layer_types, report_of, summarise
+from psc_lightning.files import write_atomic
+from psc_lightning.report.numbers import Report
 from psc_lightning.sharding import by_rank_zero, sharded_modules, whole
 from psc_lightning.stored import Stored, decode
 
@@ -65,7 +66,7 @@ def save(
         OSError: the folder is missing or not writable, or the disk is full; nothing is left behind.
     """
     data, report = to_bytes(model, leftovers, names, fold_batchnorm)
-    by_rank_zero(lambda: container.write(path, data), together=bool(sharded_modules(model)))
+    by_rank_zero(lambda: write_atomic(path, data), together=bool(sharded_modules(model)))
     return report
 
 

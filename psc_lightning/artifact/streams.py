@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from psc_lightning.artifact.ans import Coded, Decoder, Encoder, Ints
-from psc_lightning.artifact.codings import Grid, Plane
+from psc_lightning.artifact.codings import CODINGS, Grid, Plane
+from psc_lightning.artifact.codings.planes import Found, choose, find
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
-from psc_lightning.artifact.planes import Found, choose, find
 
 __all__ = ["Stream", "SymbolReader", "SymbolWriter", "stream_of"]
 
@@ -102,7 +102,7 @@ class SymbolWriter:
             self._plane(Plane(values.to(torch.uint8), size, places, size // 2, around=size % 2 == 1))
 
     def _plane(self, plane: Plane) -> None:
-        choice = choose(plane, self._encoder)
+        choice = choose(plane, self._encoder, CODINGS)
         choice.write(self._encoder)
         self.streams.append(stream_of(plane.histogram, choice.coding))
 
@@ -183,6 +183,6 @@ class SymbolReader:
             raise ArtifactError(f"expected at most {self._limit} symbols in one array, found {count}: {ADVICE}")
 
     def _plane(self, number: int, size: int, grid: Tensor | None = None) -> Found:
-        found = find(self._decoder, number, size, _grid(grid))
+        found = find(self._decoder, number, size, _grid(grid), CODINGS)
         self.streams.append(stream_of(found.histogram(size), found.coding))
         return found

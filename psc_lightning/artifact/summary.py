@@ -10,9 +10,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from psc_lightning.artifact.directory import Entry, Kind
-from psc_lightning.artifact.report import Report, TensorReport
 from psc_lightning.artifact.snapshots import plain_name
 from psc_lightning.artifact.streams import Stream
+from psc_lightning.report.numbers import Report, TensorReport
 from psc_lightning.symbols import PIECE
 
 __all__ = ["Summary", "layer_types", "report_of", "summarise"]

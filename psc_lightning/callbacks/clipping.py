@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from psc_lightning.layout import Layout
@@ -19,6 +19,8 @@ __all__ = ["Clipped", "GradientClipping"]
 _SCOPES = ("global", "layer", "weight")
 # Adaptive clipping lets a weight that is still zero move: a unit's norm counts as at least this (Brock et al., ε).
 _SMALLEST_NORM = 1e-3
+_STRIP = 512  # entries whose squares are summed in float32
+_SLACK = 4e-7  # more than such sums are off, relatively, where all entries are equal (measured: 1.6e-7)
 
 
 class Clipped(NamedTuple):
@@ -254,8 +256,11 @@ def _norms(tensors: list[Tensor]) -> list[float]:
     places: dict[tuple[torch.device, Any], list[int]] = {}
     for index, tensor in enumerate(tensors):
         places.setdefault((tensor.device, getattr(tensor, "device_mesh", None)), []).append(index)
-    norms = [0.0] * len(tensors)
-    for (device, mesh), indices in places.items():
+    norms: list[float | None] = [_norm_in_strips(tensor) for tensor in tensors]
+    for (device, mesh), every in places.items():
+        indices = [index for index in every if norms[index] is None]
+        if not indices:
+            continue
         dtype = _wide(tensors[indices[0]])
         # On the CPU the norm of a whole tensor is fast in double precision, but slow where it has to convert; of
         # DTensors, torch 2.14 takes the type for an axis.
@@ -264,9 +269,27 @@ def _norms(tensors: list[Tensor]) -> list[float]:
         stacked = torch.stack(torch._foreach_norm(members, 2, None if convert else dtype))
         if hasattr(stacked, "full_tensor"):
             stacked = stacked.full_tensor()
-        for index, norm in zip(indices, stacked.tolist()):
+        for index, norm in zip(indices, stacked.cpu().tolist()):
             norms[index] = norm
-    return norms
+    return [norm for norm in norms if norm is not None]
+
+
+def _norm_in_strips(tensor: Tensor) -> float | None:
+    """The norm of float32 entries on the CPU, where squares of strips stay in their range: ten times as fast.
+
+    Not in several processes: whole and sharded gradients have the same norm to the last bit only in double precision.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        return None
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+        return None
+    flat = tensor.detach().reshape(-1)
+    whole = len(flat) // _STRIP * _STRIP
+    rows = flat[:whole].view(-1, 1, _STRIP)
+    with torch.autocast("cpu", enabled=False):
+        squares = torch.bmm(rows, rows.mT)
+    total = float(squares.sum(dtype=torch.float64)) + float(flat[whole:].double().square().sum())
+    return math.sqrt(total) if 1e-20 < total < math.inf else None  # of smaller entries squares vanish
 
 
 def _row_norms(matrix: Tensor) -> Tensor:
@@ -277,12 +300,12 @@ def _row_norms(matrix: Tensor) -> Tensor:
 
 def _wide(tensor: Tensor) -> torch.dtype:
     # float32 is not enough: its norm of 10⁷ entries is 0.04 % off on the CPU, and entries from 2·10¹⁹ overflow.
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+    return torch.float64 if tensor.device.type in ("cpu", "cuda") else torch.float32
 
 
 def _margin(gradient: Tensor) -> float:
-    """How far below the limit to aim so that rounding the scaled gradient cannot lift it above."""
-    return max(torch.finfo(gradient.dtype).eps, torch.finfo(torch.float32).eps)
+    """How far below the limit to aim so that no rounding, of the norm or of what is scaled, can lift it above."""
+    return max(torch.finfo(gradient.dtype).eps, _SLACK)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from psc_lightning.callbacks.arguments import grouping, one_of, positive, whole
 from psc_lightning.callbacks.slot import SlotCallback
-from psc_lightning.masks import GRANULARITIES, MASKS, SALIENCY_LABELS
+from psc_lightning.masks import MASKS
 from psc_lightning.schedule import Schedule
 
 __all__ = ["MaskLearning"]
@@ -26,9 +25,10 @@ class MaskLearning(SlotCallback):
             (neighbouring outputs), `channel` (an output row).
         group: the share holds for the `tensor`, for each `channel`, or for each n units in memory order.
         block: units of `row` and `column` have this many entries; None: 4, for `row` the kernel's width.
-        score_lr: `movement`: learning rate of the scores.
+        score_lr: `movement`: learning rate of the scores. None: 1e-2.
         calibration_steps: `saliency`: optimizer steps over which labels are summed; the mask begins after them.
-        label: `saliency`: `gradient_weight` (|g·w|) or `fisher` (g²).
+            None: 50.
+        label: `saliency`: `gradient_weight` (|g·w|) or `fisher` (g²). None: gradient_weight.
         refresh: choose anew every n optimizer steps.
         targets: globs over tensor names, module names, `re:` expressions or layer types; None: every weight.
         ignore: the same, for what to leave out.
@@ -46,6 +46,8 @@ class MaskLearning(SlotCallback):
     """
 
     slot = "mask"
+    methods = MASKS
+    rate = ("score_lr", 1e-2)
 
     def __init__(
         self,
@@ -54,40 +56,27 @@ class MaskLearning(SlotCallback):
         granularity: str = "element",
         group: int | str = "tensor",
         block: int | None = None,
-        score_lr: float = 1e-2,
-        calibration_steps: int = 50,
-        label: str = "gradient_weight",
+        score_lr: float | None = None,
+        calibration_steps: int | None = None,
+        label: str | None = None,
         refresh: int = 1,
         targets: str | list[str] | None = None,
         ignore: str | list[str] | None = None,
         min_size: int = 64,
         schedule: Schedule | str | dict[str, Any] | None = None,
     ) -> None:
-        one_of("method", method, MASKS)
-        one_of("granularity", granularity, GRANULARITIES)
-        one_of("label", label, SALIENCY_LABELS)
-        if not positive("threshold", threshold) < 1:
-            raise ValueError(f"threshold: expected a share 0 ≤ threshold < 1, found {threshold!r}")
-        group = grouping(group)
+        for name, value in {"threshold": threshold, "granularity": granularity, "group": group}.items():
+            if value is None:
+                raise ValueError(f"{name}: expected a value, found None")
+        given = {"threshold": threshold, "granularity": granularity, "group": group, "block": block, "label": label}
+        super().__init__(
+            method, given, targets, ignore, min_size, schedule, score_lr, refresh, calibration_steps=calibration_steps
+        )
+        self.threshold: float = self.options["threshold"]
         if group == "channel" and granularity in ("column", "channel"):
             raise ValueError(
                 f"group: 'channel' leaves nothing to choose from with granularity={granularity!r}, whose units span "
                 "channels or are whole ones; use group='tensor'"
             )
-        options: dict[str, Any] = {"threshold": float(threshold), "granularity": granularity, "group": group}
-        options["block"] = None if block is None else whole("block", block, 1)
-        labels = MASKS[method].labels
-        if method == "saliency":
-            options["label"] = label
-        super().__init__(
-            method,
-            options,
-            targets,
-            ignore,
-            min_size,
-            schedule,
-            lr=positive("score_lr", score_lr),
-            refresh=refresh,
-            calibration_steps=whole("calibration_steps", calibration_steps, 1) if labels == "before" else 0,
-        )
-        self.threshold = float(threshold)
+        if block is not None and granularity not in ("row", "column"):
+            raise ValueError(f"block: granularity={granularity!r} does not read it; it is of row and column")

@@ -6,27 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from psc_lightning.callbacks.arguments import grouping, one_of, positive, whole
 from psc_lightning.callbacks.slot import SlotCallback
-from psc_lightning.levels import FORMS, LEVELS, ROOTS
+from psc_lightning.levels import LEVELS
 from psc_lightning.live import takes_inputs
-from psc_lightning.precision import PRECISIONS
+from psc_lightning.options import one_of, whole
 from psc_lightning.schedule import Schedule
 from psc_lightning.slots import Spec
 from psc_lightning.targets import Selection
 
 __all__ = ["StraightThroughQuantization"]
-
-# Which options each method reads; giving it another one is an error, not a silence.
-_OPTIONS = {
-    "float16": (),
-    "bfloat16": (),
-    "uniform": ("bits", "group", "learned_step", "scales"),
-    "binary": ("form", "group", "scales"),
-    "ternary": ("group", "scales"),
-    "log": ("bits", "group", "root"),
-    "codebook": ("k", "group", "scales"),
-}
 
 # Whole multiples of a scale: what integers can be multiplied by.
 _INTEGERS = ("uniform", "binary", "ternary")
@@ -45,7 +33,7 @@ class StraightThroughQuantization(SlotCallback):
         learned_step: `uniform`: train the step (LSQ) instead of taking it from the largest weight.
         form: `binary`: `sign` (±s) or `01` (0 or 1 with a scale and an offset). None: sign.
         root: `log`: 1, 2, 4 or 8; the base is 2^(1/root). None: 1.
-        step_lr: learning rate of learned steps and centroids.
+        step_lr: `codebook`, and `uniform` with a learned step: learning rate of centroids and steps. None: 1e-4.
         refresh: recompute scales and assignments every n optimizer steps.
         targets: globs over tensor names, module names, `re:` expressions or layer types; None: every weight.
         ignore: the same, for what to leave out.
@@ -69,6 +57,9 @@ class StraightThroughQuantization(SlotCallback):
     """
 
     slot = "levels"
+    methods = LEVELS
+    argument = "levels"
+    rate = ("step_lr", 1e-4)
 
     def __init__(
         self,
@@ -79,7 +70,7 @@ class StraightThroughQuantization(SlotCallback):
         learned_step: bool | None = None,
         form: str | None = None,
         root: int | None = None,
-        step_lr: float = 1e-4,
+        step_lr: float | None = None,
         refresh: int = 1,
         targets: str | list[str] | None = None,
         ignore: str | list[str] | None = None,
@@ -88,36 +79,13 @@ class StraightThroughQuantization(SlotCallback):
         activations: int | None = None,
         scales: str | None = None,
     ) -> None:
-        one_of("levels", levels, LEVELS)
-        given = {"bits": bits, "k": k, "group": group, "learned_step": learned_step, "form": form, "root": root}
-        given["scales"] = scales
-        options = {name: value for name, value in given.items() if value is not None}
-        for name in options:
-            if name not in _OPTIONS[levels]:
-                raise ValueError(
-                    f"{name}: {levels!r} does not read it; it takes {', '.join(_OPTIONS[levels]) or 'no options'}"
-                )
-        if bits is not None:
-            whole("bits", bits, 2 if levels == "log" else 1, 8)
-        if k is not None:
-            whole("k", k, 2, 256)
-        if group is not None:
-            options["group"] = grouping(group)
-        if learned_step is not None:
-            one_of("learned_step", learned_step, (True, False))
-        if form is not None:
-            one_of("form", form, FORMS)
-        if root is not None:
-            one_of("root", root, ROOTS)
-        if scales is not None:
-            one_of("scales", scales, PRECISIONS)
         if activations is not None:
             one_of("levels", levels, _INTEGERS)
             whole("activations", activations, 2, 8)
         self.activations = activations
-        super().__init__(
-            levels, options, targets, ignore, min_size, schedule, lr=positive("step_lr", step_lr), refresh=refresh
-        )
+        given = {"bits": bits, "k": k, "group": group, "learned_step": learned_step, "form": form, "root": root}
+        given["scales"] = scales
+        super().__init__(levels, given, targets, ignore, min_size, schedule, step_lr, refresh)
 
     def spec(self) -> Spec:
         """What this callback puts into a slot."""

@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from psc_lightning.callbacks.arguments import one_of, positive, whole
 from psc_lightning.callbacks.slot import SlotCallback
 from psc_lightning.schedule import Schedule
 from psc_lightning.tying import TYINGS
 
 __all__ = ["WeightSharing"]
-
-# Which options each method reads; giving it another one is an error, not a silence.
-_OPTIONS = {
-    "cross_channel": ("groups", "labels"),
-    "row": ("block",),
-    "column": ("block",),
-    "separable": ("rank",),
-    "low_rank": ("rank",),
-}
 
 
 class WeightSharing(SlotCallback):
@@ -36,8 +26,8 @@ class WeightSharing(SlotCallback):
             or `magnitude`. None: saliency.
         block: `row`, `column`: n ≥ 1 neighbours. None: 4, for `row` the kernel's width.
         rank: `separable`, `low_rank`: R ≥ 1, or a share of the full rank in (0, 1). None: 1 and 0.25.
-        calibration_steps: `cross_channel` by saliency: optimizer steps over which labels are summed.
-        factor_lr: `separable`, `low_rank`: learning rate of the factors.
+        calibration_steps: `cross_channel` by saliency: optimizer steps over which labels are summed. None: 50.
+        factor_lr: `separable`, `low_rank`: learning rate of the factors. None: 1e-3.
         targets: globs over tensor names, module names, `re:` expressions or layer types; None: every weight.
         ignore: the same, for what to leave out.
         min_size: fewest entries of a tensor.
@@ -54,6 +44,8 @@ class WeightSharing(SlotCallback):
     """
 
     slot = "tying"
+    methods = TYINGS
+    rate = ("factor_lr", 1e-3)
 
     def __init__(
         self,
@@ -62,38 +54,14 @@ class WeightSharing(SlotCallback):
         labels: str | None = None,
         block: int | None = None,
         rank: int | float | None = None,
-        calibration_steps: int = 50,
-        factor_lr: float = 1e-3,
+        calibration_steps: int | None = None,
+        factor_lr: float | None = None,
         targets: str | list[str] | None = None,
         ignore: str | list[str] | None = None,
         min_size: int = 64,
         schedule: Schedule | str | dict[str, Any] | None = None,
     ) -> None:
-        one_of("method", method, TYINGS)
         given = {"groups": groups, "labels": labels, "block": block, "rank": rank}
-        options = {name: value for name, value in given.items() if value is not None}
-        for name in options:
-            if name not in _OPTIONS[method]:
-                raise ValueError(f"{name}: {method!r} does not read it; it takes {', '.join(_OPTIONS[method])}")
-        if groups is not None:
-            whole("groups", groups, 2)
-        if block is not None:
-            whole("block", block, 1)
-        if labels is not None:
-            one_of("labels", labels, ("saliency", "magnitude"))
-        if isinstance(rank, float):
-            if not 0 < rank < 1:
-                raise ValueError(f"rank: expected a whole number from 1 up or a share in (0, 1), found {rank!r}")
-        elif rank is not None:
-            whole("rank", rank, 1)
-        labelled = method == "cross_channel" and labels != "magnitude"
         super().__init__(
-            method,
-            options,
-            targets,
-            ignore,
-            min_size,
-            schedule,
-            lr=positive("factor_lr", factor_lr),
-            calibration_steps=whole("calibration_steps", calibration_steps, 1) if labelled else 0,
+            method, given, targets, ignore, min_size, schedule, factor_lr, calibration_steps=calibration_steps
         )

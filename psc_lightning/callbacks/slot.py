@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from psc_lightning.callbacks.arguments import positive, whole
 from psc_lightning.latent import Compressed
+from psc_lightning.levels import Levels
 from psc_lightning.live import Place, held, hold
+from psc_lightning.masks import Mask
+from psc_lightning.options import checked, one_of, positive, whole
 from psc_lightning.schedule import Schedule
 from psc_lightning.sharding import is_sharded, sharded_modules
 from psc_lightning.slots import Slots, Spec
 from psc_lightning.targets import Selection, Target, patterns, select
 from psc_lightning.training.conductor import Conductor
-from psc_lightning.tying import TYINGS
+from psc_lightning.tying import TYINGS, Tying
 
 __all__ = ["SlotCallback"]
 
@@ -27,36 +29,52 @@ class SlotCallback(Callback):
 
     Args:
         method: the method's name.
-        options: its options.
+        given: its options; None: not given.
         targets, ignore, min_size: which tensors; see `targets.select`.
         schedule: how hard it acts when.
-        lr: learning rate of what the slot trains beside the weight; it follows the user's scheduler.
+        rate: learning rate of what the slot trains beside the weight; it follows the user's scheduler.
         refresh: recompute thresholds, scales and assignments every n optimizer steps.
-        calibration_steps: optimizer steps of labels to see before the slot begins, for methods that need them.
+        calibration_steps: optimizer steps of labels to see before the slot begins, for methods that need them. None: 50.
+
+    Raises:
+        ValueError: a wrong value, or one that the method does not read; the argument is named.
     """
 
     slot: ClassVar[str]
+    #: the slot's methods, and what the argument that chooses one is called
+    methods: ClassVar[Mapping[str, type[Tying | Mask | Levels]]]
+    argument: ClassVar[str] = "method"
+    #: what the learning rate is called, and its default
+    rate: ClassVar[tuple[str, float]]
 
     def __init__(
         self,
         method: str,
-        options: dict[str, Any],
+        given: Mapping[str, Any],
         targets: str | Iterable[str] | None,
         ignore: str | Iterable[str] | None,
         min_size: int,
         schedule: Schedule | str | dict[str, Any] | None,
-        lr: float,
+        rate: float | None,
         refresh: int = 1,
-        calibration_steps: int = 0,
+        calibration_steps: int | None = None,
     ) -> None:
         super().__init__()
-        self.method, self.options = method, options
+        kind = self.methods[one_of(self.argument, method, self.methods)]
+        self.method, self.options = method, checked(method, kind, given)
         self.targets, self.ignore = patterns("targets", targets), patterns("ignore", ignore)
         self.min_size = whole("min_size", min_size, 0)
         self.schedule = Schedule.of(schedule, Schedule())
-        self.lr = positive("lr", lr)
+        name, default = self.rate
+        if rate is not None and not kind.trains(self.options):
+            raise ValueError(f"{name}: {method!r} does not read it: it trains nothing beside the weight")
+        self.lr = default if rate is None else positive(name, rate)
         self.refresh = whole("refresh", refresh, 1)
-        self.calibration_steps = whole("calibration_steps", calibration_steps, 0)
+        calibrates = kind.calibrates(self.options)
+        if calibration_steps is not None and not calibrates:
+            raise ValueError(f"calibration_steps: {method!r} does not read it: it needs no labels before it begins")
+        wanted = 50 if calibration_steps is None else whole("calibration_steps", calibration_steps, 1)
+        self.calibration_steps = wanted if calibrates else 0
 
     @property
     def state_key(self) -> str:

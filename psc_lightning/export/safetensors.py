@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from psc_lightning.artifact import container
+from psc_lightning.files import write_atomic
 
 try:
     from safetensors.torch import save
@@ -27,4 +27,4 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str
     Raises:
         OSError: the folder is missing or not writable, or the disk is full; nothing is left behind.
     """
-    container.write(path, save({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}))
+    write_atomic(path, save({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}))

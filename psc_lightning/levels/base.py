@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import prod
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.functional import Group, group_counts, straight_through
+from psc_lightning.functional import Group, group_counts
+from psc_lightning.options import grouping, one_of
 from psc_lightning.precision import PRECISIONS, power_of_two
-from psc_lightning.strips import blank_, strips
+from psc_lightning.strips import Survivors, blank_, strips, survivors, whole
 from psc_lightning.symbols import Reader, Writer, look_up, pieces
 
-__all__ = ["Levels"]
+__all__ = ["Grouping", "Levels", "Scales"]
+
+#: how the options that several methods have are given
+Grouping = Annotated[Group, grouping]
+Scales = Annotated[str, partial(one_of, allowed=PRECISIONS)]
 
 Shape = tuple[int, ...]
 
@@ -26,18 +33,23 @@ class Levels(nn.Module):
     the file holds; `code` and `value` then only divide, round, multiply and gather, so that the forward pass and the
     reader of a file do the same few exact operations.
 
+    A method whose tables follow from statistics of each group says these (`_sums`, `_found`), names its tables
+    (`tables`) and how they turn a strip into levels (`_snap`); then all are done strip by strip.
+
     Args:
         shape: the core's shape.
         group: which entries share a scale: `tensor`, `channel`, or n consecutive entries.
-        scales: what scales and centroids are rounded to, in training as in the file: `float32`, `float16` or `log8`.
+        scales: what scales and centroids are rounded to: `float32`, `float16` or `log8`.
     """
 
     code_number: ClassVar[int]
     #: whether the gradient passes to the core unchanged and nothing is trained: a hard weight may then stand for its core
     straight: bool = True
-    #: whether the core's gradient is the levels', and `pull` gives what is trained its own; else autograd through `forward`
-    pulls: bool = True
-
+    #: how often a group must be looked at, and how the sums of its parts are joined
+    looks: int = 0
+    #: whether a look writes nothing: two passes over all of a core are then faster than strips
+    glances: bool = False
+    _join: Callable[..., Tensor] = staticmethod(torch.add)
     #: the types whose strips `_snap` can take
     _snaps: ClassVar[tuple[torch.dtype, ...]] = ()
 
@@ -46,13 +58,84 @@ class Levels(nn.Module):
         self.scales, self.precision = scales, PRECISIONS[scales]
         # A group of more entries than there are is all of them; a file names no larger one.
         self.shape, self.group = shape, min(group, max(1, prod(shape))) if isinstance(group, int) else group
+        self.count, self.size = group_counts(shape, self.group)
+        #: the buffers that `_snap` needs, a number a group; those that are rounded with the buffer of their power of two
+        self.tables: dict[str, str | None] = {}
+
+    @classmethod
+    def trains(cls, options: Mapping[str, Any]) -> bool:
+        """Whether, with these options, something is trained beside the weight."""
+        return False
+
+    @classmethod
+    def calibrates(cls, options: Mapping[str, Any]) -> bool:
+        """Whether, with these options, labels are seen before they begin: no method does so far."""
+        return False
+
+    # ----------------------------------------------------------------------------------------------- tables
 
     def begin(self, core: Tensor, keep: Tensor | None = None) -> None:
         """Called once when the levels start: set what is trained from here on (steps, centroids)."""
 
+    @torch.no_grad()
     def refresh(self, core: Tensor, keep: Tensor | None = None) -> None:
         """Recompute scales and tables from the entries that `keep` marks; None: all."""
+        if not self.looks or not core.numel():
+            return
+        if whole(core, self.size):
+            each = [self._look(strip) for strip in survivors(core, keep, self.size, self.glances)]
+            self._take([torch.cat(parts) for parts in zip(*each)] if len(each) > 1 else each[0])
+            return
+        found: list[Tensor] = []
+        for look in range(self.looks):
+            totals: list[Tensor] = []
+            for strip in survivors(core, keep, self.size):
+                sums = self._sums(look, strip, *(table[strip.groups] for table in found))
+                totals = totals or [torch.zeros(self.count, dtype=part.dtype, device=part.device) for part in sums]
+                for total, part in zip(totals, sums, strict=True):
+                    total[strip.groups] = self._join(total[strip.groups], part)
+            found += self._found(look, *totals)
+        self._take(found)
+
+    def _look(self, strip: Survivors) -> list[Tensor]:
+        """All tables, not yet rounded, of the groups that lie whole in a strip."""
+        found: list[Tensor] = []
+        for look in range(self.looks):
+            found += self._found(look, *self._sums(look, strip, *found))
+        return found
+
+    def _sums(self, look: int, strip: Survivors, *found: Tensor) -> tuple[Tensor, ...]:
+        """What a look finds in each row of a strip, given the tables found before: zero or above, 0 for no entries."""
         raise NotImplementedError
+
+    def _found(self, look: int, *sums: Tensor) -> tuple[Tensor, ...]:
+        """The tables of groups of these sums, in the order of `tables`, not yet rounded."""
+        raise NotImplementedError
+
+    def _take(self, found: Sequence[Tensor]) -> None:
+        """Keep tables, rounded to what a file holds."""
+        for (name, unit), table in zip(self.tables.items(), found, strict=True):
+            if unit is None:
+                getattr(self, name).copy_(table)
+            else:
+                self._settle(table, name, unit)
+
+    def _round_to(self, values: Tensor, name: str, unit: Tensor) -> Tensor:
+        return self.precision.round(values, unit, positive=name != "offset")
+
+    def _settle(self, values: Tensor, into: str = "scale", unit: str = "unit") -> None:
+        """Round values to what the file holds, and keep them and their power of two in the tensors of these names."""
+        power: Tensor = getattr(self, unit)
+        power.fill_(power_of_two(values))
+        rounded = self._round_to(values, into, power)
+        # The largest may have been rounded up to the power itself. Then the next one is the unit, as it will be for those
+        # who start from what these levels make: they find the same again.
+        if power_of_two(rounded) > float(power):
+            power.mul_(2)
+            rounded = self._round_to(values, into, power)
+        getattr(self, into).copy_(rounded)
+
+    # ----------------------------------------------------------------------------------------------- making
 
     def code(self, core: Tensor) -> Tensor:
         """Which level each entry takes: a tensor of the core's shape that holds whole numbers."""
@@ -75,16 +158,15 @@ class Levels(nn.Module):
             out = torch.empty_like(core)
         if core.dtype not in self._snaps:
             return blank_(out.copy_(self.value(self.code(core))), keep)
-        tables = [table[:, None] for table in self._tables()]
-        for strip in strips(core, group_counts(self.shape, self.group)[1], keep, out):
-            assert strip.place is not None
-            self._snap(strip.values, strip.place, *(table[strip.groups] for table in tables))
-            blank_(strip.place, strip.keep)
+        tables = self._tables()
+        for groups, values, kept, (place,) in strips(core, self.size, keep, out):
+            self._snap(values, place, *(table[groups, None] for table in tables))
+            blank_(place, kept)
         return out
 
-    def _tables(self) -> tuple[Tensor, ...]:
+    def _tables(self) -> list[Tensor]:
         """What `_snap` needs, a number a group."""
-        return ()
+        return [getattr(self, name) for name in self.tables]
 
     def _snap(self, values: Tensor, place: Tensor, *tables: Tensor) -> None:
         """Write the levels of a strip of groups to `place`; both are ``(groups, entries of each)``, tables a column."""
@@ -98,39 +180,26 @@ class Levels(nn.Module):
         """
         raise ValueError(f"{type(self).__name__} cannot take a factor for each output channel")
 
-    def _settle(self, values: Tensor, into: str = "scale", unit: str = "unit", positive: bool = True) -> None:
-        """Round values to what the file holds, and keep them and their power of two in the tensors of these names."""
-        power: Tensor = getattr(self, unit)
-        power.fill_(power_of_two(values))
-        rounded = self.precision.round(values, power, positive)
-        # The largest may have been rounded up to the power itself. Then the next one is the unit, as it will be for those
-        # who start from what these levels make: they find the same again.
-        if power_of_two(rounded) > float(power):
-            power.mul_(2)
-            rounded = self.precision.round(values, power, positive)
-        getattr(self, into).copy_(rounded)
-
     def _by_channel(self) -> None:
         if self.group != "channel":
             raise ValueError(
                 f"with group={self.group!r} an output channel has no scale of its own; group='channel' gives it one"
             )
 
-    def forward(self, core: Tensor) -> Tensor:
-        """The levels, with the gradient passed straight through."""
-        with torch.no_grad():
-            hard = self.value(self.code(core))
-        return straight_through(hard, core)
+    # -------------------------------------------------------------------------------------------- gradients
 
-    def pull(self, core: Tensor, gradient: Tensor, keep: Tensor | None = None, strength: float = 1.0) -> None:
-        """Give what is trained its gradient, from that of the levels, where the core's is that itself.
+    def pull(self, core: Tensor, gradient: Tensor, keep: Tensor | None = None, strength: float = 1.0) -> Tensor:
+        """The core's gradient from that of its levels; what is trained gets its own, in `grad`.
 
         Args:
             core: what the levels were made of.
             gradient: of their values; only read.
-            keep: which entries the mask keeps; None: all.
+            keep: which entries the mask keeps; None: all. Where it drops, the gradient passes unchanged.
             strength: how hard they acted, 0 … 1.
         """
+        return gradient
+
+    # ---------------------------------------------------------------------------------------------- storing
 
     def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
         """Store the options, the tables, and the codes of the kept entries in memory order."""
@@ -140,6 +209,11 @@ class Levels(nn.Module):
     def decode(cls, reader: Reader, keep: Tensor, dtype: torch.dtype) -> Tensor:
         """Read them: the core's values, anything where `keep` is false."""
         raise NotImplementedError
+
+
+def largest(strip: Survivors) -> Tensor:
+    """The largest |x| of each row, by passes that write nothing."""
+    return torch.maximum(strip.values.amax(1), -strip.values.amin(1))
 
 
 def write_codes(writer: Writer, codes: Tensor, keep: Tensor, lowest: int, size: int) -> None:

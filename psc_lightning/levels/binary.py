@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
-from psc_lightning.functional import (
-    Group,
-    group_counts,
-    spread,
-    survivor_magnitude,
-    survivor_room,
+from psc_lightning.functional import spread
+from psc_lightning.levels.base import (
+    Grouping,
+    Levels,
+    Scales,
+    Shape,
+    read_codes,
+    read_group,
+    read_values,
+    write_codes,
+    write_group,
 )
-from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, read_values, write_codes, write_group
+from psc_lightning.options import one_of
 from psc_lightning.precision import read_numbers, write_numbers
-from psc_lightning.strips import survivors, whole
+from psc_lightning.strips import Survivors
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["FORMS", "BinaryLevels"]
@@ -37,14 +45,13 @@ class BinaryLevels(Levels):
         scales: what s (and the offset) is stored as, and rounded to: `float32`, `float16` or `log8`.
 
     >>> levels = BinaryLevels((1, 4), group="tensor")
-    >>> x = torch.tensor([[0.5, -1.5, 1.0, -1.0]], requires_grad=True)
-    >>> levels.refresh(x, torch.ones(1, 4, dtype=torch.bool))
-    >>> levels(x).sum().backward()
-    >>> levels(x).tolist(), x.grad.tolist()
-    ([[1.0, -1.0, 1.0, -1.0]], [[1.0, 1.0, 1.0, 1.0]])
+    >>> x = torch.tensor([[0.5, -1.5, 1.0, -1.0]])
+    >>> levels.refresh(x)
+    >>> levels.hard(x).tolist()
+    [[1.0, -1.0, 1.0, -1.0]]
     >>> levels = BinaryLevels((1, 4), group="tensor", form="01")
-    >>> levels.refresh(x, torch.ones(1, 4, dtype=torch.bool))
-    >>> levels(x).tolist()
+    >>> levels.refresh(x)
+    >>> levels.hard(x).tolist()
     [[0.75, -1.25, 0.75, -1.25]]
 
     Source: Rastegari et al. 2016, "XNOR-Net", eq. 6 (scale); Courbariaux et al. 2015, "BinaryConnect" (straight-through);
@@ -60,49 +67,47 @@ class BinaryLevels(Levels):
     offset: Tensor
     middle: Tensor
 
-    def __init__(self, shape: Shape, group: Group = "channel", form: str = "sign", scales: str = "float16") -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        group: Grouping = "channel",
+        form: Annotated[str, partial(one_of, allowed=FORMS)] = "sign",
+        scales: Scales = "float16",
+    ) -> None:
         super().__init__(shape, group, scales)
         self.form = form
-        count, _ = group_counts(shape, group)
+        self.looks = 1 if form == "sign" else 2  # the middle first, then the means on its two sides
+        self.tables = (
+            {"scale": "unit"} if form == "sign" else {"middle": None, "offset": "offset_unit", "scale": "unit"}
+        )
         self.register_buffer("unit", torch.ones(()))
-        self.register_buffer("scale", torch.ones(count))
+        self.register_buffer("scale", torch.ones(self.count))
         if form == "01":
             self.register_buffer("offset_unit", torch.ones(()))
-            self.register_buffer("offset", torch.zeros(count))
-            self.register_buffer("middle", torch.zeros(count))
+            self.register_buffer("offset", torch.zeros(self.count))
+            self.register_buffer("middle", torch.zeros(self.count))
 
-    @torch.no_grad()
-    def refresh(self, core: Tensor, keep: Tensor | None = None) -> None:
-        """Set scale (and offset) from the kept entries."""
+    def _sums(self, look: int, strip: Survivors, *found: Tensor) -> tuple[Tensor, ...]:
+        values, spare = strip.values, strip.spare()
         if self.form == "sign":
-            self._settle(survivor_magnitude(core, keep, self.group))
-            return
-        count, size = group_counts(self.shape, self.group)
-        lower, upper, above, number = (survivor_room(core, count) for _ in range(4))
-        at_once = whole(core, size)
-        middle = lower.clone() if at_once else self._mean(core, keep, size)
-        for groups, values, kept, spare in survivors(core, keep, size):
-            here = kept()
-            if at_once:
-                middle[groups] = values.sum(1) / here.clamp_min(1)
-            torch.gt(values, middle[groups, None], out=spare)
-            # Those that are not kept are zeros here: they add nothing to a sum, but were counted where zero is above.
-            above[groups].add_(spare.sum(1)).sub_((middle[groups] < 0) * (values.shape[1] - here))
-            number[groups].add_(here)
-            spare.mul_(values)
-            upper[groups].add_(spare.sum(1))
-            lower[groups].add_(torch.sub(values, spare, out=spare).sum(1))
-        low = lower / (number - above).clamp_min(1)
-        self.middle.copy_(middle)
-        self._settle(low, "offset", "offset_unit", positive=False)
-        self._settle(torch.where(above > 0, upper / above.clamp_min(1) - low, 0.0))
+            return torch.abs(values, out=spare).sum(1), strip.number()
+        if look == 0:
+            return values.sum(1), strip.number()
+        (middle,), number = found, strip.number()
+        torch.gt(values, middle[:, None], out=spare)
+        # Those that are not kept are zeros here: they add nothing to a sum, but are counted where zero is above.
+        above = spare.sum(1) - (middle < 0) * (values.shape[1] - number)
+        upper = spare.mul_(values).sum(1)
+        return upper, above, torch.sub(values, spare, out=spare).sum(1), number - above
 
-    def _mean(self, core: Tensor, keep: Tensor | None, size: int) -> Tensor:
-        total, number = survivor_room(core, len(self.scale)), survivor_room(core, len(self.scale))
-        for groups, values, kept, _ in survivors(core, keep, size):
-            total[groups].add_(values.sum(1))
-            number[groups].add_(kept())
-        return total / number.clamp_min(1)
+    def _found(self, look: int, *sums: Tensor) -> tuple[Tensor, ...]:
+        total, number, *others = sums
+        mean = total / number.clamp_min(1)
+        if not others:
+            return (mean,)
+        lower, below = others
+        low = lower / below.clamp_min(1)
+        return low, torch.where(number > 0, mean - low, 0.0)
 
     def code(self, core: Tensor) -> Tensor:
         """1 for the upper level, 0 for the lower."""
@@ -117,16 +122,13 @@ class BinaryLevels(Levels):
             return (2 * code).sub_(1).mul_(scale)
         return (code * scale).add_(spread(self.offset, self.shape, self.group))
 
-    def _tables(self) -> tuple[Tensor, ...]:
-        return (self.scale,) if self.form == "sign" else (self.scale, self.middle, self.offset)
-
     def _snap(self, values: Tensor, place: Tensor, *tables: Tensor) -> None:
-        scale, *rest = tables
         if self.form == "sign":
+            (scale,) = tables
             torch.add(values, 0.0, out=place)  # -0.0 counts as positive
             torch.copysign(scale, place, out=place)
         else:
-            middle, offset = rest
+            middle, offset, scale = tables
             torch.gt(values, middle, out=place).mul_(scale).add_(offset)
 
     @torch.no_grad()
@@ -135,7 +137,7 @@ class BinaryLevels(Levels):
         self._by_channel()
         self._settle(self.scale * factor)
         if self.form == "01":
-            self._settle(self.offset * factor, "offset", "offset_unit", positive=False)
+            self._settle(self.offset * factor, "offset", "offset_unit")
             self.middle.copy_(self.offset + self.scale / 2)
         return self.value(code)
 

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated, Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from psc_lightning.clustering import optimal_centroids
-from psc_lightning.functional import (
-    Group,
-    group_counts,
-    split,
-    spread,
-    straight_through,
+from psc_lightning.functional import group_counts, split, spread
+from psc_lightning.levels.base import (
+    Grouping,
+    Levels,
+    Scales,
+    Shape,
+    read_codes,
+    read_group,
+    read_values,
+    write_codes,
+    write_group,
 )
-from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, read_values, write_codes, write_group
+from psc_lightning.options import whole
 from psc_lightning.precision import power_of_two, read_numbers, write_numbers
 from psc_lightning.strips import blank_, strips
 from psc_lightning.symbols import Reader, Writer, pieces
@@ -68,13 +77,13 @@ class CodebookLevels(Levels):
         scales: what the centroids are stored as, and rounded to: `float32`, `float16` or `log8`.
 
     >>> levels = CodebookLevels((1, 4), k=2, group="tensor")
-    >>> x = torch.tensor([[1.0, 2.0, -4.0, -6.0]], requires_grad=True)
-    >>> keep = torch.ones(1, 4, dtype=torch.bool)
-    >>> levels.begin(x, keep); levels.refresh(x, keep)
-    >>> out = levels(x)
-    >>> (out * torch.tensor([[1.0, 2.0, 3.0, 4.0]])).sum().backward()
-    >>> out.tolist(), x.grad.tolist(), levels.centroids.grad.tolist()
-    ([[1.5, 1.5, -5.0, -5.0]], [[1.0, 2.0, 3.0, 4.0]], [[7.0, 3.0]])
+    >>> x = torch.tensor([[1.0, 2.0, -4.0, -6.0]])
+    >>> levels.begin(x); levels.refresh(x)
+    >>> levels.hard(x).tolist()
+    [[1.5, 1.5, -5.0, -5.0]]
+    >>> _ = levels.pull(x, torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    >>> levels.centroids.grad.tolist()
+    [[7.0, 3.0]]
 
     Source: Han et al. 2016, "Deep Compression", §3, eq. 2-3; here the weights move too (straight-through) and may change
     their cluster at every refresh. Wang and Song 2011, "Ckmeans.1d.dp" (the start).
@@ -86,19 +95,28 @@ class CodebookLevels(Levels):
     unit: Tensor
     codes: Tensor
 
-    def __init__(self, shape: Shape, k: int = 16, group: Group = "tensor", scales: str = "float16") -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        k: Annotated[int, partial(whole, low=2, high=256)] = 16,
+        group: Grouping = "tensor",
+        scales: Scales = "float16",
+    ) -> None:
         super().__init__(shape, group, scales)
         self.k = k
-        count, _ = group_counts(shape, group)
         self.register_buffer("unit", torch.ones(()))
         self.register_buffer("codes", torch.zeros(shape, dtype=torch.uint8))
-        self.centroids = nn.Parameter(torch.zeros(count, k))
+        self.centroids = nn.Parameter(torch.zeros(self.count, k))
+
+    @classmethod
+    def trains(cls, options: Mapping[str, Any]) -> bool:
+        """The centroids."""
+        return True
 
     @torch.no_grad()
     def begin(self, core: Tensor, keep: Tensor | None = None) -> None:
         """Place the centroids where their squared error is least."""
-        count, size = group_counts(self.shape, self.group)
-        if keep is None and count * size > core.numel():
+        if keep is None and self.count * self.size > core.numel():
             keep = torch.ones_like(core, dtype=torch.bool)  # what fills up the last group must not count
         kept = None if keep is None else split(keep, self.group)
         self.centroids.copy_(optimal_centroids(split(core, self.group), kept, self.k))
@@ -115,24 +133,20 @@ class CodebookLevels(Levels):
         # A trained centroid may have passed its neighbour; the optimizer's state moves with neither: a swap is rare.
         self.centroids.copy_(self.centroids.sort(1).values)
         self.unit.clamp_(min=power_of_two(self.centroids))
-        table = self.precision.round(self.centroids, self.unit, positive=False)
+        table = self._table()
         middles = (table[:, 1:] + table[:, :-1]) / 2
-        _, size = group_counts(self.shape, self.group)
-        for strip in strips(core, size, out=self.codes):
-            assert strip.place is not None
-            _assign(strip.values.to(middles.dtype), middles[strip.groups], strip.place)
+        for groups, values, _, (codes,) in strips(core, self.size, None, self.codes):
+            _assign(values.to(middles.dtype), middles[groups], codes)
 
     def _table(self) -> Tensor:
-        return straight_through(
-            self.precision.round(self.centroids.detach(), self.unit, positive=False), self.centroids
-        )
+        return self.precision.round(self.centroids.detach(), self.unit, positive=False)
 
     def code(self, core: Tensor) -> Tensor:
         """The nearest centroid's index, as of the last refresh."""
         return self.codes
 
     def value(self, code: Tensor) -> Tensor:
-        """The centroid of each index; differentiable in the centroids."""
+        """The centroid of each index."""
         return self._gather(self._table(), code)
 
     def _gather(self, table: Tensor, code: Tensor) -> Tensor:
@@ -140,7 +154,6 @@ class CodebookLevels(Levels):
         if table.numel() > self.k:
             first = torch.arange(0, table.numel(), self.k, dtype=torch.int32, device=code.device)
             code = code + spread(first, self.shape, self.group)
-        # index_select, never table[index]: the latter's gradient differs from run to run
         return table.index_select(0, code.reshape(-1)).reshape(self.shape)
 
     @torch.no_grad()
@@ -148,16 +161,14 @@ class CodebookLevels(Levels):
         """The centroids of the last refresh's codes, and +0.0 where `keep` is false; see `Levels.hard`."""
         if out is None:
             out = torch.empty_like(core)
-        _, size = group_counts(self.shape, self.group)
         table = self._table().reshape(-1).to(out.dtype)
         first = torch.arange(0, table.numel(), self.k, dtype=torch.int32, device=core.device)[:, None]
-        for strip in strips(self.codes, size, keep, out):
-            assert strip.place is not None
-            places = strip.values.to(torch.int32)
+        for groups, codes, kept, (place,) in strips(self.codes, self.size, keep, out):
+            places = codes.to(torch.int32)
             if len(first) > 1:
-                places += first[strip.groups]
-            torch.index_select(table, 0, places.view(-1), out=strip.place.view(-1))
-            blank_(strip.place, strip.keep)
+                places += first[groups]
+            torch.index_select(table, 0, places.view(-1), out=place.view(-1))
+            blank_(place, kept)
         return out
 
     @torch.no_grad()
@@ -174,17 +185,16 @@ class CodebookLevels(Levels):
         >>> levels.centroid_gradient(torch.tensor([[1.0, 2.0, 3.0, 4.0]])).tolist()
         [[7.0, 3.0]]
         """
-        count, size = group_counts(self.shape, self.group)
         if gradient.device.type != "cpu":
             # Sums of a fixed order; a histogram with weights has none on a graphics processor.
             kept = gradient if keep is None else torch.where(keep, gradient, 0.0)
             codes, terms = split(self.codes, self.group), split(kept, self.group)
             clusters = [torch.where(codes == j, terms, 0.0).sum(1, dtype=torch.float32) for j in range(self.k)]
             return torch.stack(clusters, 1)
-        total = torch.zeros(count, self.k, dtype=torch.float64)
+        total = torch.zeros(self.count, self.k, dtype=torch.float64)
         # Where all lie alike, the strips of both are those of the same entries.
         gradient, keep = gradient.contiguous(), None if keep is None else keep.contiguous()
-        for strip, here in zip(strips(gradient, size, keep), strips(self.codes.contiguous(), size)):
+        for strip, here in zip(strips(gradient, self.size, keep), strips(self.codes.contiguous(), self.size)):
             terms, places = blank_(strip.values.to(torch.float64, copy=True), strip.keep), here.values
             rows = len(places)
             if rows > 1:
@@ -193,14 +203,11 @@ class CodebookLevels(Levels):
             total[strip.groups].add_(sums.view(rows, self.k))
         return total.float()
 
-    def forward(self, core: Tensor) -> Tensor:
-        """The centroids, with gradients to them and straight through to the core."""
-        return straight_through(self.value(self.codes), core)
-
     @torch.no_grad()
-    def pull(self, core: Tensor, gradient: Tensor, keep: Tensor | None = None, strength: float = 1.0) -> None:
-        """Give the centroids their gradient; the core's is the gradient itself."""
+    def pull(self, core: Tensor, gradient: Tensor, keep: Tensor | None = None, strength: float = 1.0) -> Tensor:
+        """The gradient itself; the centroids get theirs."""
         self.centroids.grad = strength * self.centroid_gradient(gradient, keep)
+        return gradient
 
     @torch.no_grad()
     def rescale(self, code: Tensor, factor: Tensor) -> Tensor:

@@ -6,23 +6,11 @@ import torch
 from torch import Tensor
 
 from psc_lightning.bits import read_kept, write_bits
-from psc_lightning.functional import Group, survivor_largest
-from psc_lightning.levels.base import Levels, Shape
+from psc_lightning.levels.base import Levels, Shape, largest
+from psc_lightning.strips import survivors
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["BFloat16Levels", "Float16Levels"]
-
-
-def _round(core: Tensor, dtype: torch.dtype) -> Tensor:
-    return core.to(dtype) + 0.0  # a tiny negative number rounds to -0.0
-
-
-def _check(core: Tensor, keep: Tensor | None, dtype: torch.dtype) -> None:
-    largest = float(survivor_largest(core, keep, "tensor"))
-    if not largest <= torch.finfo(dtype).max:
-        raise ValueError(
-            f"{dtype} holds numbers up to {torch.finfo(dtype).max:g}, a weight of size {largest:g} overflows"
-        )
 
 
 class Float16Levels(Levels):
@@ -30,17 +18,12 @@ class Float16Levels(Levels):
 
     Pseudo-gradient: ∂/∂x = g. Stored: 16 bits an entry, its two bytes entropy-coded apart.
 
-    Args:
-        group: ignored; there is no scale.
-
     Raises:
         ValueError: where a weight is larger than 65504.
 
     >>> levels = Float16Levels((1, 4))
-    >>> x = torch.tensor([[1.0, 0.1, -2.0, 1e-9]], requires_grad=True)
-    >>> levels(x).sum().backward()
-    >>> levels(x).tolist(), x.grad.tolist()
-    ([[1.0, 0.0999755859375, -2.0, 0.0]], [[1.0, 1.0, 1.0, 1.0]])
+    >>> levels.hard(torch.tensor([[1.0, 0.1, -2.0, 1e-9]])).tolist()
+    [[1.0, 0.0999755859375, -2.0, 0.0]]
 
     Source: IEEE 754-2008, binary16.
     """
@@ -49,17 +32,23 @@ class Float16Levels(Levels):
     stored = torch.float16
     _snaps = (torch.float32, torch.float64)
 
-    def __init__(self, shape: Shape, group: Group = "channel") -> None:
-        super().__init__(shape, group)
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
 
     @torch.no_grad()
     def refresh(self, core: Tensor, keep: Tensor | None = None) -> None:
         """Nothing to compute; an overflow is an error."""
-        _check(core, keep, self.stored)
+        found = [float(largest(strip).max()) for strip in survivors(core, keep, self.size)]
+        limit = torch.finfo(self.stored).max
+        if not all(size <= limit for size in found):
+            raise ValueError(f"{self.stored} holds numbers up to {limit:g}, a weight of size {max(found):g} overflows")
 
     def code(self, core: Tensor) -> Tensor:
         """The rounded number."""
-        return _round(core, self.stored).to(core.dtype)
+        return self._rounded(core).to(core.dtype)
+
+    def _rounded(self, core: Tensor) -> Tensor:
+        return core.to(self.stored) + 0.0  # a tiny negative number rounds to -0.0
 
     def value(self, code: Tensor) -> Tensor:
         """The same number."""
@@ -74,7 +63,7 @@ class Float16Levels(Levels):
 
     def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
         """Store the 16 bits of the kept entries."""
-        write_bits(writer, _round(core, self.stored).masked_select(keep))
+        write_bits(writer, self._rounded(core).masked_select(keep))
 
     @classmethod
     def decode(cls, reader: Reader, keep: Tensor, dtype: torch.dtype) -> Tensor:
@@ -82,55 +71,17 @@ class Float16Levels(Levels):
         return read_kept(reader, keep, cls.stored, dtype)
 
 
-class BFloat16Levels(Levels):
+class BFloat16Levels(Float16Levels):
     """``x̂ = bfloat16(x)``: 8 significant bits, float32's range.
 
     Pseudo-gradient: ∂/∂x = g. Stored: 16 bits an entry, its two bytes entropy-coded apart.
 
-    Args:
-        group: ignored; there is no scale.
-
     >>> levels = BFloat16Levels((1, 4))
-    >>> x = torch.tensor([[1.0, 0.1, -2.0, 3.0]], requires_grad=True)
-    >>> levels(x).sum().backward()
-    >>> levels(x).tolist(), x.grad.tolist()
-    ([[1.0, 0.10009765625, -2.0, 3.0]], [[1.0, 1.0, 1.0, 1.0]])
+    >>> levels.hard(torch.tensor([[1.0, 0.1, -2.0, 3.0]])).tolist()
+    [[1.0, 0.10009765625, -2.0, 3.0]]
 
     Source: Kalamkar et al. 2019, "A study of bfloat16 for deep learning training".
     """
 
     code_number = 7
     stored = torch.bfloat16
-    _snaps = (torch.float32, torch.float64)
-
-    def __init__(self, shape: Shape, group: Group = "channel") -> None:
-        super().__init__(shape, group)
-
-    @torch.no_grad()
-    def refresh(self, core: Tensor, keep: Tensor | None = None) -> None:
-        """Nothing to compute; an overflow is an error."""
-        _check(core, keep, self.stored)
-
-    def code(self, core: Tensor) -> Tensor:
-        """The rounded number."""
-        return _round(core, self.stored).to(core.dtype)
-
-    def value(self, code: Tensor) -> Tensor:
-        """The same number."""
-        return code
-
-    def _snap(self, values: Tensor, place: Tensor, *tables: Tensor) -> None:
-        place.copy_(values.to(self.stored)).add_(0.0)
-
-    def rescale(self, code: Tensor, factor: Tensor) -> Tensor:
-        """Multiply the numbers themselves."""
-        return self.code(code * factor.reshape(-1, *(1,) * (code.dim() - 1)))
-
-    def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:
-        """Store the 16 bits of the kept entries."""
-        write_bits(writer, _round(core, self.stored).masked_select(keep))
-
-    @classmethod
-    def decode(cls, reader: Reader, keep: Tensor, dtype: torch.dtype) -> Tensor:
-        """Read them."""
-        return read_kept(reader, keep, cls.stored, dtype)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from psc_lightning.functional import Group, group_counts, spread, survivor_largest
-from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, write_codes, write_group
+from psc_lightning.functional import spread
+from psc_lightning.levels.base import Grouping, Levels, Shape, largest, read_codes, read_group, write_codes, write_group
+from psc_lightning.options import one_of, whole
+from psc_lightning.strips import Survivors
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["ROOTS", "LogLevels"]
@@ -42,47 +46,55 @@ class LogLevels(Levels):
         root: 1, 2, 4 or 8: the base is 2, √2, 2^¼, 2^⅛.
 
     >>> levels = LogLevels((1, 4), bits=3, group="tensor")
-    >>> x = torch.tensor([[3.0, -1.3, 0.4, 5.0]], requires_grad=True)
-    >>> levels.refresh(x, torch.ones(1, 4, dtype=torch.bool))
-    >>> levels(x).sum().backward()
-    >>> levels(x).tolist(), x.grad.tolist()
-    ([[4.0, -1.0, 0.0, 4.0]], [[1.0, 1.0, 1.0, 1.0]])
+    >>> x = torch.tensor([[3.0, -1.3, 0.4, 5.0]])
+    >>> levels.refresh(x)
+    >>> levels.hard(x).tolist()
+    [[4.0, -1.0, 0.0, 4.0]]
 
     Source: Miyashita et al. 2016, "Convolutional neural networks using logarithmic data representation", eq. 4-7; found
     here by exact comparisons of the mantissa, since a logarithm's last bit depends on the machine.
     """
 
     code_number = 5
+    looks = 1
+    glances = True
+    _join = staticmethod(torch.maximum)
     _snaps = (torch.float32,)
 
     highest: Tensor
 
-    def __init__(self, shape: Shape, bits: int = 8, group: Group = "channel", root: int = 1) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        bits: Annotated[int, partial(whole, low=2, high=8)] = 8,
+        group: Grouping = "channel",
+        root: Annotated[int, partial(one_of, allowed=ROOTS)] = 1,
+    ) -> None:
         super().__init__(shape, group)
         self.bits, self.root = bits, root
         self.top = 2 ** (bits - 1) - 1
         step, half = _root_of_two(root), _root_of_two(2 * root)
         self.fractions = [step**j for j in range(root)]
         self.edges = [half * step**j for j in range(root)]
-        count, _ = group_counts(shape, group)
-        self.register_buffer("highest", torch.zeros(count, dtype=torch.int32))
+        self.tables = {"highest": None}
+        self.register_buffer("highest", torch.zeros(self.count, dtype=torch.int32))
 
     def _position(self, magnitude: Tensor) -> Tensor:
         """root · log2, rounded to the nearest whole number; a very low one for zero."""
         mantissa, exponent = torch.frexp(magnitude)
-        edges = torch.tensor(self.edges, dtype=magnitude.dtype, device=magnitude.device)
+        edges = torch.tensor(self.edges, dtype=magnitude.dtype).to(magnitude.device)
         # contiguous, else torch warns: the weight of a transposed convolution arrives permuted
         above = torch.bucketize((2 * mantissa).contiguous(), edges, out_int32=True)
         position = (exponent - 1) * self.root + above
         out: Tensor = torch.where(magnitude > 0, position, torch.full_like(position, _LOWEST * self.root - 1))
         return out
 
-    @torch.no_grad()
-    def refresh(self, core: Tensor, keep: Tensor | None = None) -> None:
-        """Set each group's largest exponent."""
-        largest = survivor_largest(core, keep, self.group)
+    def _sums(self, look: int, strip: Survivors, *found: Tensor) -> tuple[Tensor, ...]:
+        return (largest(strip),)
+
+    def _found(self, look: int, *sums: Tensor) -> tuple[Tensor, ...]:
         # At most 2^126, far from overflow; at least the smallest normal number.
-        self.highest.copy_(self._position(largest).clamp(_LOWEST * self.root, 126 * self.root))
+        return (self._position(sums[0]).clamp(_LOWEST * self.root, 126 * self.root),)
 
     def code(self, core: Tensor) -> Tensor:
         """0, or the sign times 1 … m, m the largest magnitude."""
@@ -97,17 +109,15 @@ class LogLevels(Levels):
         octave = torch.div(position, self.root, rounding_mode="floor").clamp(_LOWEST, 127)
         power = ((octave + 127) << 23).view(torch.float32)
         if self.root > 1:
-            table = torch.tensor(self.fractions, dtype=torch.float32, device=code.device)
+            table = torch.tensor(self.fractions, dtype=torch.float32).to(code.device)
             power = power * table.index_select(0, (position % self.root).reshape(-1)).reshape(position.shape)
         return code.sign() * power + 0.0
 
-    def _tables(self) -> tuple[Tensor, ...]:
-        lowest = (self.highest - (self.top - 1)).clamp_min(_LOWEST * self.root)
-        return self.highest + _BIAS * self.root, lowest + _BIAS * self.root
-
     def _snap(self, values: Tensor, place: Tensor, *tables: Tensor) -> None:
         # The same as `code` and `value`, on the bits of float32: sign, eight of the exponent (biased), 23 of the fraction.
-        highest, lowest = tables
+        (highest,) = tables
+        lowest = (highest - (self.top - 1)).clamp_min_(_LOWEST * self.root) + _BIAS * self.root
+        highest = highest + _BIAS * self.root
         source, bits = values.view(torch.int32), place.view(torch.int32)
         edges = [int(edge) & _FRACTION for edge in torch.tensor(self.edges, dtype=torch.float32).view(torch.int32)]
         marks = torch.empty_like(bits)
@@ -126,7 +136,7 @@ class LogLevels(Levels):
         if self.root == 1:
             bits.bitwise_left_shift_(23)
         else:
-            table = torch.tensor(self.fractions, dtype=torch.float32, device=values.device)
+            table = torch.tensor(self.fractions, dtype=torch.float32).to(values.device)
             steps = table.index_select(0, (bits & (self.root - 1)).view(-1)).view(values.shape)
             bits.bitwise_right_shift_(ROOTS.index(self.root)).bitwise_left_shift_(23)
             place.mul_(steps)

@@ -5,16 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from psc_lightning.functional import (
-    Group,
-    group_counts,
-    spread,
-    survivor_magnitude,
-    survivor_room,
-)
-from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, write_codes, write_group
+from psc_lightning.functional import spread
+from psc_lightning.levels.base import Grouping, Levels, Scales, Shape, read_codes, read_group, write_codes, write_group
 from psc_lightning.precision import read_numbers, write_numbers
-from psc_lightning.strips import survivors, whole
+from psc_lightning.strips import Survivors
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["TernaryLevels"]
@@ -31,46 +25,40 @@ class TernaryLevels(Levels):
         scales: what s is stored as, and rounded to: `float32`, `float16` or `log8`.
 
     >>> levels = TernaryLevels((1, 4), group="tensor")
-    >>> x = torch.tensor([[0.25, -2.0, 1.0, 0.75]], requires_grad=True)
-    >>> levels.refresh(x, torch.ones(1, 4, dtype=torch.bool))
-    >>> levels(x).sum().backward()
-    >>> levels(x).tolist(), x.grad.tolist()
-    ([[0.0, -1.25, 1.25, 1.25]], [[1.0, 1.0, 1.0, 1.0]])
+    >>> x = torch.tensor([[0.25, -2.0, 1.0, 0.75]])
+    >>> levels.refresh(x)
+    >>> levels.hard(x).tolist()
+    [[0.0, -1.25, 1.25, 1.25]]
 
     Source: Li et al. 2016, "Ternary weight networks", eq. 4-6; here per group, over survivors, s rounded.
     """
 
     code_number = 4
+    looks = 2
     _snaps = (torch.float32, torch.float64)
 
     unit: Tensor
     scale: Tensor
     limit: Tensor
 
-    def __init__(self, shape: Shape, group: Group = "channel", scales: str = "float16") -> None:
+    def __init__(self, shape: Shape, group: Grouping = "channel", scales: Scales = "float16") -> None:
         super().__init__(shape, group, scales)
-        count, _ = group_counts(shape, group)
+        self.tables = {"limit": None, "scale": "unit"}
         self.register_buffer("unit", torch.ones(()))
-        self.register_buffer("scale", torch.ones(count))
-        self.register_buffer("limit", torch.ones(count))
+        self.register_buffer("scale", torch.ones(self.count))
+        self.register_buffer("limit", torch.ones(self.count))
 
-    @torch.no_grad()
-    def refresh(self, core: Tensor, keep: Tensor | None = None) -> None:
-        """Set Δ and s from the kept entries."""
-        count, size = group_counts(self.shape, self.group)
-        total, number = survivor_room(core, count), survivor_room(core, count)
-        at_once = whole(core, size)  # Δ and s from one look at the entries
-        limit = total.clone() if at_once else 0.7 * survivor_magnitude(core, keep, self.group)
-        large = torch.empty(0, dtype=total.dtype, device=core.device)
-        for groups, values, kept, spare in survivors(core, keep, size):
-            torch.abs(values, out=spare)
-            if at_once:
-                limit[groups] = 0.7 * (spare.sum(1) / kept().clamp_min(1))
-            torch.gt(spare, limit[groups, None], out=large.resize_(spare.shape))
-            number[groups].add_(large.sum(1))
-            total[groups].add_(spare.mul_(large).sum(1))
-        self.limit.copy_(limit)
-        self._settle(total / number.clamp_min(1))
+    def _sums(self, look: int, strip: Survivors, *found: Tensor) -> tuple[Tensor, ...]:
+        sizes = torch.abs(strip.values, out=strip.spare())
+        if look == 0:
+            return sizes.sum(1), strip.number()
+        large = torch.gt(sizes, found[0][:, None], out=strip.spare(1))
+        return sizes.mul_(large).sum(1), large.sum(1)
+
+    def _found(self, look: int, *sums: Tensor) -> tuple[Tensor, ...]:
+        total, number = sums
+        mean = total / number.clamp_min(1)
+        return (0.7 * mean,) if look == 0 else (mean,)
 
     def code(self, core: Tensor) -> Tensor:
         """-1, 0, 1."""
@@ -79,9 +67,6 @@ class TernaryLevels(Levels):
     def value(self, code: Tensor) -> Tensor:
         """code · s."""
         return (code * spread(self.scale, self.shape, self.group)).add_(0.0)
-
-    def _tables(self) -> tuple[Tensor, ...]:
-        return self.limit, self.scale
 
     def _snap(self, values: Tensor, place: Tensor, *tables: Tensor) -> None:
         limit, scale = tables

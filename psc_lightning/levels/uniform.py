@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated, Any
+
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.functional import (
-    Group,
-    group_counts,
-    split,
-    spread,
-    straight_through,
-    survivor_largest,
-    survivor_magnitude,
-)
+from psc_lightning.functional import split, spread, survivor_magnitude
 from psc_lightning.grid import grid_steps
-from psc_lightning.levels.base import Levels, Shape, read_codes, read_group, read_values, write_codes, write_group
+from psc_lightning.levels.base import (
+    Grouping,
+    Levels,
+    Scales,
+    Shape,
+    largest,
+    read_codes,
+    read_group,
+    read_values,
+    write_codes,
+    write_group,
+)
+from psc_lightning.options import one_of, whole
 from psc_lightning.precision import power_of_two, read_numbers, write_numbers
+from psc_lightning.strips import Survivors, blank_
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["UniformLevels"]
@@ -37,11 +46,9 @@ class UniformLevels(Levels):
         scales: what s is stored as, and rounded to: `float32`, `float16` or `log8`.
 
     >>> levels = UniformLevels((1, 4), bits=3, group="tensor")
-    >>> x = torch.tensor([[0.1, -0.75, 0.4, 0.5]], requires_grad=True)
-    >>> levels.refresh(x, torch.ones(1, 4, dtype=torch.bool))
-    >>> out = levels(x)
-    >>> (out * torch.tensor([[1.0, 2.0, 3.0, 4.0]])).sum().backward()
-    >>> out.tolist(), x.grad.tolist()
+    >>> x = torch.tensor([[0.1, -0.75, 0.4, 0.5]])
+    >>> levels.refresh(x)
+    >>> levels.hard(x).tolist(), levels.pull(x, torch.tensor([[1.0, 2.0, 3.0, 4.0]])).tolist()
     ([[0.0, -0.75, 0.5, 0.5]], [[1.0, 2.0, 3.0, 4.0]])
 
     Source: Jacob et al. 2018 (symmetric, per channel); Esser et al. 2020, "Learned step size quantization", eq. 1-3; ours
@@ -55,18 +62,29 @@ class UniformLevels(Levels):
     scale: Tensor
 
     def __init__(
-        self, shape: Shape, bits: int = 8, group: Group = "channel", learned_step: bool = False, scales: str = "float16"
+        self,
+        shape: Shape,
+        bits: Annotated[int, partial(whole, low=1, high=8)] = 8,
+        group: Grouping = "channel",
+        learned_step: Annotated[bool, partial(one_of, allowed=(True, False))] = False,
+        scales: Scales = "float16",
     ) -> None:
         super().__init__(shape, group, scales)
         self.bits, self.learned_step = bits, learned_step
-        self.straight = self.pulls = not learned_step
+        self.straight, self.looks = not learned_step, int(not learned_step)
         self.top = max(1, 2 ** (bits - 1) - 1)
-        count, _ = group_counts(shape, group)
+        self._join, self.glances = (torch.add, False) if bits == 1 else (torch.maximum, True)
         self.register_buffer("unit", torch.ones(()))
         if learned_step:
-            self.step = nn.Parameter(torch.ones(count))
+            self.step = nn.Parameter(torch.ones(self.count))
         else:
-            self.register_buffer("scale", torch.ones(count))
+            self.tables = {"scale": "unit"}
+            self.register_buffer("scale", torch.ones(self.count))
+
+    @classmethod
+    def trains(cls, options: Mapping[str, Any]) -> bool:
+        """The step, where it is learned."""
+        return bool(options.get("learned_step", False))
 
     @torch.no_grad()
     def begin(self, core: Tensor, keep: Tensor | None = None) -> None:
@@ -91,18 +109,18 @@ class UniformLevels(Levels):
         """Set the scales from the kept entries; where they are learned, only see that their power of two is above them."""
         if self.learned_step:
             self.unit.clamp_(min=power_of_two(self.step))
-            return
+        super().refresh(core, keep)
+
+    def _sums(self, look: int, strip: Survivors, *found: Tensor) -> tuple[Tensor, ...]:
         if self.bits == 1:
-            self._settle(survivor_magnitude(core, keep, self.group))
-        else:
-            self._settle(survivor_largest(core, keep, self.group) / self.top)
+            return torch.abs(strip.values, out=strip.spare()).sum(1), strip.number()
+        return (largest(strip),)
+
+    def _found(self, look: int, *sums: Tensor) -> tuple[Tensor, ...]:
+        return (sums[0] / (sums[1].clamp_min(1) if self.bits == 1 else self.top),)
 
     def _scale(self) -> Tensor:
-        return (
-            straight_through(self.precision.round(self.step.detach(), self.unit), self.step)
-            if self.learned_step
-            else self.scale
-        )
+        return self.precision.round(self.step.detach(), self.unit) if self.learned_step else self.scale
 
     def _round(self, ratio: Tensor) -> Tensor:
         if self.bits == 1:
@@ -117,8 +135,8 @@ class UniformLevels(Levels):
         """code · s."""
         return (code * spread(self._scale(), self.shape, self.group)).add_(0.0)
 
-    def _tables(self) -> tuple[Tensor, ...]:
-        return (self._scale(),)
+    def _tables(self) -> list[Tensor]:
+        return [self._scale()]
 
     def _snap(self, values: Tensor, place: Tensor, *tables: Tensor) -> None:
         (scale,) = tables
@@ -129,14 +147,17 @@ class UniformLevels(Levels):
             place.round_().clamp_(-self.top, self.top)
         place.mul_(scale).add_(0.0)
 
-    def forward(self, core: Tensor) -> Tensor:
-        """The levels; gradients as the class says."""
+    @torch.no_grad()
+    def pull(self, core: Tensor, gradient: Tensor, keep: Tensor | None = None, strength: float = 1.0) -> Tensor:
+        """The core's gradient, and the step's, as the class says."""
         if not self.learned_step:
-            return super().forward(core)
-        scale = spread(self._scale(), self.shape, self.group)
-        ratio = core / scale
-        inside = ratio.clamp(-self.top, self.top)
-        return straight_through(self._round(ratio.detach()), inside) * scale + 0.0
+            return gradient
+        ratio = core / spread(self._scale(), self.shape, self.group)
+        inside = ratio.abs() <= self.top
+        slope = (self._round(ratio) - torch.where(inside, ratio, 0.0)).mul_(gradient)
+        inside = inside if keep is None else inside | ~keep
+        self.step.grad = strength * split(blank_(slope, keep), self.group).sum(1).to(self.step.dtype)
+        return torch.where(inside, gradient, 0.0 if strength == 1 else (1 - strength) * gradient)
 
     @torch.no_grad()
     def rescale(self, code: Tensor, factor: Tensor) -> Tensor:

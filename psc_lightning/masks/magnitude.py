@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from psc_lightning.masks.base import Mask, unit_mean
+from psc_lightning.masks.base import Mask
 
 __all__ = ["MagnitudeMask"]
 
@@ -20,11 +20,9 @@ class MagnitudeMask(Mask):
 
     >>> import torch
     >>> mask = MagnitudeMask((1, 4), threshold=0.5)
-    >>> w = torch.tensor([[0.1, -4.0, 0.2, 3.0]], requires_grad=True)
+    >>> w = torch.tensor([[0.1, -4.0, 0.2, 3.0]])
     >>> mask.refresh(w)
-    >>> out = mask(w, w)
-    >>> out.sum().backward()
-    >>> out.tolist(), w.grad.tolist()
+    >>> mask.hard(w).tolist(), mask.pull(w, torch.ones(1, 4)).tolist()
     ([[0.0, -4.0, 0.0, 3.0]], [[1.0, 1.0, 1.0, 1.0]])
 
     Source: Han et al. 2015, "Learning both weights and connections"; the dense gradient as in Lin et al. 2020,
@@ -36,4 +34,4 @@ class MagnitudeMask(Mask):
 
     def score(self, core: Tensor) -> Tensor:
         """Mean |w| of each unit."""
-        return unit_mean(core.abs(), self.granularity, self.block)
+        return self.units.mean(core.abs())

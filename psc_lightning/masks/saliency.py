@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
-from psc_lightning.masks.base import Mask, unit_mean
+from psc_lightning.masks.base import Mask
+from psc_lightning.options import one_of
 
 __all__ = ["SALIENCY_LABELS", "SaliencyMask"]
 
@@ -26,27 +30,31 @@ class SaliencyMask(Mask):
     >>> w = torch.tensor([[1.0, 4.0]])
     >>> mask.observe(w, torch.tensor([[8.0, 1.0]]))
     >>> mask.refresh(w)
-    >>> mask(w, w).tolist()
+    >>> mask.hard(w).tolist()
     [[1.0, 0.0]]
 
     Source: Molchanov et al. 2017, "Pruning CNNs for resource efficient inference", eq. 7; Theis et al. 2018, "Faster
     gaze prediction", eq. 7 (Fisher); Lee et al. 2019 (SNIP) for single-shot use.
     """
 
-    dense_gradient = False
     labels = "before"
 
     total: Tensor
 
-    def __init__(self, shape: tuple[int, ...], label: str = "gradient_weight", **options: object) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        label: Annotated[str, partial(one_of, allowed=SALIENCY_LABELS)] = "gradient_weight",
+        **options: object,
+    ) -> None:
         super().__init__(shape, **options)  # type: ignore[arg-type]  # Mask names and types them
         self.label = label
-        self.register_buffer("total", torch.zeros(self.units()))
+        self.register_buffer("total", torch.zeros(self.units.shape))
 
     def observe(self, core: Tensor, gradient: Tensor) -> None:
         """Add one step's labels."""
         label = (gradient * core).abs() if self.label == "gradient_weight" else gradient.square()
-        self.total += unit_mean(label, self.granularity, self.block)
+        self.total += self.units.mean(label)
 
     @torch.no_grad()
     def restart(self) -> None:

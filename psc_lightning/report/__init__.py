@@ -1,7 +1,1 @@
-"""What people look at: plots of a run (tables are the `Report`'s own)."""
-
-from __future__ import annotations
-
-from psc_lightning.report.plots import Curve, draw
-
-__all__ = ["Curve", "draw"]
+"""What people look at: a file's numbers, tables, the difference of two files, plots of a run. Reading needs none of it."""

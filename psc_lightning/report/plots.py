@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning import Callback, LightningModule, Trainer
 
 if TYPE_CHECKING:
-    from psc_lightning.artifact import Report
+    from psc_lightning.report.numbers import Report
 
 __all__ = ["Curve", "draw"]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -32,6 +33,16 @@ class Tying(nn.Module):
     def build(cls, shape: Shape, **options: object) -> Tying:
         """The tying of a weight of this shape. Raises ValueError where it does not apply, saying why."""
         raise NotImplementedError
+
+    @classmethod
+    def trains(cls, options: Mapping[str, Any]) -> bool:
+        """Whether, with these options, the cores are trained themselves."""
+        return False
+
+    @classmethod
+    def calibrates(cls, options: Mapping[str, Any]) -> bool:
+        """Whether, with these options, labels are seen before it begins."""
+        return False
 
     def core_shapes(self) -> dict[str, Shape]:
         """Name and shape of each core."""

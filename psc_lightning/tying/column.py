@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
+from typing import Annotated
 
 from torch import Tensor
 
 from psc_lightning.functional import block_expand, block_mean
+from psc_lightning.options import whole
 from psc_lightning.symbols import Reader, Writer
 from psc_lightning.tying.base import Shape, Tying
 
@@ -42,7 +45,7 @@ class ColumnSharing(Tying):
         self.shape, self.block = shape, block
 
     @classmethod
-    def build(cls, shape: Shape, block: int | None = None) -> ColumnSharing:  # type: ignore[override]
+    def build(cls, shape: Shape, block: Annotated[int | None, partial(whole, low=1)] = None) -> ColumnSharing:  # type: ignore[override]
         """The tying for a weight of this shape."""
         if shape[0] < 2:
             raise ValueError(f"column sharing needs two or more outputs, this weight is {shape}")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated, Any
+
 import torch
 from torch import Tensor
 
+from psc_lightning.options import one_of, whole
 from psc_lightning.symbols import Reader, Writer
 from psc_lightning.tying.base import Shape, Tying
 
@@ -47,16 +52,24 @@ class CrossChannelSharing(Tying):
         self.register_buffer("total", torch.zeros(shape if self.labelled else ()))
 
     @classmethod
-    def build(cls, shape: Shape, groups: int = 2, labels: str = "saliency") -> CrossChannelSharing:  # type: ignore[override]
+    def build(  # type: ignore[override]
+        cls,
+        shape: Shape,
+        groups: Annotated[int, partial(whole, low=2)] = 2,
+        labels: Annotated[str, partial(one_of, allowed=("saliency", "magnitude"))] = "saliency",
+    ) -> CrossChannelSharing:
         """The tying for a weight of this shape."""
-        if groups < 2:
-            raise ValueError(f"groups: expected 2 or more, got {groups}")
         if shape[1] % groups:
             raise ValueError(f"its {shape[1]} input channels are not divisible by groups={groups}")
         return cls(shape, groups, labels)
 
     def _members(self, matrix: Tensor) -> Tensor:
         return matrix.reshape(self.shape[0], self.groups, self.shape[1] // self.groups, *self.shape[2:])
+
+    @classmethod
+    def calibrates(cls, options: Mapping[str, Any]) -> bool:
+        """By saliency."""
+        return bool(options.get("labels", "saliency") == "saliency")
 
     def core_shapes(self) -> dict[str, Shape]:
         """The bank, ``(O, I/G, *kernel)``."""

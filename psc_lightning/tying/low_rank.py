@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from psc_lightning.functional import doubled
+from psc_lightning.options import share_or_whole
 from psc_lightning.symbols import Reader, Writer
 from psc_lightning.tying.base import Shape, Tying
 
@@ -55,7 +59,7 @@ class LowRank(Tying):
         self.v = nn.Parameter(torch.zeros(rank, prod(shape[1:])))
 
     @classmethod
-    def build(cls, shape: Shape, rank: int | float | None = None) -> LowRank:  # type: ignore[override]
+    def build(cls, shape: Shape, rank: Annotated[int | float | None, share_or_whole] = None) -> LowRank:  # type: ignore[override]
         """The tying for a weight of this shape."""
         rows, columns = shape[0], prod(shape[1:])
         wanted = resolve_rank(0.25 if rank is None else rank, min(rows, columns))
@@ -63,13 +67,18 @@ class LowRank(Tying):
             raise ValueError(f"two factors of rank {wanted} are no smaller than a {rows} × {columns} weight")
         return cls(shape, wanted)
 
+    @classmethod
+    def trains(cls, options: Mapping[str, Any]) -> bool:
+        """The factors."""
+        return True
+
     def core_shapes(self) -> dict[str, Shape]:
         """Two cores, ``(O, R)`` and ``(R, N)``."""
         return {"u": tuple(self.u.shape), "v": tuple(self.v.shape)}
 
     def begin(self, matrix: Tensor) -> Tensor:
         """Fill the factors by SVD."""
-        u, s, v = torch.linalg.svd(matrix.reshape(self.shape[0], -1).double(), full_matrices=False)
+        u, s, v = torch.linalg.svd(doubled(matrix.reshape(self.shape[0], -1)), full_matrices=False)
         root = s[: self.rank].sqrt()
         self.u.data.copy_(u[:, : self.rank] * root)
         self.v.data.copy_(root[:, None] * v[: self.rank])
@@ -81,9 +90,10 @@ class LowRank(Tying):
 
     def expand(self, cores: dict[str, Tensor]) -> Tensor:
         """The product, rounded to float32."""
-        with torch.autocast(cores["u"].device.type, enabled=False):
-            product = cores["u"].double() @ cores["v"].double()
-            return product.float().reshape(self.shape) + 0.0  # 0 · -1 is -0.0
+        u, v = doubled(cores["u"]), doubled(cores["v"])
+        with torch.autocast(u.device.type, enabled=False):
+            product = (u @ v).float().to(cores["u"].device)
+        return product.reshape(self.shape) + 0.0  # 0 · -1 is -0.0
 
     def encode(self, writer: Writer) -> None:
         """Store the rank."""

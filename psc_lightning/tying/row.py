@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
+from typing import Annotated
 
 from torch import Tensor
 
 from psc_lightning.functional import block_expand, block_mean
+from psc_lightning.options import whole
 from psc_lightning.symbols import Reader, Writer
 from psc_lightning.tying.base import Shape, Tying
 
@@ -44,7 +47,7 @@ class RowSharing(Tying):
         self.entries = prod(shape[1:])
 
     @classmethod
-    def build(cls, shape: Shape, block: int | None = None) -> RowSharing:  # type: ignore[override]
+    def build(cls, shape: Shape, block: Annotated[int | None, partial(whole, low=1)] = None) -> RowSharing:  # type: ignore[override]
         """The tying for a weight of this shape."""
         block = block or (shape[-1] if len(shape) > 2 and shape[-1] > 1 else 4)
         if prod(shape[1:]) < 2:

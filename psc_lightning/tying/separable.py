@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from psc_lightning.functional import doubled
+from psc_lightning.options import share_or_whole
 from psc_lightning.symbols import Reader, Writer
 from psc_lightning.tying.base import Shape, Tying
 from psc_lightning.tying.low_rank import resolve_rank
@@ -49,7 +53,7 @@ class Separable(Tying):
         self.d = nn.Parameter(torch.zeros(shape[1], rank, *shape[2:]))
 
     @classmethod
-    def build(cls, shape: Shape, rank: int | float | None = None) -> Separable:  # type: ignore[override]
+    def build(cls, shape: Shape, rank: Annotated[int | float | None, share_or_whole] = None) -> Separable:  # type: ignore[override]
         """The tying for a weight of this shape."""
         kernel = prod(shape[2:])
         if kernel < 2:
@@ -59,13 +63,18 @@ class Separable(Tying):
             raise ValueError(f"factors of rank {wanted} are no smaller than {shape[0]} × {kernel} entries an input")
         return cls(shape, wanted)
 
+    @classmethod
+    def trains(cls, options: Mapping[str, Any]) -> bool:
+        """The factors."""
+        return True
+
     def core_shapes(self) -> dict[str, Shape]:
         """Two cores, ``(O, I, R)`` and ``(I, R, *kernel)``."""
         return {"p": tuple(self.p.shape), "d": tuple(self.d.shape)}
 
     def begin(self, matrix: Tensor) -> Tensor:
         """Fill the factors by SVD, an input channel at a time."""
-        slices = matrix.reshape(self.shape[0], self.shape[1], -1).double().transpose(0, 1)
+        slices = doubled(matrix.reshape(self.shape[0], self.shape[1], -1)).transpose(0, 1)
         u, s, v = torch.linalg.svd(slices, full_matrices=False)
         root = s[:, : self.rank].sqrt()
         self.p.data.copy_((u[:, :, : self.rank] * root[:, None]).transpose(0, 1))
@@ -78,10 +87,11 @@ class Separable(Tying):
 
     def expand(self, cores: dict[str, Tensor]) -> Tensor:
         """The sum of products, rounded to float32."""
-        p = cores["p"].double().transpose(0, 1)
-        d = cores["d"].double().reshape(self.shape[1], self.rank, -1)
+        p = doubled(cores["p"]).transpose(0, 1)
+        d = doubled(cores["d"]).reshape(self.shape[1], self.rank, -1)
         with torch.autocast(p.device.type, enabled=False):
-            return torch.bmm(p, d).float().transpose(0, 1).reshape(self.shape) + 0.0  # 0 · -1 is -0.0
+            product = torch.bmm(p, d).float().to(cores["p"].device)
+        return product.transpose(0, 1).reshape(self.shape) + 0.0  # 0 · -1 is -0.0
 
     def encode(self, writer: Writer) -> None:
         """Store the rank."""

@@ -16,7 +16,7 @@ from psc_lightning.app.runs import register_resolvers
 from psc_lightning.configs import config_dir, register
 from psc_lightning.schedule import Schedule
 
-FILES = sorted(path.relative_to(config_dir()).with_suffix("") for path in config_dir().glob("*/*.yaml"))
+FILES = sorted(path.relative_to(config_dir()).with_suffix("") for path in config_dir().glob("*/**/*.yaml"))
 PRESETS = ["none", "float", "binary", "ternary", "mask", "cross_channel", "row", "column", "separable", "low_rank"]
 PRESETS += ["log", "codebook", "deep"]
 
@@ -29,7 +29,7 @@ def composed(*overrides: str) -> DictConfig:
 
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_each_file_composes_and_resolves(path: Path) -> None:
-    group, name = path.parent.name, path.name
+    group, name = str(path.parent), path.name
     own = {"model": "model.net._target_=torch.nn.Identity", "data": "data._target_=lightning.LightningDataModule"}
     cfg = composed(f"{group}={name}", *([own[group]] if name == "custom" else []))
     OmegaConf.to_container(cfg, resolve=True)
@@ -44,7 +44,7 @@ def nodes(cfg: DictConfig, key: str = "") -> Iterator[tuple[str, DictConfig]]:
 
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_each_file_builds_what_it_names(path: Path, tmp_path: Path) -> None:
-    group, name = path.parent.name, path.name
+    group, name = str(path.parent), path.name
     if name == "tensorboard":
         pytest.importorskip("tensorboard", reason="an optional logger")
     own = {"model": "model.net._target_=torch.nn.Identity", "data": "data._target_=lightning.LightningDataModule"}
@@ -61,7 +61,7 @@ def test_each_file_builds_what_it_names(path: Path, tmp_path: Path) -> None:
 
 
 def test_there_are_the_promised_presets() -> None:
-    assert sorted(path.name for path in FILES if path.parent.name == "compression") == sorted(PRESETS)
+    assert sorted(path.name for path in FILES if str(path.parent) == "compression") == sorted(PRESETS)
 
 
 @pytest.mark.parametrize("name", PRESETS)

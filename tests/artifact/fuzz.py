@@ -30,10 +30,11 @@ import torch
 from models import EVERY_METHOD, bag, compressed, fill
 from torch import Tensor, nn
 
-from psc_lightning.artifact import ArtifactError, Report, container, directory, file, inspect, load, streams, to_bytes
+from psc_lightning.artifact import ArtifactError, container, directory, file, inspect, load, streams, to_bytes
 from psc_lightning.artifact.ans import Coded, Decoder, Encoder, Ints, Nesting, Packed, count
 from psc_lightning.artifact.codings import gaps, plain
 from psc_lightning.artifact.directory import DTYPES, Entry, Kind
+from psc_lightning.report.numbers import Report
 from psc_lightning.symbols import look_up
 
 LIMIT = 1 << 20

@@ -12,6 +12,7 @@ from psc_lightning.artifact import container, directory
 from psc_lightning.artifact.container import Cursor, pack, unpack, varint
 from psc_lightning.artifact.directory import DEFLATED, PLAIN, Entry, Kind
 from psc_lightning.artifact.errors import ArtifactError
+from psc_lightning.files import write_atomic
 
 KNOWN = frozenset({1, 3})
 
@@ -69,8 +70,8 @@ def test_unknown_optional_sections_are_skipped() -> None:
 
 def test_write_replaces_and_leaves_nothing(tmp_path: Path) -> None:
     target = tmp_path / "model.psc"
-    container.write(target, b"old")
-    container.write(str(target), b"new")
+    write_atomic(target, b"old")
+    write_atomic(str(target), b"new")
     assert target.read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["model.psc"]
     mask = os.umask(0)
@@ -84,7 +85,7 @@ def test_a_failing_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException
 ) -> None:
     target = tmp_path / "model.psc"
-    container.write(target, b"old")
+    write_atomic(target, b"old")
 
     def fail(*_: object) -> None:
         raise error
@@ -92,7 +93,7 @@ def test_a_failing_write_leaves_the_old_file(
     with monkeypatch.context() as patch:
         patch.setattr(container.os, step, fail)
         with pytest.raises(type(error)) as caught:
-            container.write(target, b"new")
+            write_atomic(target, b"new")
     if isinstance(error, OSError):
         assert "cannot write model.psc: No space left on device" in str(caught.value)
     assert target.read_bytes() == b"old"
@@ -101,10 +102,10 @@ def test_a_failing_write_leaves_the_old_file(
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"cannot write model\.psc: .*writable folder.*nowhere"):
-        container.write(tmp_path / "nowhere" / "model.psc", b"new")
+        write_atomic(tmp_path / "nowhere" / "model.psc", b"new")
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match=r"cannot write model\.psc"):
-        container.write(tmp_path / "file" / "model.psc", b"new")
+        write_atomic(tmp_path / "file" / "model.psc", b"new")
 
 
 def test_a_read_only_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,12 +115,12 @@ def test_a_read_only_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("builtins.open", refused)
     with pytest.raises(PermissionError, match=r"cannot write model\.psc: .*writable folder"):
-        container.write(tmp_path / "model.psc", b"new")
+        write_atomic(tmp_path / "model.psc", b"new")
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "link.psc").symlink_to(tmp_path / "model.psc")
-    container.write(tmp_path / "link.psc", b"new")
+    write_atomic(tmp_path / "link.psc", b"new")
     assert (tmp_path / "link.psc").is_symlink()
     assert (tmp_path / "model.psc").read_bytes() == b"new"
 

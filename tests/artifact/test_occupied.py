@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from read_with_numpy import Ans
 
 from psc_lightning.artifact.ans import Coded, Decoder, Encoder
-from psc_lightning.artifact.codings import CODINGS, Occupied, Plane
+from psc_lightning.artifact.codings import CODINGS, Plane
+from psc_lightning.artifact.codings.planes import read
 from psc_lightning.artifact.errors import ArtifactError
-from psc_lightning.artifact.planes import read
 from psc_lightning.artifact.streams import SymbolReader, SymbolWriter
 
+OCCUPIED = next(coding for coding in CODINGS if coding.name == "occupied")
 NUMBER = next(code for code, coding in enumerate(CODINGS) if coding.name == "occupied")
 
 
@@ -43,14 +44,14 @@ def test_what_is_written_returns(rows: int, columns: int, seed: int, marked: flo
     grid = random.random((rows, columns)) < marked
     bits = (random.random((rows, columns)) < share) & grid
     plane = Plane(torch.from_numpy(bits[grid].view(np.uint8)), 2, grid)
-    proposals = list(Occupied().propose(plane, Encoder())) if bits.any() else []
+    proposals = list(OCCUPIED.propose(plane, Encoder())) if bits.any() else []
     assert bool(proposals) == (bits.any() and not (bits.any(0).all() and bits.any(1).all()))
     for proposal in proposals:
         encoder = Encoder()
         proposal.write(encoder)
         data = encoder.finish()
         decoder = Decoder(data)
-        assert Occupied().read(decoder, int(grid.sum()), 2, (), grid).tolist() == bits[grid].tolist()
+        assert OCCUPIED.read(decoder, int(grid.sum()), 2, (), grid).tolist() == bits[grid].tolist()
         decoder.finish()
         assert Ans(data.stack, data.plain).occupied(int(grid.sum()), 2, grid).tolist() == bits[grid].tolist()
 
@@ -66,10 +67,10 @@ def test_it_does_not_hold_itself() -> None:
     for context in ("low", "high", "coding"):
         encoder.integer({"coding": NUMBER}.get(context, 0), context)
     with pytest.raises(ArtifactError, match=f"below {NUMBER} .coding., found {NUMBER}"):
-        read(Decoder(encoder.finish()), 20, 2, np.ones((4, 5), bool))
+        read(Decoder(encoder.finish()), 20, 2, np.ones((4, 5), bool), CODINGS)
 
 
 def test_symbols_without_places_are_refused() -> None:
     for size, grid in ((2, None), (3, np.ones((4, 5), bool))):
         with pytest.raises(ArtifactError, match="found others"):
-            Occupied().read(Decoder(Coded(b"\1", b"")), 20, size, (), grid)
+            OCCUPIED.read(Decoder(Coded(b"\1", b"")), 20, size, (), grid)

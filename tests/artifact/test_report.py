@@ -10,7 +10,8 @@ import torch
 from models import bag, compressed, net
 from torch import nn
 
-from psc_lightning.artifact import Report, TensorReport, inspect, measure, save, to_bytes
+from psc_lightning.artifact import inspect, measure, save, to_bytes
+from psc_lightning.report.numbers import Report, TensorReport
 
 KEYS = ["dense_bytes", "file_bytes", "compression_ratio", "entropy_bytes", "overhead_bytes", "sha256", "metrics"]
 KEYS += ["tensors"]

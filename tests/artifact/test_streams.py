@@ -15,8 +15,8 @@ from psc_lightning.artifact.ans import Coded, Decoder, Encoder
 from psc_lightning.artifact.codings import CODINGS, Plane, full
 from psc_lightning.artifact.codings.adaptive import spans
 from psc_lightning.artifact.codings.lines import Places
+from psc_lightning.artifact.codings.planes import Found, find
 from psc_lightning.artifact.errors import ArtifactError
-from psc_lightning.artifact.planes import Found, find
 from psc_lightning.artifact.streams import SymbolReader, SymbolWriter
 
 sizes = st.sampled_from([1, 2, 3, 7, 8, 9, 16, 100, 255, 256, 257, 300, 65535, 65536])
@@ -333,11 +333,11 @@ def test_splits_within_splits_come_to_an_end() -> None:
     """A file of a few hundred bytes took hundreds of times the memory of its tensors."""
     grid = full(20, 30)
     decoder = Decoder(nested(5, 200).finish())
-    assert find(decoder, 600, 200, grid).symbols(torch.uint8).tolist() == [5] * 600
+    assert find(decoder, 600, 200, grid, CODINGS).symbols(torch.uint8).tolist() == [5] * 600
     decoder.finish()
     for levels in (6, 197):
         with pytest.raises(ArtifactError, match="at most 5 splits within one another"):
-            find(Decoder(nested(levels, 200).finish()), 600, 200, grid)
+            find(Decoder(nested(levels, 200).finish()), 600, 200, grid, CODINGS)
 
 
 def test_codings_keep_their_numbers() -> None:

@@ -69,7 +69,7 @@ def test_the_weights_are_hard_and_what_training_needs_is_beside_them(tmp_path):
     assert ours["averages"] == []
     assert list(ours["tensors"]) == NAMES
     for name, entry in ours["tensors"].items():
-        assert entry["slots"] == {"mask": "movement, threshold=0.6, granularity=element, group=tensor, block=None",
+        assert entry["slots"] == {"mask": "movement, threshold=0.6, granularity=element, group=tensor",
                                   "levels": "ternary"}  # fmt: skip
         state = entry["state"]
         assert torch.equal(state["latent"], dense[name])

@@ -66,7 +66,7 @@ def test_a_ramp_blends():
             ((_, tensor, weight),) = compressed(self)
             if tensor.slots.phase[2]:
                 latent = tensor.dense(weight).clone()
-                hard = tensor.slots.cores["core"].levels(latent)
+                hard = tensor.slots.cores["core"].levels.hard(latent)
                 strength = callback.schedule.strength(self.trainer.global_step, 24)
                 found.append((strength, weight.detach().clone(), hard, latent))
             return super().training_step(batch, batch_idx)

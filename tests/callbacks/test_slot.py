@@ -89,13 +89,13 @@ def hard(made, model, means=()):
         assert all(phase in (0, 2) for phase in slots.phase)
         for name, core in cores.items():
             chain, phase = slots.cores[name], slots.phase
-            value = chain.levels(core) if phase[2] else core
+            value = chain.levels.hard(core.detach()) if phase[2] else core.detach()
             if phase[1]:
-                units = chain.mask.keep.numel() // (core[0].numel() if chain.mask.granularity == "channel" else 1)
-                if chain.mask.granularity == "element" and chain.mask.group == "tensor":
+                units = chain.mask.keep.numel() // (core[0].numel() if chain.mask.units.granularity == "channel" else 1)
+                if chain.mask.units.granularity == "element" and chain.mask.group == "tensor":
                     zeros = int(chain.mask.threshold * units + 0.5)
                     assert int((~chain.mask.keep).sum()) == min(zeros, units - 1)
-                value = chain.mask(value, core)
+                value = chain.mask.hard(value)
                 assert not value[~chain.mask.keep].any()
             if phase[2]:
                 most = {"binary": 3, "ternary": 3, "codebook": 17, "uniform": 255, "log": 255}

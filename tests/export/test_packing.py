@@ -8,8 +8,8 @@ import torch
 from test_weights import stored
 from torch import nn
 
-from psc_lightning.export.graph import Graph
-from psc_lightning.export.packing import pack
+from psc_lightning.export.onnx.graph import Graph
+from psc_lightning.export.onnx.packing import pack
 
 ROWS, COLUMNS = 64, 512
 

@@ -10,8 +10,8 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from psc_lightning.export.graph import Graph
-from psc_lightning.export.weights import write_weight
+from psc_lightning.export.onnx.graph import Graph
+from psc_lightning.export.onnx.weights import write_weight
 from psc_lightning.layout import Layout
 from psc_lightning.levels import LEVELS
 from psc_lightning.slots import Slots, Spec

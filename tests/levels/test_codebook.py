@@ -11,27 +11,25 @@ from psc_lightning.levels.codebook import CodebookLevels
 
 def ready(levels, x, keep=None):
     keep = torch.ones(x.shape, dtype=torch.bool) if keep is None else keep
-    levels.begin(x.detach(), keep)
-    levels.refresh(x.detach(), keep)
+    levels.begin(x, keep)
+    levels.refresh(x, keep)
     return levels
 
 
 def test_by_hand():
-    x = torch.tensor([[1.0, 1.5], [-2.0, -2.5], [8.0, 8.0]], requires_grad=True)
+    x = torch.tensor([[1.0, 1.5], [-2.0, -2.5], [8.0, 8.0]])
     levels = ready(CodebookLevels((3, 2), k=3), x)
-    out = levels(x)
-    out.backward(torch.tensor([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0]]))
-    assert out.tolist() == [[1.25, 1.25], [-2.25, -2.25], [8.0, 8.0]]
-    assert x.grad.tolist() == [[1.0, 2.0], [4.0, 8.0], [16.0, 32.0]]
+    pulled = levels.pull(x, torch.tensor([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0]]))
+    assert levels.hard(x).tolist() == [[1.25, 1.25], [-2.25, -2.25], [8.0, 8.0]]
+    assert pulled.tolist() == [[1.0, 2.0], [4.0, 8.0], [16.0, 32.0]]
     assert levels.centroids.grad.tolist() == [[12.0, 3.0, 48.0]]  # -2.25, 1.25, 8
 
 
 def test_a_codebook_a_channel_by_hand():
-    x = torch.tensor([[1.0, 2.0, 1.0, 2.0], [-5.0, -5.0, 7.0, 7.0]], requires_grad=True)
+    x = torch.tensor([[1.0, 2.0, 1.0, 2.0], [-5.0, -5.0, 7.0, 7.0]])
     levels = ready(CodebookLevels((2, 4), k=2, group="channel"), x)
-    out = levels(x)
-    out.backward(torch.tensor([[1.0, 2.0, 4.0, 8.0], [1.0, 2.0, 4.0, 8.0]]))
-    assert out.tolist() == x.tolist()
+    levels.pull(x, torch.tensor([[1.0, 2.0, 4.0, 8.0], [1.0, 2.0, 4.0, 8.0]]))
+    assert levels.hard(x).tolist() == x.tolist()
     assert levels.centroids.grad.tolist() == [[5.0, 10.0], [3.0, 12.0]]
 
 
@@ -48,7 +46,7 @@ def test_refresh_reorders_trained_centroids_and_reassigns():
         levels.centroids.copy_(torch.tensor([[8.0, 2.5]]))
     levels.refresh(x, torch.ones(1, 4, dtype=torch.bool))
     assert levels.centroids.tolist() == [[2.5, 8.0]]
-    assert levels(x).tolist() == [[2.5, 2.5, 8.0, 8.0]]
+    assert levels.hard(x).tolist() == [[2.5, 2.5, 8.0, 8.0]]
 
 
 def test_a_moved_centroid_takes_its_entries_along_without_a_refresh():
@@ -56,7 +54,7 @@ def test_a_moved_centroid_takes_its_entries_along_without_a_refresh():
     levels = ready(CodebookLevels((1, 4), k=2), x)
     with torch.no_grad():
         levels.centroids[0, 0] = 3.0
-    assert levels(x).tolist() == [[3.0, 3.0, 8.0, 8.0]]
+    assert levels.hard(x).tolist() == [[3.0, 3.0, 8.0, 8.0]]
 
 
 @settings(max_examples=40, deadline=None)
@@ -64,7 +62,7 @@ def test_a_moved_centroid_takes_its_entries_along_without_a_refresh():
 def test_the_nearest_of_at_most_k_against_a_loop(rows, columns, seed, k, group):
     x = torch.from_numpy(np.random.default_rng(seed).normal(size=(rows, columns))).float()
     levels = ready(CodebookLevels((rows, columns), k=k, group=group), x)
-    table, out = levels._table().detach(), levels(x).reshape(-1)
+    table, out = levels._table(), levels.hard(x).reshape(-1)
     size = x.numel() if group == "tensor" else group
     for i, value in enumerate(x.reshape(-1).tolist()):
         centroids = table[i // size]
@@ -77,4 +75,4 @@ def test_the_nearest_of_at_most_k_against_a_loop(rows, columns, seed, k, group):
 @pytest.mark.parametrize("k", [2, 256])
 def test_more_centroids_than_entries(k: int):
     x = torch.tensor([[0.5, -0.25]])
-    np.testing.assert_allclose(ready(CodebookLevels((1, 2), k=k), x)(x).detach(), x, rtol=1e-3)
+    np.testing.assert_allclose(ready(CodebookLevels((1, 2), k=k), x).hard(x), x, rtol=1e-3)

@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from graph import levelled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -30,8 +31,8 @@ METHODS: dict[str, Callable[..., Levels]] = {
     "log8": lambda shape, group: LEVELS["log"](shape, 8, group),
     "codebook": lambda shape, group: LEVELS["codebook"](shape, 5, group),
     "codebook 100": lambda shape, group: LEVELS["codebook"](shape, 100, group),
-    "float16": LEVELS["float16"],
-    "bfloat16": LEVELS["bfloat16"],
+    "float16": lambda shape, group: LEVELS["float16"](shape),
+    "bfloat16": lambda shape, group: LEVELS["bfloat16"](shape),
 }
 
 shapes = st.one_of(
@@ -89,9 +90,7 @@ def test_hard_is_the_value_of_the_code(method, same_bits, shape, group, dtype, l
         found = levels.hard(x, out, keep)
     if out is not None:
         assert found is out
-    with torch.no_grad():
-        expected = levels.value(levels.code(x)).to(dtype)
-        assert torch.equal(levels(x).to(dtype), expected)
+    expected = levels.value(levels.code(x)).to(dtype)
     if keep is not None:
         expected = torch.where(keep, expected, 0.0)
     assert same_bits(torch.empty(shape, dtype=dtype).copy_(found), torch.empty(shape, dtype=dtype).copy_(expected))
@@ -172,6 +171,58 @@ def test_straight():
         assert not list(make(name, (2, 3), "tensor").parameters())
 
 
+@pytest.mark.parametrize("method", METHODS)
+@settings(max_examples=40, deadline=None)
+@given(
+    shapes,
+    groups,
+    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from(LAYOUTS),
+    st.sampled_from(LAYOUTS),
+    st.sampled_from([None, 0.0, 0.5, 1.0]),
+    st.sampled_from([1.0, 0.25]),
+    st.integers(0, 99),
+)
+def test_gradients_are_those_that_autograd_finds(
+    method, same_bits, shape, group, dtype, layout, other, share, strength, seed
+):
+    """The core's, and those of what is trained, which hears of the kept entries alone; what came in stays as it is."""
+    torch.manual_seed(seed)
+    x, keep = torch.randn(shape, dtype=dtype), None if share is None else torch.rand(shape) >= share
+    gradient = torch.randn(shape, dtype=dtype)
+    levels = make(method, shape, group)
+    levels.begin(x, keep)
+    with torch.no_grad():
+        for trained in levels.parameters():  # so that some entries lie beyond the last level
+            trained.mul_(1 - torch.rand(trained.shape) / 2)
+    levels.refresh(x, keep)
+    leaf = x.clone().requires_grad_()
+    value = levelled(levels, leaf)
+    value = value + (1 - strength) * (leaf - value)
+    (value if keep is None else torch.where(keep, value, leaf)).backward(gradient)
+    wanted = [leaf.grad, *(trained.grad for trained in levels.parameters())]
+    given_ = laid_out(gradient, other)
+    found = levels.pull(laid_out(x, layout), given_, keep, strength)
+    assert torch.equal(given_, gradient)
+    assert found.dtype == dtype
+    if strength == 1 or levels.straight:
+        assert torch.equal(found, wanted[0] if strength == 1 else gradient)
+    for one, expected in zip([found, *(trained.grad for trained in levels.parameters())], wanted, strict=True):
+        assert one.dtype == expected.dtype
+        torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_of_a_step_by_hand_of_the_kept_and_of_half_the_strength():
+    levels = UniformLevels((1, 4), bits=2, learned_step=True, group="tensor")  # -s, 0, s
+    x, gradient = torch.tensor([[0.25, 3.0, -2.0, -5.0]]), torch.tensor([[1.0, 2.0, 4.0, 8.0]])
+    keep = torch.tensor([[True, True, True, False]])
+    # ∂s = 1·(0 - 0.25) + 2·1 + 4·(-1); 3 and -2 lie outside, -5 is not kept
+    assert levels.pull(x, gradient, keep).tolist() == [[1.0, 0.0, 0.0, 8.0]]
+    assert levels.step.grad.tolist() == [-2.25]
+    assert levels.pull(x, gradient, keep, strength=0.5).tolist() == [[1.0, 1.0, 2.0, 8.0]]
+    assert levels.step.grad.tolist() == [-1.125]
+
+
 def test_a_gradient_of_each_centroid_by_hand():
     levels = CodebookLevels((2, 3), k=2, group="channel")
     x = torch.tensor([[0.0, 1.0, 1.0], [5.0, 5.0, 7.0]])
@@ -191,7 +242,7 @@ def test_a_gradient_of_each_centroid_is_what_autograd_finds(shape, group, layout
     levels = CodebookLevels(shape, k=3, group=group)
     levels.begin(x, keep)
     levels.refresh(x, keep)
-    levels(x).backward(gradient if keep is None else gradient * keep)
+    levelled(levels, x).backward(gradient if keep is None else gradient * keep)
     with patch.object(strips, "STRIP", strip):
         found = levels.centroid_gradient(laid_out(gradient, layout), keep)
     assert found.dtype == torch.float32

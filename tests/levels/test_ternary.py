@@ -10,30 +10,30 @@ from psc_lightning.levels.ternary import TernaryLevels
 
 def ready(levels, x, keep=None):
     keep = torch.ones(x.shape, dtype=torch.bool) if keep is None else keep
-    levels.begin(x.detach(), keep)
-    levels.refresh(x.detach(), keep)
+    levels.begin(x, keep)
+    levels.refresh(x, keep)
     return levels
 
 
 def test_by_hand():
     # row 0: Δ = 0.7·1 = 0.7, s = (1.5 + 2)/2; row 1: all alike, none is zero
-    x = torch.tensor([[1.5, -2.0, 0.25, -0.25], [-0.5, -0.5, 0.5, 0.5]], requires_grad=True)
-    out = ready(TernaryLevels((2, 4)), x)(x)
-    out.backward(torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]))
-    assert out.tolist() == [[1.75, -1.75, 0.0, 0.0], [-0.5, -0.5, 0.5, 0.5]]
-    assert x.grad.tolist() == [[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]
+    x = torch.tensor([[1.5, -2.0, 0.25, -0.25], [-0.5, -0.5, 0.5, 0.5]])
+    levels = ready(TernaryLevels((2, 4)), x)
+    pulled = levels.pull(x, torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]))
+    assert levels.hard(x).tolist() == [[1.75, -1.75, 0.0, 0.0], [-0.5, -0.5, 0.5, 0.5]]
+    assert pulled.tolist() == [[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]
 
 
 def test_scales_come_from_the_survivors_only():
     # over the survivors Δ = 0.7, with the 100 it would be 18
     x = torch.tensor([[100.0, 1.5, -2.0, 0.25, -0.25]])
     keep = torch.tensor([[False, True, True, True, True]])
-    assert ready(TernaryLevels((1, 5)), x, keep)(x).tolist() == [[1.75, 1.75, -1.75, 0.0, 0.0]]
+    assert ready(TernaryLevels((1, 5)), x, keep).hard(x).tolist() == [[1.75, 1.75, -1.75, 0.0, 0.0]]
 
 
 def test_zeros_are_positive(same_bits):
     x = torch.tensor([[-0.001, 0.001, 1.0, -1.0]])
-    out = ready(TernaryLevels((1, 4)), x)(x)
+    out = ready(TernaryLevels((1, 4)), x).hard(x)
     assert same_bits(out[:, :2], torch.zeros(1, 2))
 
 
@@ -42,7 +42,7 @@ def test_zeros_are_positive(same_bits):
 def test_against_a_loop(rows, columns, seed, size):
     x = np.random.default_rng(seed).normal(size=(rows, columns))
     size = size or columns
-    out = ready(TernaryLevels((rows, columns), group=size), torch.from_numpy(x))(torch.from_numpy(x))
+    out = ready(TernaryLevels((rows, columns), group=size), torch.from_numpy(x)).hard(torch.from_numpy(x))
     flat = out.reshape(-1).numpy()
     for i in range(0, x.size, size):
         part = x.reshape(-1)[i : i + size]

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from graph import masked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,7 +48,7 @@ def test_the_smallest_units_of_each_group_are_zero_and_their_number_is_exact(
     core = torch.from_numpy(np.random.default_rng(seed).integers(-3, 4, size=shape).astype(np.float32))
     mask = MagnitudeMask(shape, threshold=percent / 100, granularity=granularity, group=group, block=block)
     mask.refresh(core)
-    block = mask.block
+    block = mask.units.block
     flat, keep = core.reshape(-1).double().abs(), mask.keep.reshape(-1)
     units = units_of(shape, granularity, block)
     size = {"tensor": len(units), "channel": units_in_a_channel(shape, granularity, block)}.get(group, group)
@@ -71,7 +72,7 @@ def test_stored_as_one_bit_a_unit(granularity: str, block: int | None, tape):
         written = tape()
         mask.encode(written)
         bits, size = written.items[-1]
-        assert (len(bits), size) == (math.prod(mask.units()), 2)
+        assert (len(bits), size) == (math.prod(mask.units.shape), 2)
         assert torch.equal(read_keep(written, shape), mask.keep)
         assert written.finished
 
@@ -88,7 +89,7 @@ def test_stored_as_one_bit_a_unit(granularity: str, block: int | None, tape):
     ],
 )
 def test_block_length(shape: tuple[int, ...], granularity: str, block: int | None, expected: int):
-    assert MagnitudeMask(shape, granularity=granularity, block=block).block == expected
+    assert MagnitudeMask(shape, granularity=granularity, block=block).units.block == expected
 
 
 def test_strength_scales_the_share():
@@ -98,10 +99,13 @@ def test_strength_scales_the_share():
         assert int((~mask.keep).sum()) == zeros
 
 
-def test_a_mask_that_keeps_all_is_the_value_itself():
-    mask, w = MagnitudeMask((2, 3), threshold=0.0), torch.randn(2, 3)
-    mask.refresh(w)
-    assert mask(w, w) is w
+@pytest.mark.parametrize("method", MASKS)
+def test_a_mask_that_keeps_all_leaves_core_and_gradient_alone(method: str, same_bits):
+    mask, core = MASKS[method]((2, 3), threshold=0.0), torch.tensor([[-0.0, math.inf, 1.0], [-2.0, 3.0, 1e-40]])
+    gradient = torch.tensor([[-0.0, 1.0, math.inf], [-2.0, 3.0, 1e-40]])
+    mask.refresh(core)
+    assert same_bits(mask.hard(core), core)
+    assert same_bits(mask.pull(core, gradient.clone()), gradient)
 
 
 def test_a_mask_follows_a_checkpoint():
@@ -109,7 +113,7 @@ def test_a_mask_follows_a_checkpoint():
     mask.refresh(torch.arange(4.0)[None])
     other = MagnitudeMask((1, 4), threshold=0.5)
     other.load_state_dict(mask.state_dict())
-    assert other(torch.ones(1, 4), torch.ones(1, 4)).tolist() == [[0.0, 0.0, 1.0, 1.0]]
+    assert other.hard(torch.ones(1, 4)).tolist() == [[0.0, 0.0, 1.0, 1.0]]
 
 
 @pytest.mark.parametrize("method", MASKS)
@@ -122,6 +126,32 @@ def test_hard_is_the_core_with_positive_zeros(method: str, same_bits):
     out = torch.full_like(last, math.nan)
     assert mask.hard(last, out) is out
     assert same_bits(out.contiguous(), expected)
+
+
+@pytest.mark.parametrize("method", MASKS)
+def test_zeros_are_positive_even_of_infinities(method: str, same_bits):
+    """In the core, and in a gradient that it does not get."""
+    mask, core = MASKS[method]((1, 4), threshold=0.75), torch.tensor([[-1.0, -2.0, -0.0, 5.0]])
+    mask.refresh(core)
+    odd = torch.tensor([[-math.inf, math.nan, -1.0, -7.0]])
+    assert same_bits(mask.hard(odd), torch.tensor([[0.0, 0.0, 0.0, -7.0]]))
+    if not mask.straight:
+        assert same_bits(mask.pull(core, odd.clone()), torch.tensor([[0.0, 0.0, 0.0, -7.0]]))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("method", MASKS)
+def test_gradients_are_those_that_autograd_finds(method: str, granularity: str, same_bits):
+    mask = MASKS[method]((4, 3, 2, 2), threshold=0.5, granularity=granularity, block=3)
+    core = torch.randn(4, 3, 2, 2, requires_grad=True)
+    mask.refresh(core)
+    gradient = torch.randn(core.shape)
+    masked(mask, core, core).backward(gradient)
+    scores = mask.learned_scores()
+    wanted = None if scores is None else scores.grad
+    assert same_bits(mask.pull(core.detach(), gradient), core.grad)
+    if scores is not None:
+        torch.testing.assert_close(scores.grad, wanted)
 
 
 def test_straight():

@@ -58,8 +58,6 @@ def test_bank_and_choice_against_a_loop(outputs, groups, channels, kernel, seed)
 def test_where_it_does_not_apply():
     with pytest.raises(ValueError, match="3 input channels are not divisible by groups=2"):
         CrossChannelSharing.build((4, 3, 3, 3), groups=2)
-    with pytest.raises(ValueError, match="groups: expected 2 or more, got 1"):
-        CrossChannelSharing.build((4, 3), groups=1)
 
 
 def test_a_file_with_groups_that_do_not_divide_is_refused(tape):

@@ -17,4 +17,13 @@ from psc_lightning.artifact.codings.uniform import Uniform
 
 __all__ = ["CODINGS", "Coding", "Grid", "Occupied", "Plane", "Proposal", "full"]
 
-CODINGS: tuple[Coding, ...] = (Uniform(), Adaptive(), Lines(), Split(), Diagonals(), Plain(), Occupied(), Gaps())
+CODINGS: tuple[Coding, ...] = (
+    Uniform(),
+    Adaptive(),
+    Lines(),
+    Split(lambda: CODINGS),
+    Diagonals(),
+    Plain(),
+    Occupied(lambda: CODINGS),
+    Gaps(),
+)

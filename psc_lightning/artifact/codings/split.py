@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from psc_lightning.artifact.ans import Decoder, Encoder
-from psc_lightning.artifact.codings.coding import Grid, Plane, Proposal, inside
+from psc_lightning.artifact.codings.coding import Coding, Grid, Plane, Proposal, inside
 from psc_lightning.artifact.codings.diagonals import Diagonals
 from psc_lightning.artifact.codings.lines import Lines
 from psc_lightning.artifact.codings.occupied import Occupied
+from psc_lightning.artifact.codings.planes import choose, read
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
 
 __all__ = ["Split"]
@@ -28,18 +29,22 @@ class Split:
     [s > t] of those that are not t, and of their |s - t| - 1. How 1, at t: planes of the bits [s ≥ t], of the symbols
     below t, and of the others less t. Each is coded as any plane is, those of its entries being its grid; one without
     symbols is left out, and so is one of an alphabet of one. No more than five splits lie within one another.
+
+    Args:
+        codings: gives all codings, in the order of their numbers.
     """
 
     name = "split"
     limits: tuple[int, ...] = (2, 256)
 
+    def __init__(self, codings: Callable[[], Sequence[Coding]]) -> None:
+        self.codings = codings  # asked for when they are all there
+
     def propose(self, plane: Plane, encoder: Encoder) -> Iterator[Proposal]:
         """Offer to split at the middle, or so that as many symbols are below as above."""
-        from psc_lightning.artifact.planes import choose  # which knows all codings, this one too
-
         if plane.grid is None or plane.size < 3 or plane.grid.size > _ENTRIES or encoder.depth == _DEEPEST:
             return
-        s, size = plane.symbols.to(torch.int16), plane.size
+        s, size, codings = plane.symbols.to(torch.int16), plane.size, self.codings()
         t = min(max(1, plane.middle if plane.middle is not None else _median(plane)), size - 1)
         if plane.around:
             other = s != t
@@ -52,12 +57,14 @@ class Split:
             above = Plane((s[upper] - t).to(torch.uint8), size - t, inside(plane.grid, upper))
             planes = [_bits(upper, plane.grid), below, above]
         # Bits first: if none of them hangs on places, the symbols are better off together, and sooner read.
-        chosen = {i: choose(part, encoder) for i, part in enumerate(planes) if part.size == 2 and len(part.symbols)}
+        chosen = {
+            i: choose(part, encoder, codings) for i, part in enumerate(planes) if part.size == 2 and len(part.symbols)
+        }
         if not any(choice.coding in (Lines.name, Diagonals.name, Occupied.name) for choice in chosen.values()):
             return
         with encoder.deeper():
             parts = [
-                chosen.get(i) or choose(part, encoder)
+                chosen.get(i) or choose(part, encoder, codings)
                 for i, part in enumerate(planes)
                 if len(part.symbols) and part.size > 1
             ]
@@ -71,9 +78,7 @@ class Split:
 
     def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], grid: Grid | None) -> Tensor:
         """Read `number` symbols."""
-        from psc_lightning.artifact.planes import read
-
-        how, t = parameters
+        (how, t), codings = parameters, self.codings()
         if grid is None or size < 3 or not 0 < t < size:
             raise ArtifactError(f"expected symbols of a matrix to split, found {t} of {size}: {ADVICE}")
         if decoder.depth == _DEEPEST:
@@ -83,7 +88,7 @@ class Split:
             if not number or size == 1:
                 return torch.zeros(number, dtype=torch.int32)
             with decoder.deeper():
-                return read(decoder, number, size, grid)
+                return read(decoder, number, size, grid, codings)
 
         first = plane(number, 2, grid) > 0
         chosen = int(first.sum())

@@ -7,9 +7,9 @@ from math import prod
 
 from onnx import GraphProto, NodeProto, helper
 
-from psc_lightning.export.graph import Graph
-from psc_lightning.export.packing import pack
-from psc_lightning.export.weights import core_values
+from psc_lightning.export.onnx.graph import Graph
+from psc_lightning.export.onnx.packing import pack
+from psc_lightning.export.onnx.weights import core_values
 from psc_lightning.stored import Stored
 from psc_lightning.tying.separable import Separable
 

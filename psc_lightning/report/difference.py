@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psc_lightning.artifact.report import Report
-from psc_lightning.artifact.table import render
+from psc_lightning.report.numbers import Report
+from psc_lightning.report.table import render
 
 __all__ = ["Difference", "difference_dict", "difference_table", "differences"]
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from psc_lightning.artifact import container
-from psc_lightning.artifact.table import render
+from psc_lightning.files import write_atomic
+from psc_lightning.report.table import render
 
 __all__ = ["Report", "TensorReport"]
 
@@ -76,7 +76,7 @@ class Report:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `report.json`, as a whole or not at all."""
-        container.write(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
+        write_atomic(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Report:

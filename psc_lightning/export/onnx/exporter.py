@@ -18,12 +18,12 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("ONNX export needs onnx and onnxscript: pip install onnx onnxscript") from error
 
-from psc_lightning.artifact import container
-from psc_lightning.export.channels import remove_dead_channels
-from psc_lightning.export.graph import Graph, reads
-from psc_lightning.export.integers import run_in_integers
-from psc_lightning.export.separable import split_convolutions
-from psc_lightning.export.weights import write_weight
+from psc_lightning.export.onnx.channels import remove_dead_channels
+from psc_lightning.export.onnx.graph import Graph, reads
+from psc_lightning.export.onnx.integers import run_in_integers
+from psc_lightning.export.onnx.separable import split_convolutions
+from psc_lightning.export.onnx.weights import write_weight
+from psc_lightning.files import write_atomic
 from psc_lightning.live import compressed, detach
 from psc_lightning.stored import Stored
 
@@ -127,7 +127,7 @@ def export_stored(
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     checker.check_model(model)
-    container.write(path, model.SerializeToString())
+    write_atomic(path, model.SerializeToString())
 
 
 def _is_float32(held: Stored) -> bool:

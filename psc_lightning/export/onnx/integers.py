@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, helper, numpy_helper
 
 from psc_lightning.activations import Grid, grid
-from psc_lightning.export.graph import Graph, leave_out_unused, reads
-from psc_lightning.export.packing import integer_constant, multiples
-from psc_lightning.export.weights import core_values
+from psc_lightning.export.onnx.graph import Graph, leave_out_unused, reads
+from psc_lightning.export.onnx.packing import integer_constant, multiples
+from psc_lightning.export.onnx.weights import core_values
 from psc_lightning.stored import Stored
 
 __all__ = ["run_in_integers"]

@@ -6,6 +6,7 @@ the coding, its parameters, and the symbols, less the smallest.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from psc_lightning.artifact.ans import Decoder, Encoder, Ints, Packed, count
-from psc_lightning.artifact.codings import CODINGS, Grid, Plane, Proposal
+from psc_lightning.artifact.codings.coding import Coding, Grid, Plane, Proposal
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
 from psc_lightning.symbols import look_up
 
@@ -32,6 +33,7 @@ class Choice:
         low: the smallest symbol.
         gap: how far the largest is below size-1.
         code: the number of the coding; None where all symbols are known.
+        coding: its name.
         proposal: what it does.
     """
 
@@ -39,17 +41,13 @@ class Choice:
     low: int
     gap: int
     code: int | None = None
+    coding: str = CONSTANT
     proposal: Proposal | None = None
 
     @property
     def toll(self) -> float:
         """Bits that slow reading counts for, negative where it is fast."""
         return 0.0 if self.proposal is None else self.proposal.toll
-
-    @property
-    def coding(self) -> str:
-        """The coding's name."""
-        return CONSTANT if self.code is None else CODINGS[self.code].name
 
     def write(self, encoder: Encoder) -> None:
         """Write it."""
@@ -62,13 +60,13 @@ class Choice:
             self.proposal.write(encoder)
 
 
-def choose(plane: Plane, encoder: Encoder, codings: int | None = None) -> Choice:
+def choose(plane: Plane, encoder: Encoder, codings: Sequence[Coding]) -> Choice:
     """The proposal with the fewest bits, its integers and its toll included; the first of equals.
 
     Args:
         plane: to be written.
         encoder: knows what integers cost now.
-        codings: how many of the codings may be taken; None: all.
+        codings: which may be taken, in the order of their numbers.
     """
     present = plane.histogram.nonzero()[0]
     low, high = int(present[0]), int(present[-1])
@@ -88,9 +86,10 @@ def choose(plane: Plane, encoder: Encoder, codings: int | None = None) -> Choice
             low,
             gap,
             code,
+            coding.name,
             proposal,
         )
-        for code, coding in enumerate(CODINGS[:codings])
+        for code, coding in enumerate(codings)
         for proposal in coding.propose(trimmed, encoder)
     )
     return min(choices, key=lambda choice: choice.bits + choice.toll)  # uniform always offers
@@ -139,10 +138,8 @@ class Found:
         return histogram
 
 
-def read(decoder: Decoder, number: int, size: int, grid: Grid | None, codings: int | None = None) -> Tensor:
-    """Read `number` symbols, at least one, as a 1-D int32 tensor.
-
-    `codings`: how many of the codings there may be; None: all.
+def read(decoder: Decoder, number: int, size: int, grid: Grid | None, codings: Sequence[Coding]) -> Tensor:
+    """Read `number` symbols, at least one, as a 1-D int32 tensor; as `find`.
 
     Raises:
         ArtifactError: the file says what cannot be.
@@ -150,8 +147,8 @@ def read(decoder: Decoder, number: int, size: int, grid: Grid | None, codings: i
     return find(decoder, number, size, grid, codings).symbols(torch.int32)
 
 
-def find(decoder: Decoder, number: int, size: int, grid: Grid | None, codings: int | None = None) -> Found:
-    """Take `number` symbols, at least one, from what is read next; as `read`.
+def find(decoder: Decoder, number: int, size: int, grid: Grid | None, codings: Sequence[Coding]) -> Found:
+    """Take `number` symbols, at least one, from what is read next; in one of these codings, in the order of their numbers.
 
     Raises:
         ArtifactError: the file says what cannot be.
@@ -167,6 +164,6 @@ def find(decoder: Decoder, number: int, size: int, grid: Grid | None, codings: i
     high = size - 1 - below(size - low, "high")
     if low == high:
         return Found(number, low, None, CONSTANT)
-    coding = CODINGS[below(len(CODINGS[:codings]), "coding")]
+    coding = codings[below(len(codings), "coding")]
     parameters = tuple(below(limit, coding.name) for limit in coding.limits)
     return Found(number, low, coding.read(decoder, number, high - low + 1, parameters, grid), coding.name)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from psc_lightning.export.graph import Graph, leave_out_unused, reads
+from psc_lightning.export.onnx.graph import Graph, leave_out_unused, reads
 from psc_lightning.stored import Stored
 
 __all__ = ["remove_dead_channels"]

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from psc_lightning.export.graph import Graph
+from psc_lightning.export.onnx.graph import Graph
 
 __all__ = ["dequantized", "integer_constant", "multiples", "pack"]
 

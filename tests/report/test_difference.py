@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from psc_lightning.artifact.difference import differences
+from psc_lightning.report.difference import differences
 
 
 def one(first: Tensor, second: Tensor) -> tuple[int | None, float | None]:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from torch import Tensor
 
-from psc_lightning.export.graph import Graph
-from psc_lightning.export.packing import dequantized, pack
+from psc_lightning.export.onnx.graph import Graph
+from psc_lightning.export.onnx.packing import dequantized, pack
 from psc_lightning.stored import Stored
 from psc_lightning.tying.column import ColumnSharing
 from psc_lightning.tying.cross_channel import CrossChannelSharing

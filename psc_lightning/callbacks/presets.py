@@ -1,0 +1,99 @@
+"""Presets: the callbacks that `python train.py compression=…` builds, for any Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from psc_lightning.callbacks.slot import SlotCallback
+from psc_lightning.configs import config_dir
+from psc_lightning.options import one_of
+from psc_lightning.slots import SLOTS
+from psc_lightning.targets import patterns
+
+__all__ = ["composed", "preset"]
+
+_NOT_OPTIONS = ("name", "callbacks", "untied")
+
+
+def _methods(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def composed(compression: str, **slots: str) -> Any:
+    """A preset's configuration, as Hydra composes it from the files in ``conf/compression``.
+
+    Args:
+        compression: a file's name there.
+        slots: another method for `tying`, `mask` or `levels`; `none` leaves the slot empty.
+
+    Raises:
+        ValueError: an unknown preset or method; the argument is named.
+    """
+    from omegaconf import DictConfig, ListConfig, OmegaConf
+
+    folder = config_dir() / "compression"
+    one_of("compression", compression, _methods(folder))
+    own = OmegaConf.load(folder / f"{compression}.yaml")
+    assert isinstance(own, DictConfig)
+    parts: list[DictConfig | ListConfig] = [own]
+    for default in reversed(own.pop("defaults")):
+        for group, choice in {} if default == "_self_" else default.items():
+            choice = one_of(group, slots.get(group, choice), _methods(folder / group))
+            parts.insert(0, OmegaConf.load(folder / group / f"{choice}.yaml"))
+    return OmegaConf.merge(*parts)
+
+
+def preset(
+    compression: str = "none",
+    threshold: float | None = None,
+    *,
+    tying: str | None = None,
+    mask: str | None = None,
+    levels: str | None = None,
+    schedule: Any = None,
+    **options: Any,
+) -> list[SlotCallback]:
+    """The callbacks of a preset, for `Trainer(callbacks=[…])`.
+
+    Args:
+        compression: none, float, binary, ternary, mask, cross_channel, row, column, separable, low_rank, log, codebook
+            or deep.
+        threshold: share of the core's entries that are zero; None: the preset's default.
+        tying, mask, levels: another method in that slot (`"none"` leaves it empty); None: the preset's.
+        schedule: a `Schedule`, its kind, or a mapping, for all of them. None: linear up to 70 % of training.
+        options: the methods' options (`bits`, `group`, `rank`, …) and `targets`, `ignore`, `min_size`.
+
+    Raises:
+        ValueError: an unknown preset or method, an option that none of them reads, or a wrong value; it is named.
+
+    >>> [callback.method for callback in preset("deep", threshold=0.8)]
+    ['movement', 'codebook']
+    >>> [callback.method for callback in preset("low_rank", levels="ternary", mask="movement")]
+    ['low_rank', 'movement', 'ternary']
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    slots = {"tying": tying, "mask": mask, "levels": levels}
+    config = composed(compression, **{slot: method for slot, method in slots.items() if method is not None})
+    allowed = [str(key) for key in config if key not in _NOT_OPTIONS]
+    if threshold is not None:
+        options["threshold"] = threshold
+    for key, value in options.items():
+        if key not in allowed:
+            raise ValueError(
+                f"{key}: compression={compression!r} has no such option; it has {', '.join(sorted(allowed))}"
+            )
+        config[key] = patterns(key, value) if key in ("targets", "ignore") else value  # classes become names
+    resolved = OmegaConf.to_container(OmegaConf.create({"compression": config}), resolve=True)
+    assert isinstance(resolved, dict)
+    parts = resolved["compression"]["callbacks"].values()
+    try:
+        built = [instantiate({**part, "schedule": schedule}, _convert_="all") for part in parts]
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None  # the callback's own message names the argument
+        raise
+    return sorted(built, key=lambda callback: SLOTS.index(callback.slot))
