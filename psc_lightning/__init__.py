@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from psc_lightning.oneshot import Plan, attach, compress, plan
     from psc_lightning.report.numbers import Report, TensorReport
     from psc_lightning.schedule import Schedule
+    from psc_lightning.training.batchnorm import refresh_batchnorm
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ _HOMES = {
     "oneshot": ("Plan", "attach", "compress", "plan"),
     "report.numbers": ("Report", "TensorReport"),
     "schedule": ("Schedule",),
+    "training.batchnorm": ("refresh_batchnorm",),
 }
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "measure",
     "plan",
     "preset",
+    "refresh_batchnorm",
     "save",
     "verify",
 ]

@@ -24,7 +24,7 @@ __all__ = ["fold_batchnorm"]
 
 M = TypeVar("M", bound=nn.Module)
 
-# Torch's own only: what another class makes of its weight (standardises it, say) nobody knows.
+# Torch's own layers only: another class may transform its weight (weight standardisation, say).
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Tracing knows no shapes, and of three axes BatchNorm takes another one for channels than Linear does.

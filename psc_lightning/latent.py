@@ -23,7 +23,7 @@ __all__ = ["Compressed", "trace"]
 
 # A write that moves a weight by more than this share of its norm is a new weight, not a change of the old one.
 _NEW = 0.7
-# A write of which the slots undo more than this share is told.
+# Warn where the slots undo more than this share of a write.
 _UNDONE = 0.5
 
 
@@ -86,7 +86,7 @@ class Compressed:
         self.loaded = False  # `load_state_dict` has written to the Parameter
         self._spare: Tensor | None = None  # the hard weight's memory, while the latent one is in the Parameter's place
         self._mark: _Mark | None = None
-        self._told = False
+        self._warned = False
 
     def __getstate__(self) -> dict[str, object]:
         """A copy has other memory, in which nothing is written yet."""
@@ -295,12 +295,12 @@ class Compressed:
 
     def _tell(self, latent: Tensor, written: Tensor) -> None:
         """Say once where a constraint that was written cannot hold."""
-        if self._told:
+        if self._warned:
             return
         twin = self.slots.twin()
         twin.refresh(latent)
         if float((twin.make(latent) - written).float().norm()) > _UNDONE * float(written.float().norm()):
-            self._told = True
+            self._warned = True
             warnings.warn(
                 f"{self.name} was written to while it is compressed ({self.slots.method}), and "
                 "its slots cannot hold what was written: most of it is undone at the next step. Write before training, "

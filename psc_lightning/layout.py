@@ -43,7 +43,7 @@ class Layout:
         """The layout of `layer`'s weights."""
         if isinstance(layer, _ConvTransposeNd):
             return cls(transposed=True, groups=layer.groups)
-        # Hugging Face's Conv1D is told by its name, so that transformers stays optional.
+        # Hugging Face's Conv1D is recognised by its name, so that transformers stays optional.
         names = {f"{base.__module__}.{base.__name__}" for base in type(layer).__mro__}
         return cls(transposed="transformers.pytorch_utils.Conv1D" in names)
 

@@ -54,7 +54,7 @@ class Schedule:
     end: int | float = 0.7
 
     def __post_init__(self) -> None:
-        if self.kind not in tuple(KINDS):  # a tuple, so that an unhashable kind is told, too
+        if self.kind not in tuple(KINDS):  # a tuple, so that an unhashable kind gives the same error
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {self.kind!r}")
         for name, value in (("begin", self.begin), ("end", self.end)):
             share = isinstance(value, float) and 0.0 <= value <= 1.0

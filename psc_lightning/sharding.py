@@ -1,7 +1,7 @@
 """FSDP2: a Parameter is a shard on each rank between steps, and whole only while its layer runs.
 
-What looks at whole weights between steps (thresholds, k-means, saliency, writing a file) gathers them here. All ranks
-gather in the same order and compute alike, so that what they find needs no exchange. A shard (a `DTensor`) is told by its
+What needs whole weights between steps (thresholds, k-means, saliency, writing a file) gathers them here. All ranks
+gather in the same order and compute alike, so that results need no exchange. A shard (a `DTensor`) is recognised by its
 methods, since importing its class takes longer than reading a file.
 """
 

@@ -4,7 +4,7 @@
 
 `Slots` holds what a compressed tensor needs beside its latent weight: strengths, scores, scales, centroids, factors.
 Training (`make`), writing (`encode`) and reading (`decode`) use the same buffers and the same few exact operations, which
-is why a file holds the model bit for bit. It is told the latent weight, whole, at each call, and keeps none.
+is why a file holds the model bit for bit. The latent weight is an argument of each call; none is stored here.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ class Slots(nn.Module):
         # Python's view of `strength`, so that nothing waits for a device.
         self.phase = [OFF, OFF, OFF]
         self._ramp = [0.0, 0.0, 0.0]
-        self.stale = False  # the buffers are not those of the latent weight as it is now
+        self.stale = False  # the buffers are out of date: the latent weight has changed since
         self.due = [True, True, True]  # which slots the next refresh recomputes
-        self.unborn = False  # levels that have begun but have not yet seen a core
+        self.pending = False  # levels have begun, but not yet been fitted to a core
         self.tying: Tying | None = None
         self.cores = nn.ModuleDict()
         self.inputs: Activations | None = None
@@ -185,7 +185,7 @@ class Slots(nn.Module):
         if slot == "tying":
             assert self.tying is not None
             latent.copy_(self.layout.weight(self.tying.begin(self._matrix(latent)), self.stored_shape))
-        self.unborn = self.unborn or slot == "levels"
+        self.pending = self.pending or slot == "levels"
 
     def begin_again(self, latent: Tensor) -> None:
         """What has begun begins anew, from another latent weight than the one that it began with."""
@@ -194,7 +194,7 @@ class Slots(nn.Module):
         for mask in (self._chain(name).mask for name in self.cores):
             if mask is not None and self.phase[1]:
                 mask.restart()
-        self.unborn = bool(self.phase[2])
+        self.pending = bool(self.phase[2])
         self.stale, self.due = self.begun, [True, True, True]
 
     def harden(self, latent: Tensor) -> None:
@@ -225,9 +225,9 @@ class Slots(nn.Module):
         """Recompute what needs sorting, clustering or sums, from the latent weight as it is now."""
         if self.tying is None or self.phase[0]:
             for name, core in self._reduce(latent).items():
-                self._chain(name).refresh(core, self.strengths, self.unborn, (self.due[1], self.due[2]))
+                self._chain(name).refresh(core, self.strengths, self.pending, (self.due[1], self.due[2]))
         self.stale, self.due = False, [True, True, True]
-        self.unborn = self.unborn and not self.phase[2]
+        self.pending = self.pending and not self.phase[2]
 
     @torch.no_grad()
     def make(self, latent: Tensor, out: Tensor | None = None) -> Tensor:
@@ -421,7 +421,7 @@ class Slots(nn.Module):
         moved = {key: value.to(latent.device) for key, value in state.items()}
         self.load_state_dict({**self._blank(latent, moved), **moved})
         self._read_strength()
-        self.stale = self.unborn = False
+        self.stale = self.pending = False
 
     def reshaped(self, shape: Shape) -> Slots:
         """Slots of the same methods and strengths for a weight of another shape; what they had learned is gone."""

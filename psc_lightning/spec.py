@@ -22,6 +22,6 @@ class Spec:
     activations: int | None = None
 
     @property
-    def told(self) -> dict[str, Any]:
+    def given(self) -> dict[str, Any]:
         """All that was asked for."""
         return {**self.options, **({"activations": self.activations} if self.activations else {})}

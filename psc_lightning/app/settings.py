@@ -16,7 +16,7 @@ from psc_lightning.options import positive, whole
 __all__ = ["check_settings"]
 
 _OURS = ("name", "callbacks", "untied")
-_ALWAYS = (*_OURS, "threshold", "targets", "ignore", "min_size")
+_ALWAYS = (*_OURS, "threshold", "targets", "ignore", "min_size", "refresh_batchnorm")
 GROUPS = ("compression", "clipping", "data", "model", "optimizer", "trainer", "logger", "callbacks")
 
 
@@ -71,4 +71,4 @@ def check_settings(cfg: DictConfig) -> None:
             "trainer.limit_train_batches=20"
         )
     if value("trainer.limit_test_batches") == 0:
-        raise UsageError("trainer.limit_test_batches=0: nobody would know what the file is worth")
+        raise UsageError("trainer.limit_test_batches=0: the file would not be evaluated; expected 1 or more batches")

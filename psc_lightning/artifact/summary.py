@@ -67,7 +67,7 @@ def report_of(
     held: Mapping[int, Summary],
     types: Mapping[str, str],
 ) -> Report:
-    """The report of a file of `size` bytes and this SHA-256, or of one that nobody wrote."""
+    """The report of a file of `size` bytes and this SHA-256, or of one that was only estimated."""
     rows: list[TensorReport] = []
     spent, counted = 0.0, 0
     for index, (entry, cost) in enumerate(zip(entries, bits, strict=True)):

@@ -35,6 +35,9 @@ class MaskLearning(SlotCallback):
         min_size: fewest entries of a tensor.
         schedule: a `Schedule`, its kind, or a mapping; the ramp scales the share. None: linear up to 70 % of training.
 
+        refresh_batchnorm: training batches from which BatchNorm's statistics are taken anew, before each validation and at
+            the end (the last ones' inputs are kept, up to 4 MB of each); 0: none. None: 8 at the end, before a validation
+            as many of them as take 2 % of an epoch's time.
     Raises:
         ValueError: a wrong value (the argument is named), or, before training starts, a pattern that matches nothing or
             a slot that is taken.
@@ -64,13 +67,23 @@ class MaskLearning(SlotCallback):
         ignore: str | list[str] | None = None,
         min_size: int = 64,
         schedule: Schedule | str | dict[str, Any] | None = None,
+        refresh_batchnorm: int | None = None,
     ) -> None:
         for name, value in {"threshold": threshold, "granularity": granularity, "group": group}.items():
             if value is None:
                 raise ValueError(f"{name}: expected a value, found None")
         given = {"threshold": threshold, "granularity": granularity, "group": group, "block": block, "label": label}
         super().__init__(
-            method, given, targets, ignore, min_size, schedule, score_lr, refresh, calibration_steps=calibration_steps
+            method,
+            given,
+            targets,
+            ignore,
+            min_size,
+            schedule,
+            score_lr,
+            refresh,
+            calibration_steps=calibration_steps,
+            refresh_batchnorm=refresh_batchnorm,
         )
         self.threshold: float = self.options["threshold"]
         if group == "channel" and granularity in ("column", "channel"):

@@ -46,6 +46,9 @@ class StraightThroughQuantization(SlotCallback):
         scales: what scales and centroids are stored as, and rounded to while training: `float32`, `float16` (times a power
             of two a tensor), `log8` (8 bits on a grid of 2^(1/8), within 4.5 %). None: float16.
 
+        refresh_batchnorm: training batches from which BatchNorm's statistics are taken anew, before each validation and at
+            the end (the last ones' inputs are kept, up to 4 MB of each); 0: none. None: 8 at the end, before a validation
+            as many of them as take 2 % of an epoch's time.
     Raises:
         ValueError: a wrong value (the argument is named), or, before training starts, a pattern that matches nothing or
             a slot that is taken.
@@ -78,6 +81,7 @@ class StraightThroughQuantization(SlotCallback):
         schedule: Schedule | str | dict[str, Any] | None = None,
         activations: int | None = None,
         scales: str | None = None,
+        refresh_batchnorm: int | None = None,
     ) -> None:
         if activations is not None:
             one_of("levels", levels, _INTEGERS)
@@ -85,7 +89,9 @@ class StraightThroughQuantization(SlotCallback):
         self.activations = activations
         given = {"bits": bits, "k": k, "group": group, "learned_step": learned_step, "form": form, "root": root}
         given["scales"] = scales
-        super().__init__(levels, given, targets, ignore, min_size, schedule, step_lr, refresh)
+        super().__init__(
+            levels, given, targets, ignore, min_size, schedule, step_lr, refresh, refresh_batchnorm=refresh_batchnorm
+        )
 
     def spec(self) -> Spec:
         """What this callback puts into a slot."""

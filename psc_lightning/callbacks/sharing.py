@@ -33,6 +33,9 @@ class WeightSharing(SlotCallback):
         min_size: fewest entries of a tensor.
         schedule: a tying has no soft phase: it begins at the schedule's `begin`.
 
+        refresh_batchnorm: training batches from which BatchNorm's statistics are taken anew, before each validation and at
+            the end (the last ones' inputs are kept, up to 4 MB of each); 0: none. None: 8 at the end, before a validation
+            as many of them as take 2 % of an epoch's time.
     Raises:
         ValueError: a wrong value (the argument is named), or, before training starts, a pattern that matches nothing, a
             method that applies nowhere, or a slot that is taken.
@@ -60,8 +63,17 @@ class WeightSharing(SlotCallback):
         ignore: str | list[str] | None = None,
         min_size: int = 64,
         schedule: Schedule | str | dict[str, Any] | None = None,
+        refresh_batchnorm: int | None = None,
     ) -> None:
         given = {"groups": groups, "labels": labels, "block": block, "rank": rank}
         super().__init__(
-            method, given, targets, ignore, min_size, schedule, factor_lr, calibration_steps=calibration_steps
+            method,
+            given,
+            targets,
+            ignore,
+            min_size,
+            schedule,
+            factor_lr,
+            calibration_steps=calibration_steps,
+            refresh_batchnorm=refresh_batchnorm,
         )

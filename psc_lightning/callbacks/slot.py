@@ -36,6 +36,9 @@ class SlotCallback(Callback):
         refresh: recompute thresholds, scales and assignments every n optimizer steps.
         calibration_steps: optimizer steps of labels to see before the slot begins, for methods that need them. None: 50.
 
+        refresh_batchnorm: training batches from which BatchNorm's statistics are taken anew before each validation and at
+            the end; 0: none. None: 8 at the end, before a validation as many of them as take 2 % of an epoch's time.
+
     Raises:
         ValueError: a wrong value, or one that the method does not read; the argument is named.
     """
@@ -58,6 +61,7 @@ class SlotCallback(Callback):
         rate: float | None,
         refresh: int = 1,
         calibration_steps: int | None = None,
+        refresh_batchnorm: int | None = None,
     ) -> None:
         super().__init__()
         kind = self.methods[one_of(self.argument, method, self.methods)]
@@ -75,6 +79,7 @@ class SlotCallback(Callback):
             raise ValueError(f"calibration_steps: {method!r} does not read it: it needs no labels before it begins")
         wanted = 50 if calibration_steps is None else whole("calibration_steps", calibration_steps, 1)
         self.calibration_steps = wanted if calibrates else 0
+        self.refresh_batchnorm = None if refresh_batchnorm is None else whole("refresh_batchnorm", refresh_batchnorm, 0)
 
     @property
     def state_key(self) -> str:
@@ -131,8 +136,8 @@ class SlotCallback(Callback):
                     raise ValueError(f"{target.name}: {error}") from None
             elif taken != self.spec():
                 raise ValueError(
-                    f"{target.name}: its {self.slot} slot holds {taken.owner} with {taken.told}, this callback has "
-                    f"{self.spec().told}; call psc_lightning.detach(model) before training it with other options"
+                    f"{target.name}: its {self.slot} slot holds {taken.owner} with {taken.given}, this callback has "
+                    f"{self.spec().given}; call psc_lightning.detach(model) before training it with other options"
                 )
             hold(target.holders, tensor)
             places.append(Place(target.name, *target.holders[0], tensor))

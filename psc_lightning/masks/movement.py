@@ -33,8 +33,7 @@ class MovementMask(Mask):
 
     Forward: ``w · m`` with m = 0 at the smallest s; s starts at 0 and ties fall back to |w|, so the first mask is the
     magnitude mask. Pseudo-gradient: ∂/∂w = g·m, ∂/∂s = g·w (straight through the top-k; a unit's is the sum).
-    A row that has got no gradient (a word that fine-tuning has not seen) has no opinion: such rows are masked by |w| among
-    themselves, the same share as the others.
+    Rows without a gradient so far (words that fine-tuning has not seen) are masked by |w| among themselves, the same share.
     Stored: one bit a unit, entropy-coded. The scores are training state only.
 
     Args, shapes: see `Mask`. The scores are stepped by the plugin's own AdamW (`score_lr`, no decay).

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import get_swa_multi_avg_fn
 
 from psc_lightning.live import Place
 from psc_lightning.sharding import gather
-from psc_lightning.training.run import bears
+from psc_lightning.training.run import is_named
 
 __all__ = ["Average"]
 
@@ -30,7 +30,7 @@ class Average:
 
     def __init__(self, callback: Any) -> None:
         self.callback = callback
-        self.swa = bears(callback, "StochasticWeightAveraging")
+        self.swa = is_named(callback, "StochasticWeightAveraging")
         self.latents: dict[str, Tensor] = {}
         self.number = 0
 

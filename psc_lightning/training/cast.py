@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from psc_lightning.live import Place
 from psc_lightning.schedule import Schedule
 from psc_lightning.slots import SLOTS
+from psc_lightning.training.batchnorm import MOST, SHARE
 from psc_lightning.training.sidecars import Sidecars
 
 __all__ = ["Cast", "Clipper", "SlotFiller"]
@@ -25,6 +26,7 @@ class SlotFiller(Protocol):
     lr: float
     refresh: int
     calibration_steps: int
+    refresh_batchnorm: int | None
 
     @property
     def slot(self) -> str:
@@ -99,6 +101,19 @@ class Cast:
         """Every compressed tensor once."""
         found = {id(place.tensor): place for places in self.places.values() for place in places}
         return list(found.values())
+
+    def batchnorm_batches(self, epoch: float) -> tuple[int, int]:
+        """From how many training batches BatchNorm is refreshed: what was asked for, or what takes 2 % of an epoch.
+
+        Returns:
+            How many to keep, for the end; how many before each validation.
+        """
+        asked = [filler.refresh_batchnorm for filler in self.fillers]
+        known = [number for number in asked if number is not None]
+        if not asked or (known and not max(known)):
+            return 0, 0
+        kept = max(known) if known else MOST
+        return kept, kept if known else max(1, int(min(MOST, SHARE * epoch)))
 
     def begins(self, filler: SlotFiller) -> int:
         """The optimizer step at which a slot begins: not before its labels are in, which only a tied core can have."""

@@ -19,8 +19,9 @@ from psc_lightning.sharding import sharded_modules
 from psc_lightning.slots import HARD, SLOTS
 from psc_lightning.training import entry
 from psc_lightning.training.averaging import Average
+from psc_lightning.training.batchnorm import Inputs
 from psc_lightning.training.cast import Cast, Clipper, SlotFiller
-from psc_lightning.training.run import bears, builds_late, callbacks_of, insert, steps_of, user_rate
+from psc_lightning.training.run import builds_late, callbacks_of, insert, is_named, steps_of, user_rate
 from psc_lightning.training.stepping import Stepping
 
 __all__ = ["Conductor"]
@@ -35,7 +36,10 @@ class Conductor(Callback):
         self.cast = Cast()
         self.stepping = Stepping(self.cast)
         self.averages: list[Average] = []
+        self.inputs: Inputs | None = None  # of the last batches, to take BatchNorm's statistics anew from
         self._restored: dict[str, Any] | None = None
+        self._each = 0  # how many of them before each validation
+        self._kept: list[Any] = []  # of a checkpoint, until there are inputs
 
     # ------------------------------------------------------------------------------------------- who takes part
 
@@ -46,14 +50,14 @@ class Conductor(Callback):
         found = next((callback for callback in callbacks if isinstance(callback, cls)), None)
         if found is None:
             found = cls()
-            averaging = [index for index, one in enumerate(callbacks) if bears(one, *_AVERAGING)]
+            averaging = [index for index, one in enumerate(callbacks) if is_named(one, *_AVERAGING)]
             insert(trainer, 1 + max(averaging, default=-1), found)
         return found
 
     def join_slot(self, trainer: Trainer, module: LightningModule, filler: SlotFiller) -> None:
         """Take in a callback that fills a slot; attach it, where the layers are there already."""
         who = f"{type(filler).__name__}({filler.method!r})"
-        if bears(trainer.strategy, "FSDPStrategy", "DeepSpeedStrategy"):
+        if is_named(trainer.strategy, "FSDPStrategy", "DeepSpeedStrategy"):
             raise ValueError(
                 f"{who} cannot see whole weights under {type(trainer.strategy).__name__}; "
                 "use DDP or ModelParallelStrategy (FSDP2)"
@@ -95,7 +99,7 @@ class Conductor(Callback):
         self._refuse_pruning(trainer)
         for place in self.cast.everywhere() if _spawns(trainer) else ():
             place.tensor.unshare()
-        self.averages = [Average(one) for one in callbacks_of(trainer) if bears(one, *_AVERAGING)]
+        self.averages = [Average(one) for one in callbacks_of(trainer) if is_named(one, *_AVERAGING)]
         self._restore()
 
     def _refuse_pruning(self, trainer: Trainer) -> None:
@@ -103,7 +107,7 @@ class Conductor(Callback):
         for callback in callbacks_of(trainer):
             pruned = {(id(layer), name) for layer, name in getattr(callback, "_parameters_to_prune", None) or ()}
             both = [place.name for place in self.cast.everywhere() if (id(place.layer), place.attribute) in pruned]
-            if bears(callback, "ModelPruning") and both:
+            if is_named(callback, "ModelPruning") and both:
                 raise ValueError(
                     f"{type(callback).__name__} and psc_lightning's callbacks both take {', '.join(both[:4])}: leave them to "
                     "one of the two (`ignore` here, `parameters_to_prune` there), or use MaskLearning for both"
@@ -120,11 +124,16 @@ class Conductor(Callback):
         if cast.base_rate is None:  # not before: a finder may still change it
             cast.base_rate = user_rate(trainer.optimizers, initial=True)
         for filler in cast.fillers:
-            filler.schedule.strength(0, cast.total)  # an endless run with a schedule in shares is told before it starts
-            self._tell_blind(filler)
+            filler.schedule.strength(0, cast.total)  # raises for a schedule in shares in an endless run
+            self._warn_without_labels(filler)
         self.stepping.listen(trainer.optimizers)
+        kept, self._each = cast.batchnorm_batches(trainer.num_training_batches)
+        self.inputs = Inputs(pl_module, kept) if kept else None
+        if self.inputs is not None:
+            self.inputs.load_state_dict(self._kept)
+        self._kept = []
 
-    def _tell_blind(self, filler: SlotFiller) -> None:
+    def _warn_without_labels(self, filler: SlotFiller) -> None:
         blind = [
             place.name
             for place in self.cast.of(filler)
@@ -156,18 +165,20 @@ class Conductor(Callback):
             if place.tensor.slots.inputs is not None:
                 place.tensor.slots.inputs.observing = True
         self.stepping.borrow()
+        if self.inputs is not None and any(place.tensor.slots.begun for place in self.cast.everywhere()):
+            self.inputs.see(batch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Everything is hard until the next batch."""
+        """Harden all weights: from here to the next batch they are what a file would hold."""
         self._settle()
         self._agree_on_inputs()
         for average in self.averages:
             average.follow(self.cast.everywhere())
 
     def _settle(self) -> None:
-        """Whatever happened in a batch: hard weights, frozen ones frozen, no inputs seen."""
+        """End a batch: hard weights, frozen Parameters frozen again, no activation ranges recorded."""
         self.stepping.reshard()
         for place in self.cast.everywhere():
             tensor = place.tensor
@@ -203,8 +214,29 @@ class Conductor(Callback):
         self._show_averages(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """An average may take the model's place now."""
+        """An average may take the model's place now; BatchNorm's statistics become those of the weights as they are."""
         self._show_averages(pl_module)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._refresh_batchnorm(trainer)
+
+    def _refresh_batchnorm(self, trainer: Trainer) -> None:
+        """Once after a step; from all inputs after the last one, so that what is validated then is what is saved."""
+        inputs = self.inputs
+        last = self.cast.total is not None and trainer.global_step >= self.cast.total
+        if inputs is None or inputs.fresh or not any(place.tensor.slots.begun for place in self.cast.everywhere()):
+            return
+        try:
+            with trainer.precision_plugin.forward_context():
+                inputs.replay(None if last else self._each)
+        except Exception as error:  # the user's module cannot be called with a batch's first tensor
+            inputs.problem = f"{type(inputs.model).__name__}(x) raised {error!r}"
+        if inputs.norms and inputs.problem and not inputs.warned:
+            inputs.warned = True
+            rank_zero_warn(
+                "BatchNorm's statistics are a running average over weights that moved, which costs networks of few levels "
+                f"accuracy. They could not be taken anew ({inputs.problem}): before saving, call "
+                "psc_lightning.refresh_batchnorm(model, batches, forward=…), or give refresh_batchnorm=0"
+            )
 
     def _show_averages(self, module: LightningModule) -> None:
         for average in self.averages:
@@ -213,26 +245,29 @@ class Conductor(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave a usable model: what has begun is hard."""
-        self.stepping.hush()
+        self.stepping.stop()
         self._settle()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so where training was too short for a slot's schedule."""
-        self.stepping.hush()
+        """Harden all weights; warn where training ended before a slot's schedule did."""
+        self.stepping.stop()
         self.stepping.reshard()
         for average in self.averages:
             average.adopt(self.cast.everywhere(), end=True)
         for place in self.cast.everywhere():
             place.tensor.absorb(place.parameter)
             place.tensor.show_if_stale(place.parameter)
+        if self.inputs is not None and self.averages:
+            self.inputs.fresh = False  # another weight may have taken the model's place
+        self._refresh_batchnorm(trainer)
         if _spawns(trainer):
             hand_back(pl_module)
         if bool(trainer.fast_dev_run):  # type: ignore[attr-defined]  # assigned, declared nowhere
             return
         for filler in self.cast.fillers:
-            self._tell_short(filler, trainer.global_step)
+            self._warn_cut_short(filler, trainer.global_step)
 
-    def _tell_short(self, filler: SlotFiller, step: int) -> None:
+    def _warn_cut_short(self, filler: SlotFiller, step: int) -> None:
         index, who = SLOTS.index(filler.slot), f"{type(filler).__name__}({filler.method!r})"
         places = self.cast.of(filler)
         if not places:
@@ -249,8 +284,8 @@ class Conductor(Callback):
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Hold on to nothing of the run."""
-        self.cast.trainer = self.cast.module = None
+        """Drop all references to the run."""
+        self.cast.trainer = self.cast.module = self.inputs = None
         self.stepping.units = []
 
     # --------------------------------------------------------------------------------------------- checkpoints
@@ -261,9 +296,12 @@ class Conductor(Callback):
             self.stepping.reshard()
             self._show_averages(pl_module)
             checkpoint[entry.KEY] = entry.write(self.cast, self.averages)
+            # The next validation after an epoch's end sees later batches.
+            kept = self.inputs is not None and not trainer.is_last_batch
+            checkpoint[entry.KEY]["inputs"] = self.inputs.state_dict() if kept and self.inputs is not None else []
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep it until what it is for exists."""
+        """Keep our entry until the layers and optimizers exist."""
         if entry.KEY in checkpoint:
             self._restored = entry.check(checkpoint[entry.KEY])
 
@@ -271,8 +309,9 @@ class Conductor(Callback):
         restored, self._restored = self._restored, None
         if restored is not None:
             entry.read(restored, self.cast, self.averages)
+            self._kept = restored["inputs"]
 
 
 def _spawns(trainer: Trainer) -> bool:
     """Whether the run's processes start from this one, and hand back a state dict."""
-    return bears(trainer.strategy.launcher, "_MultiProcessingLauncher")
+    return is_named(trainer.strategy.launcher, "_MultiProcessingLauncher")

@@ -12,7 +12,7 @@ from psc_lightning.training.cast import Cast
 __all__ = ["KEY", "check", "read", "write"]
 
 #: where it lies in a checkpoint, and the version of what lies there
-KEY, VERSION = "psc_lightning", 2
+KEY, VERSION = "psc_lightning", 3
 
 _CURE = "start from its weights: model.load_state_dict(torch.load(path)['state_dict'])"
 
@@ -75,7 +75,7 @@ def read(entry: dict[str, Any], cast: Cast, averages: list[Average]) -> None:
 def _methods(slots: Slots) -> dict[str, str]:
     """The methods and their options, in the order of the slots: what must be the same to go on."""
     specs = [(slot, slots.specs[slot]) for slot in SLOTS if slot in slots.specs]
-    return {slot: ", ".join([spec.method, *(f"{k}={v}" for k, v in spec.told.items())]) for slot, spec in specs}
+    return {slot: ", ".join([spec.method, *(f"{k}={v}" for k, v in spec.given.items())]) for slot, spec in specs}
 
 
 def _told(methods: dict[str, str]) -> str:

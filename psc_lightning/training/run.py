@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-__all__ = ["bears", "builds_late", "callbacks_of", "insert", "steps_of", "user_rate"]
+__all__ = ["builds_late", "callbacks_of", "insert", "is_named", "steps_of", "user_rate"]
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -23,7 +23,7 @@ def insert(trainer: Trainer, place: int, callback: Callback) -> None:
     trainer.callbacks = [*callbacks[:place], callback, *callbacks[place:]]  # type: ignore[attr-defined]  # as above
 
 
-def bears(thing: object, *names: str) -> bool:
+def is_named(thing: object, *names: str) -> bool:
     """Whether it is of a class so named: `lightning` and `pytorch_lightning` have one each."""
     return any(base.__name__ in names for base in type(thing).__mro__)
 
@@ -37,7 +37,7 @@ def builds_late(module: LightningModule) -> bool:
 def steps_of(trainer: Trainer, module: LightningModule) -> float:
     """How far `global_step` will go: under manual optimisation it counts each optimizer, taken to step once a batch."""
     steps = trainer.estimated_stepping_batches
-    schedulers = [callback for callback in callbacks_of(trainer) if bears(callback, "GradientAccumulationScheduler")]
+    schedulers = [callback for callback in callbacks_of(trainer) if is_named(callback, "GradientAccumulationScheduler")]
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
     if schedulers and epochs is not None and epochs >= 0 and math.isfinite(batches):
         # Lightning takes the factor of now for that of every epoch. (Known by its name: pytorch_lightning's is another.)

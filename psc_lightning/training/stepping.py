@@ -1,4 +1,4 @@
-"""What happens around an optimizer's step, told by the optimizer's own hooks, whoever calls it, how often, or skips it.
+"""What happens around an optimizer's step, from the optimizer's own hooks: whoever calls it, however often.
 
     pull → lend → clip → labels → the optimizer's step → the sidecars' step → show
 
@@ -24,7 +24,7 @@ from psc_lightning.training.run import user_rate
 
 __all__ = ["Stepping"]
 
-#: what a Parameter held before it lent its place, and how it could be told afterwards that nobody moved the latent weight
+#: what a Parameter held before `lend`, and the trace by which a later change of the latent weight shows
 _Kept = tuple[Place, Tensor, tuple[int, int]]
 
 
@@ -45,10 +45,10 @@ class Stepping:
         self._borrowed: list[nn.Parameter] = []
 
     def listen(self, optimizers: list[Optimizer]) -> None:
-        """Hear when these step, and no others."""
+        """Register step hooks on these optimizers, and on no others."""
         if [optimizer for optimizer, _ in self._hooked] == optimizers:
             return
-        self.hush()
+        self.stop()
         for optimizer in optimizers:
             if not isinstance(optimizer, Optimizer):
                 raise ValueError(
@@ -58,8 +58,8 @@ class Stepping:
             before, after = optimizer.register_step_pre_hook, optimizer.register_step_post_hook
             self._hooked.append((optimizer, [before(self._before), after(self._after)]))
 
-    def hush(self) -> None:
-        """Hear none."""
+    def stop(self) -> None:
+        """Remove the hooks."""
         for _, hooks in self._hooked:
             for hook in hooks:
                 hook.remove()
@@ -81,7 +81,7 @@ class Stepping:
                 self._borrowed.append(parameter)
 
     def settled(self) -> None:
-        """Nothing is under way any more, whatever happened; what was frozen is frozen."""
+        """Reset after a batch, also one that failed; frozen Parameters are frozen again."""
         self._lent.clear()
         self._depth.clear()
         self.stepped.clear()
@@ -157,7 +157,7 @@ class Stepping:
             parameter.grad = None  # an optimizer that holds it leaves it alone
 
     def _of(self, optimizer: Optimizer) -> list[Place]:
-        """The tensors that an optimizer moves now; frozen ones that nobody moves go with the first."""
+        """The tensors that an optimizer updates now; frozen ones that have sidecars go with the first optimizer."""
         own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         own |= {id(parameter) for parameter in self._borrowed}
         found = [(place, place.parameter) for place in self.cast.everywhere()]

@@ -28,7 +28,7 @@ SLOTS = {
 }
 METHODS = [(slot, name) for slot, (_, methods, _) in SLOTS.items() for name in methods]
 TRAINING = {"refresh", "calibration_steps", "step_lr", "score_lr", "factor_lr", "activations"}
-COMMON = {"targets", "ignore", "min_size", "schedule"}
+COMMON = {"targets", "ignore", "min_size", "schedule", "refresh_batchnorm"}
 VALUES: dict[str, Any] = {  # one of each option, other than any default
     "bits": 3, "group": 7, "learned_step": True, "scales": "log8", "form": "01", "root": 2, "k": 5, "threshold": 0.25,
     "granularity": "channel", "block": 2, "label": "fisher", "groups": 3, "labels": "magnitude", "rank": 2,
@@ -116,7 +116,7 @@ def test_a_methods_yaml_has_its_options_with_its_defaults(slot: str, name: str):
             written = read[option]
         if option in known and option != "rank":  # a preset's rank does more than a method's
             assert written == known[option].default, option
-    for key in ("targets", "ignore", "min_size"):
+    for key in ("targets", "ignore", "min_size", "refresh_batchnorm"):
         lines = read["callbacks"][node][key]
         assert f"${{compression.{key}}}" in (lines if isinstance(lines, list) else [lines])
 

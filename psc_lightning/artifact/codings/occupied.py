@@ -17,7 +17,7 @@ __all__ = ["Occupied"]
 
 
 class Occupied:
-    """For masks that leave whole rows and columns empty: units and inputs that nobody uses.
+    """For masks that leave whole rows and columns empty: unused units and inputs.
 
     Stored: no parameters. A plane of a bit a row (1: it holds a 1), one of a bit a column, and a plane of the entries that
     are left, in any coding with a smaller number. The writer tries it where something is empty.
