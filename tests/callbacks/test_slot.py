@@ -98,7 +98,7 @@ def hard(made, model, means=()):
                 value = chain.mask.hard(value)
                 assert not value[~chain.mask.keep].any()
             if phase[2]:
-                most = {"binary": 3, "ternary": 3, "ttq": 3, "codebook": 17, "uniform": 255, "log": 255}
+                most = {"binary": 3, "ternary": 3, "codebook": 17, "uniform": 255, "log": 255}
                 limit = most.get(slots.specs["levels"].method)
                 group = getattr(chain.levels, "group", None)
                 rows = value.reshape(value.shape[0], -1) if group == "channel" else value.reshape(1, -1)
