@@ -340,9 +340,9 @@ def levels(ans: Ans, keep: np.ndarray[Any, Any], kind: str, work: Any) -> np.nda
     if method in (0, 1, 7):
         core[keep] = ans.entries(number, {0: kind, 1: "float16", 7: "bfloat16"}[method]).astype(work)
         return core
-    first = ans.integer()  # bits, form or k; of ternary the group
+    first = ans.integer()  # bits, form or k; of ternary and ttq the group
     root = 1 << ans.integer() if method == 5 else 1
-    cut = first if method == 4 else ans.integer()
+    cut = first if method in (4, 8) else ans.integer()
     group = {0: prod(shape), 1: prod(shape[1:])}.get(cut, cut - 1)
     groups = {0: 1, 1: shape[0]}.get(cut, -(-prod(shape) // max(group, 1)))
     mine = per_entry(cut, group, shape)[keep.reshape(-1)]
@@ -358,6 +358,11 @@ def levels(ans: Ans, keep: np.ndarray[Any, Any], kind: str, work: Any) -> np.nda
         p = np.abs(code) - top + highest[mine]
         power = np.ldexp(np.float32(1), p // root) * (2.0 ** (p % root / root)).astype(np.float32)
         core[keep] = np.where(code, np.sign(code) * power, 0)
+        return core
+    if method == 8:
+        n, p = ans.scales(2 * groups).reshape(groups, 2)[mine].T
+        code = np.array(ans.array(number, 3, grid), np.int64) - 1
+        core[keep] = np.where(code < 0, -n, np.where(code, p, 0))
         return core
     scale = ans.scales(groups)[mine].astype(work)
     if method == 3:

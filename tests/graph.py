@@ -15,6 +15,7 @@ from psc_lightning.chain import Chain, Strengths
 from psc_lightning.functional import spread
 from psc_lightning.levels import Levels
 from psc_lightning.levels.codebook import CodebookLevels
+from psc_lightning.levels.ttq import TrainedTernaryLevels
 from psc_lightning.levels.uniform import UniformLevels
 from psc_lightning.masks import Mask
 from psc_lightning.slots import Slots
@@ -48,6 +49,10 @@ def levelled(levels: Levels, core: Tensor) -> Tensor:
         entries = torch.arange(core.numel()).reshape(core.shape)
         at = entries // levels.size * levels.k + code
         return straight(table.flatten().index_select(0, at.flatten()).reshape(core.shape).to(core.dtype), core)
+    if isinstance(levels, TrainedTernaryLevels):
+        sizes = straight(levels._rounded(), levels.sizes)
+        n, p = (spread(side, levels.shape, levels.group) for side in sizes.unbind(1))
+        return straight(torch.where(code > 0, p, torch.where(code < 0, -n, 0.0)).to(core.dtype), core)
     if isinstance(levels, UniformLevels) and levels.learned_step:
         (scale,) = levels._tables()
         step = spread(straight(scale, levels.step), levels.shape, levels.group)

@@ -78,6 +78,7 @@ LEVEL_OPTIONS: dict[str, list[dict[str, Any]]] = {
     "binary": [{}, {"form": "01"}, {"group": 5}, {"form": "01", "group": "tensor"}, {"form": "01", "scales": "log8"}],
     "ternary": [{}, {"group": "tensor"}, {"group": 7}, {"scales": "float32"}],
     "log": [{}, {"bits": 3, "group": "tensor"}, {"bits": 2, "group": 5}, {"root": 2}, {"root": 8}],
+    "ttq": [{}, {"group": "tensor"}, {"group": 7}, {"scales": "float32"}, {"scales": "log8"}],
     "codebook": [{}, {"k": 3, "group": "channel"}, {"k": 256}, {"k": 2, "group": 5}, {"k": 4, "scales": "log8"}],
 }
 FOLDERS = {"tying": (TYINGS, TYING_OPTIONS), "mask": (MASKS, MASK_OPTIONS), "levels": (LEVELS, LEVEL_OPTIONS)}
@@ -390,7 +391,7 @@ def test_gradients_are_finite_reach_everything_that_is_trained_and_are_those_of_
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 @pytest.mark.parametrize("layer", ["Conv2d", "ConvTranspose2d, grouped"])
-@pytest.mark.parametrize("levels", ["a step", "a step of one bit", "a codebook a channel", "binary"])
+@pytest.mark.parametrize("levels", ["a step", "a step of one bit", "a codebook a channel", "binary", "two sizes"])
 def test_gradients_pass_masks_and_ties_of_every_kind_in_a_ramp_too(levels, layer, strength, same_bits):
     """Few levels, so that some weights lie beyond the last."""
     few = {
@@ -398,6 +399,7 @@ def test_gradients_pass_masks_and_ties_of_every_kind_in_a_ramp_too(levels, layer
         "a step of one bit": ("uniform", {"bits": 1, "learned_step": True}),
         "a codebook a channel": ("codebook", {"k": 3, "group": "channel"}),
         "binary": ("binary", {}),
+        "two sizes": ("ttq", {"group": 7}),
     }
     masks = [None, *((name, options) for name in MASKS for options in options_of("mask", name))]
     ties = [None, *((name, options_of("tying", name)[0]) for name in TYINGS)]

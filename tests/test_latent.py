@@ -27,6 +27,7 @@ METHODS: dict[str, Methods] = {
     "magnitude, uniform": {"mask": ("magnitude", SHARE), "levels": ("uniform", {"bits": 4})},
     "movement, centroids": {"mask": ("movement", SHARE), "levels": ("codebook", {"k": 4})},
     "steps": {"levels": ("uniform", {"bits": 3, "learned_step": True})},
+    "magnitude, two sizes": {"mask": ("magnitude", SHARE), "levels": ("ttq", {})},
     "rows, binary": {"tying": ("row", {"block": 2}), "levels": ("binary", {})},
     "factors, ternary": {"tying": ("low_rank", {"rank": 2}), "levels": ("ternary", {})},
     "a bank": {"tying": ("cross_channel", {"groups": 2}), "mask": ("magnitude", SHARE)},

@@ -61,6 +61,7 @@ OPTIONS = [
     {"levels": "binary", "form": "01", "scales": "log8"},
     {"levels": "codebook", "scales": "log8"},
     {"levels": "ternary", "scales": "float32"},
+    {"levels": "ttq", "scales": "log8", "group": 7},
 ]
 
 

@@ -25,7 +25,7 @@ class StraightThroughQuantization(SlotCallback):
 
     Args:
         levels: `float16`, `bfloat16`, `uniform` (a grid), `binary` (two values), `ternary` (three), `log` (powers of
-            two), `codebook` (trained centroids).
+            two), `codebook` (trained centroids), `ttq` (three values, two of them trained).
         bits: `uniform`: 1 … 8, `log`: 2 … 8. None: 8.
         k: `codebook`: 2 … 256 centroids. None: 16.
         group: entries that share a scale or a codebook: `tensor`, `channel`, or n entries in memory order. None: channel,
@@ -33,7 +33,8 @@ class StraightThroughQuantization(SlotCallback):
         learned_step: `uniform`: train the step (LSQ) instead of taking it from the largest weight.
         form: `binary`: `sign` (±s) or `01` (0 or 1 with a scale and an offset). None: sign.
         root: `log`: 1, 2, 4 or 8; the base is 2^(1/root). None: 1.
-        step_lr: `codebook`, and `uniform` with a learned step: learning rate of centroids and steps. None: 1e-4.
+        step_lr: `codebook`, `ttq`, and `uniform` with a learned step: learning rate of centroids, scales and steps.
+            None: 1e-4.
         refresh: recompute scales and assignments every n optimizer steps.
         targets: globs over tensor names, module names, `re:` expressions or layer types; None: every weight.
         ignore: the same, for what to leave out.

@@ -8,6 +8,7 @@ from psc_lightning.levels.codebook import CodebookLevels
 from psc_lightning.levels.half import BFloat16Levels, Float16Levels
 from psc_lightning.levels.log import ROOTS, LogLevels
 from psc_lightning.levels.ternary import TernaryLevels
+from psc_lightning.levels.ttq import TrainedTernaryLevels
 from psc_lightning.levels.uniform import UniformLevels
 
 __all__ = ["FORMS", "LEVELS", "ROOTS", "Levels"]
@@ -21,4 +22,5 @@ LEVELS: dict[str, type[Levels]] = {
     "ternary": TernaryLevels,
     "log": LogLevels,
     "codebook": CodebookLevels,
+    "ttq": TrainedTernaryLevels,
 }

@@ -99,6 +99,7 @@ NETWORKS = {
     "binary": lambda: network(levels="binary", mask=MASK),
     "binary_01": lambda: network(levels=("binary", {"form": "01", "group": "tensor"})),
     "ternary": lambda: network(levels="ternary"),
+    "ttq": lambda: network(levels=("ttq", {"group": 50}), mask=MASK),
     "log": lambda: network(levels=("log", {"bits": 4, "root": 2})),
     "codebook": lambda: network(levels=("codebook", {"k": 8})),
     "log8": lambda: network(levels=("binary", {"scales": "log8"}), mask=MASK),

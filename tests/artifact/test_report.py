@@ -152,7 +152,7 @@ def test_names_are_not_markup() -> None:
 
 
 def test_levels_of_each_method() -> None:
-    expected = {"binary": 2, "ternary": 3, "codebook": 16, "uniform": 255, "log": None}
+    expected = {"binary": 2, "ternary": 3, "ttq": 3, "codebook": 16, "uniform": 255, "log": None}
     for method, most in expected.items():
         row = to_bytes(compressed(levels=method))[1].tensors[0]
         assert row.levels is not None

@@ -19,6 +19,7 @@ pytestmark = QUIET
         ("binary", {}, 2),
         ("binary", {"form": "01"}, 2),
         ("ternary", {}, 3),
+        ("ttq", {}, 3),
         ("uniform", {"bits": 1}, 2),
         ("uniform", {"bits": 3}, 7),
         ("uniform", {"bits": 3, "learned_step": True}, 7),
@@ -109,6 +110,7 @@ def test_the_gradient_passes_straight_through():
 
 
 @pytest.mark.parametrize(("options", "name"), [({"levels": "codebook", "k": 4}, "centroids"),
+                                               ({"levels": "ttq"}, "sizes"),
                                                ({"levels": "uniform", "bits": 4, "learned_step": True}, "step")])  # fmt: skip
 @pytest.mark.parametrize("step_lr", [0.0, 1e-3, 1e-2])
 def test_steps_and_centroids_learn_at_their_own_rate(options, name, step_lr):

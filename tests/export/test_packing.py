@@ -31,6 +31,8 @@ def packed_bytes(**slots: tuple[str, dict[str, Any]]) -> int:
         ("binary", {}, 1),
         ("binary", {"form": "01"}, 1),
         ("ternary", {"group": 64}, 1.6 + 16 / 64),
+        ("ttq", {}, 1.6),
+        ("ttq", {"group": "tensor"}, 1.6),
         ("log", {"bits": 8}, 8),
         ("log", {"bits": 4, "root": 2}, 4),
         ("codebook", {"k": 16}, 4),

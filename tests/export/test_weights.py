@@ -40,6 +40,8 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("binary", {"form": "01"}),
     ("binary", {"group": 32}),
     ("ternary", {"group": 7}),
+    ("ttq", {"group": "tensor"}),
+    ("ttq", {"group": 7}),
     ("log", {"root": 8}),
     ("log", {"bits": 4, "group": "tensor"}),
     ("codebook", {"k": 5, "group": "channel"}),

@@ -267,7 +267,7 @@ def test_random_constructions_work_or_name_the_argument(tmp_path):
             if options["method"] == "saliency":
                 options["calibration_steps"] = 1
         elif kind == 1:
-            options = {"levels": pick("uniform", "log", "binary", "ternary", "codebook", "float16", "bfloat16")}
+            options = {"levels": pick("uniform", "log", "binary", "ternary", "codebook", "ttq", "float16", "bfloat16")}
             others = {"bits": pick(2, 5, 8), "group": pick("tensor", "channel", 7), "k": pick(2, 16, 256)}
             others |= {"form": pick("sign", "01"), "root": pick(1, 2, 8), "learned_step": pick(True, False)}
             options |= {key: others[key] for key in chance.sample(sorted(others), chance.randrange(3))}

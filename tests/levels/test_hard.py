@@ -27,6 +27,8 @@ METHODS: dict[str, Callable[..., Levels]] = {
     "sign": LEVELS["binary"],
     "01": lambda shape, group: LEVELS["binary"](shape, group, form="01"),
     "ternary": LEVELS["ternary"],
+    "ttq": LEVELS["ttq"],
+    "ttq log8": lambda shape, group: LEVELS["ttq"](shape, group, scales="log8"),
     **{f"log root {r}": lambda shape, group, r=r: LEVELS["log"](shape, 4, group, root=r) for r in ROOTS},
     "log8": lambda shape, group: LEVELS["log"](shape, 8, group),
     "codebook": lambda shape, group: LEVELS["codebook"](shape, 5, group),
@@ -166,7 +168,7 @@ def test_nothing_is_no_trouble():
 
 def test_straight():
     straight = {name for name in METHODS if make(name, (2, 3), "tensor").straight}
-    assert set(METHODS) - straight == {"learned step", "learned step 1", "codebook", "codebook 100"}
+    assert set(METHODS) - straight == {"learned step", "learned step 1", "codebook", "codebook 100", "ttq", "ttq log8"}
     for name in straight:
         assert not list(make(name, (2, 3), "tensor").parameters())
 
