@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,16 @@ from psc_lightning.symbols import look_up
 
 # One thread: the same numbers on every machine, and tests that do not fight for cores.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+
+
+# Their fixtures train or build for long: they come first, so that no other process takes half of such a module at the end.
+FIRST = {"test_fsdp", "test_ddp", "test_spawn", "test_wheel", "test_zoo", "test_recipes"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in FIRST)
 
 
 class Tape:

@@ -330,7 +330,6 @@ def test_scaled_gradients_are_brought_back():
         runs.append((seen, model))
     (plain, model), (scaled, other) = runs
     torch.testing.assert_close(plain, scaled, rtol=1e-4, atol=1e-5)
-    assert to_bytes(model)[1].file_bytes > 0
     torch.testing.assert_close(model.net[3].weight, other.net[3].weight, rtol=1e-4, atol=1e-5)
 
 
@@ -386,11 +385,11 @@ def test_a_bf16_model_is_what_its_file_holds(tmp_path):
 @pytest.mark.parametrize("late", [InSetup, InConfigureModel])
 @pytest.mark.parametrize("idempotent", [True, False])
 def test_layers_built_late_are_compressed_alike(late, idempotent):
-    expected, _ = fit(COMBINATIONS["separable_lsq"](RAMP))
+    expected, plain = fit(COMBINATIONS["separable_lsq"](RAMP))
     model, made = fit(COMBINATIONS["separable_lsq"](RAMP), late(idempotent))
     assert to_bytes(model)[0] == to_bytes(expected)[0]
-    (result,) = made.test(model, Loader(count=2), verbose=False) if idempotent else ({"test": 0.0},)
-    assert result["test"] >= 0
+    if idempotent:
+        assert made.test(model, Loader(count=2), verbose=False) == plain.test(expected, Loader(count=2), verbose=False)
 
 
 @pytest.mark.parametrize("late", [InSetup, InConfigureModel])
@@ -408,7 +407,8 @@ def test_layers_built_late_resume(late, idempotent, tmp_path):
     """They are there before a checkpoint is put into them; which the plain class reads."""
 
     def run(folder, ckpt=None):
-        saver = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        keep = -1 if ckpt is None else 0  # a resumed run saves nothing
+        saver = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=keep)
         return fit([*COMBINATIONS["separable_lsq"](RAMP), saver], late(idempotent), ckpt=ckpt)
 
     model, made = run(tmp_path / "whole")
@@ -655,7 +655,8 @@ def test_a_run_with_an_average_resumes(name, accumulate, steps, tmp_path):
     """Parameters, sidecars, metrics, all optimizers, the file: bit for bit."""
 
     def run(folder, ckpt=None):
-        saver = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        keep = -1 if ckpt is None else 0  # a resumed run saves nothing
+        saver = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=keep)
         callbacks = [*COMBINATIONS[name]({**RAMP, "begin": 3}), EMAWeightAveraging(decay=0.6), saver]
         return fit(callbacks, Net(steps=24 // accumulate), ckpt=ckpt, accumulate_grad_batches=accumulate)
 

@@ -1,4 +1,4 @@
-"""Trains in processes that this one starts and that hand back a state dict; alone; and without having attached."""
+"""Trains alone; in processes that this one starts and that hand back a state dict; and there without having attached."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ def main(devices: int, folder: Path) -> None:
         torch.save({"model": dict(model.state_dict()), "latents": latents(model)}, folder / f"{devices}-{name}.pt")
     if devices > 1:
         try:
-            trainer(callbacks, devices=2, strategy="ddp_spawn").fit(Net("sgd"), Loader(), Loader(count=1))
+            trainer(callbacks, devices=1, strategy="ddp_spawn").fit(Net("sgd"), Loader(), Loader(count=1))
         except Exception as error:  # torch wraps what happens in another process
             (folder / "refused").write_text(str(error))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    for number in (1, int(sys.argv[1])):
+        main(number, Path(sys.argv[2]))

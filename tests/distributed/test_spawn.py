@@ -10,7 +10,7 @@ from training import Net, differences
 @pytest.fixture(scope="module")
 def runs(trained):
     """Runs in two processes, and alone."""
-    return trained("spawn_script")
+    return trained("spawn_script", "2")
 
 
 @pytest.mark.parametrize("name", ["ternary_movement", "separable_lsq"])

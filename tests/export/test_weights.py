@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
@@ -72,8 +73,18 @@ def stored(layer: nn.Module, seed: int = 0, **slots: tuple[str, dict[str, Any]])
     return made.stored(weight)
 
 
+def triples() -> Iterator[tuple[str, dict[str, Any] | None, tuple[str, dict[str, Any]] | None]]:
+    """Each pair of a layer, a mask and levels; all three by all three where asked for."""
+    if "PSC_TRIPLES" in os.environ:
+        yield from product(LAYERS, (None, *MASKS), (None, *OPTIONS))
+        return
+    layers = list(LAYERS)
+    for (i, mask), (j, levels) in product(enumerate((None, *MASKS)), enumerate((None, *OPTIONS))):
+        yield layers[(i + j) % len(layers)], mask, levels
+
+
 def combinations() -> Iterator[Any]:
-    for layer, mask, levels in product(LAYERS, (None, *MASKS), (None, *OPTIONS)):
+    for layer, mask, levels in triples():
         chosen = {"mask": ("magnitude", mask) if mask else None, "levels": levels}
         slots = {slot: method for slot, method in chosen.items() if method}
         if slots:

@@ -51,7 +51,7 @@ def test_two_processes_write_the_same_bytes(tmp_path):
 @pytest.mark.parametrize("name", ["separable_lsq", "cross_channel", "low_rank"])
 def test_any_order_of_the_callbacks(name):
     files = set()
-    for order in list(permutations(range(4)))[::3]:  # each comes first twice
+    for order in list(permutations(range(4)))[::6]:  # each comes first once
         callbacks = [*COMBINATIONS[name](RAMP), GradientClipping(max_norm=0.1, scope="layer")]
         model, _ = fit([callbacks[i] for i in order], max_epochs=1)
         files.add(to_bytes(model)[0])
