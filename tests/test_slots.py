@@ -291,7 +291,7 @@ def test_a_slot_that_has_not_begun_is_not_stored(tape, same_bits):
     assert same_bits(slots.stored(latent).weight, slots.make(latent))
 
 
-@pytest.mark.parametrize(("at", "value"), [(1, 6), (1, -1), (2, 2), (3, 8)])
+@pytest.mark.parametrize(("at", "value"), [(1, 6), (1, -1), (2, 2), (3, 9)])
 def test_numbers_that_name_no_method_are_refused(at: int, value: int, tape):
     written = tape()
     for number in [*[0] * at, value]:

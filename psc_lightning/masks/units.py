@@ -35,7 +35,7 @@ class Units:
         kernel_row = granularity == "row" and len(shape) > 2 and shape[-1] > 1
         wanted = block or (shape[-1] if kernel_row else 4)
         self.core, self.granularity = shape, granularity
-        self.block = min(wanted, shape[0] if granularity == "column" else max(1, prod(shape[1:])))
+        self.block = min(wanted, max(1, shape[0] if granularity == "column" else prod(shape[1:])))
         self.rows, self.columns = shape[0], prod(shape[1:])
 
     @property

@@ -128,7 +128,8 @@ class Conductor(Callback):
             self._warn_without_labels(filler)
         self.stepping.listen(trainer.optimizers)
         kept, self._each = cast.batchnorm_batches(trainer.num_training_batches)
-        self.inputs = Inputs(pl_module, kept) if kept else None
+        # Averages have statistics of their own: Lightning's SWA takes them anew, EMA follows them.
+        self.inputs = Inputs(pl_module, kept) if kept and not self.averages else None
         if self.inputs is not None:
             self.inputs.load_state_dict(self._kept)
         self._kept = []
@@ -257,8 +258,6 @@ class Conductor(Callback):
         for place in self.cast.everywhere():
             place.tensor.absorb(place.parameter)
             place.tensor.show_if_stale(place.parameter)
-        if self.inputs is not None and self.averages:
-            self.inputs.fresh = False  # another weight may have taken the model's place
         self._refresh_batchnorm(trainer)
         if _spawns(trainer):
             hand_back(pl_module)
@@ -296,9 +295,12 @@ class Conductor(Callback):
             self.stepping.reshard()
             self._show_averages(pl_module)
             checkpoint[entry.KEY] = entry.write(self.cast, self.averages)
-            # The next validation after an epoch's end sees later batches.
-            kept = self.inputs is not None and not trainer.is_last_batch
-            checkpoint[entry.KEY]["inputs"] = self.inputs.state_dict() if kept and self.inputs is not None else []
+            inputs = self.inputs
+            # After an epoch of as many batches as are kept the next validation has only later ones.
+            later = inputs is None or (
+                trainer.is_last_batch and trainer.num_training_batches >= (inputs.batches.maxlen or 0)
+            )
+            checkpoint[entry.KEY]["inputs"] = [] if later or inputs is None else inputs.state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep our entry until the layers and optimizers exist."""
