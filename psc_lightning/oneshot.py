@@ -41,7 +41,7 @@ def attach(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> None:
 
 def compress(
     model: nn.Module,
-    compression: str | Sequence[Callback] = "none",
+    compression: str | Sequence[Callback] | None = None,
     threshold: float | None = None,
     batches: Iterable[Any] | None = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
@@ -54,7 +54,7 @@ def compress(
     Args:
         model: the model, changed in place (its dense weights are kept beside until `detach`).
         compression: a preset: float, binary, ternary, mask, cross_channel, row, column, separable, low_rank, log,
-            codebook, deep, none; or callbacks of your own, which are left as they are.
+            codebook, deep, none; or callbacks of your own, which are left as they are. None: the methods by slot alone.
         threshold: share of the entries that are zero, 0 ≤ threshold < 1; None: the preset's default.
         batches: for presets that labels drive (`mask`, `deep`), and callbacks that round activations: batches to compute
             gradients on, and to see inputs in; `cross_channel` goes by magnitude without them; others do not read them.
@@ -76,6 +76,12 @@ def compress(
     >>> report.compression_ratio > 4
     True
     """
+    if compression is None:
+        if not {"tying", "mask", "levels"} & {name for name, method in options.items() if method is not None}:
+            raise ValueError(
+                "compression: expected a preset, callbacks, or a method for tying, mask or levels, found none"
+            )
+        compression = "none"
     if isinstance(compression, str):
         callbacks = preset(compression, threshold, **options)
     elif threshold is not None or options:

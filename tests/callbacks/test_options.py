@@ -181,5 +181,7 @@ def test_compress_takes_methods_by_slot():
     import torch
 
     model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+    with pytest.raises(ValueError, match=r"^compression: expected a preset, callbacks, or a method"):
+        psc_lightning.compress(model)
     report = psc_lightning.compress(model, tying="row", levels="binary")
     assert {tensor.method for tensor in report.tensors if tensor.method != "plain"} == {"row+binary"}
