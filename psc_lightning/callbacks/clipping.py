@@ -305,7 +305,8 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 def _margin(gradient: Tensor) -> float:
     """How far below the limit to aim so that no rounding, of the norm or of what is scaled, can lift it above."""
-    return max(torch.finfo(gradient.dtype).eps, _SLACK)
+    rounding = _SLACK if gradient.numel() >= _STRIP else torch.finfo(torch.float32).eps
+    return max(torch.finfo(gradient.dtype).eps, rounding)
 
 
 def _local(tensor: Tensor) -> Tensor:

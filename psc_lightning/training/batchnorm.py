@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -143,6 +143,12 @@ class Inputs:
             for x in chosen:
                 taker(x)
         return len(chosen)
+
+    def statistics(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The statistics as they are, of the BatchNorms that have them in a state dict, by its keys."""
+        names = {id(norm): name for name, norm in self.model.named_modules()}
+        found = {f"{names[id(norm)]}.{key}": value for norm in self.norms for key, value in norm.named_buffers()}
+        return {name: value.detach().clone() for name, value in found.items() if type(state.get(name)) is Tensor}
 
     def state_dict(self) -> list[Tensor]:
         """What is kept, for a checkpoint."""

@@ -294,8 +294,11 @@ class Conductor(Callback):
         if self.cast.places:
             self.stepping.reshard()
             self._show_averages(pl_module)
+            self._refresh_batchnorm(trainer)
             checkpoint[entry.KEY] = entry.write(self.cast, self.averages)
             inputs = self.inputs
+            if inputs is not None and inputs.fresh:  # the state was taken before
+                checkpoint["state_dict"] |= inputs.statistics(checkpoint["state_dict"])
             # After an epoch of as many batches as are kept the next validation has only later ones.
             later = inputs is None or (
                 trainer.is_last_batch and trainer.num_training_batches >= (inputs.batches.maxlen or 0)

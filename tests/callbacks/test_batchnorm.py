@@ -147,6 +147,21 @@ def test_a_run_stopped_in_mid_epoch_goes_on_with_the_inputs_of_before(tmp_path):
     torch.testing.assert_close(again.net[1].running_mean, mean_over(again, [*kept[1:], *again.seen]))
 
 
+def test_a_checkpoint_holds_the_statistics_of_its_weights(tmp_path):
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Trainer, model: Any, *args: Any) -> None:
+            path = tmp_path / "any.ckpt"
+            trainer.save_checkpoint(path)
+            state = torch.load(path, weights_only=True)["state_dict"]
+            last = trainer.global_step == 2 * BATCHES
+            torch.testing.assert_close(state["net.1.running_mean"], mean_over(model, model.seen[-8 if last else -1 :]))
+
+    saved, alone = Net(), Net()
+    fit(saved, binary(), Save())
+    fit(alone, binary())
+    assert all(map(torch.equal, saved.state_dict().values(), alone.state_dict().values()))
+
+
 def test_of_large_batches_as_many_samples_are_kept_as_fit(monkeypatch):
     monkeypatch.setattr("psc_lightning.training.batchnorm._BYTES", 10 * 8 * 4)
     model = Net()

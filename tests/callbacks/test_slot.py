@@ -418,9 +418,7 @@ def test_layers_built_late_resume(late, idempotent, tmp_path):
         assert to_bytes(found[0])[0] == to_bytes(model)[0]
     plain = Net()
     plain.load_state_dict(torch.load(tmp_path / "whole/step=24.ckpt", weights_only=True)["state_dict"])
-    assert all(
-        map(torch.equal, plain.parameters(), model.parameters())
-    )  # BatchNorm's statistics come after the last step
+    assert torch.equal(logits(plain), logits(model))
 
 
 def test_fit_validate_test_fit():
