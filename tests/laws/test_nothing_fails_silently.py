@@ -283,7 +283,7 @@ def test_random_constructions_work_or_name_the_argument(tmp_path):
             if options["method"] == "cross_channel":
                 options["calibration_steps"] = 1
         rate = ("score_lr", "step_lr", "factor_lr")[kind]
-        common |= chance.choice([{}, {}, {}, {rate: pick(0.0, 1e-3, 0.1)}])
+        common |= chance.choice([{}, {}, {}, {}, {rate: pick(0.0, 1e-3, 0.1)}])
         if kind < 2:
             common |= chance.choice([{}, {"refresh": pick(1, 2, 5)}])
         options |= common
