@@ -34,11 +34,11 @@ def levels(name: str, schedule: Schedule = AT_ONCE, **options: object) -> Straig
 
 
 def mask(name: str, threshold: float = 0.5, schedule: Schedule = AT_ONCE) -> MaskLearning:
-    return MaskLearning(name, threshold, schedule=schedule, calibration_steps=1)
+    return MaskLearning(name, threshold, schedule=schedule, calibration_steps=1 if name == "saliency" else None)
 
 
 def sharing(name: str) -> WeightSharing:
-    return WeightSharing(name, schedule=AT_ONCE, calibration_steps=1)
+    return WeightSharing(name, schedule=AT_ONCE, calibration_steps=1 if name == "cross_channel" else None)
 
 
 METHODS: dict[str, Method] = {
