@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from psc_lightning.artifact import ArtifactError, load, load_into, measure, save, verify
-    from psc_lightning.callbacks import GradientClipping, MaskLearning, StraightThroughQuantization, WeightSharing
+    from psc_lightning.callbacks import (
+        ByteBudget,
+        Distillation,
+        GradientClipping,
+        MaskLearning,
+        RatePenalty,
+        StraightThroughQuantization,
+        WeightSharing,
+    )
     from psc_lightning.callbacks.presets import preset
     from psc_lightning.configs import config_dir
     from psc_lightning.export.onnx import export_onnx
@@ -25,7 +33,15 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "artifact": ("ArtifactError", "load", "load_into", "measure", "save", "verify"),
-    "callbacks": ("GradientClipping", "MaskLearning", "StraightThroughQuantization", "WeightSharing"),
+    "callbacks": (
+        "ByteBudget",
+        "Distillation",
+        "GradientClipping",
+        "MaskLearning",
+        "RatePenalty",
+        "StraightThroughQuantization",
+        "WeightSharing",
+    ),
     "callbacks.presets": ("preset",),
     "configs": ("config_dir",),
     "export.onnx": ("export_onnx",),
@@ -39,9 +55,12 @@ _HOMES = {
 
 __all__ = [
     "ArtifactError",
+    "ByteBudget",
+    "Distillation",
     "GradientClipping",
     "MaskLearning",
     "Plan",
+    "RatePenalty",
     "Report",
     "Schedule",
     "StraightThroughQuantization",

@@ -257,6 +257,10 @@ class Slots(nn.Module):
     def _chain(self, name: str) -> Chain:
         return cast(Chain, self.cores[name])
 
+    def chains(self) -> list[Chain]:
+        """Mask and levels of each core."""
+        return [self._chain(name) for name in self.cores]
+
     # -------------------------------------------------------------------------------------------- gradients
 
     @property
@@ -306,6 +310,32 @@ class Slots(nn.Module):
             return None
         (first,) = torch.autograd.grad(list(cores.values()), dense, pulled)
         return first
+
+    @torch.no_grad()
+    def rungs(self, latent: Tensor) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None, int]]:
+        """For each core on the ladder of its levels: name, positions, their slope, what the mask keeps, the highest rung.
+
+        None for levels that have not begun, or have no zero.
+        """
+        for name, core in self._reduce(latent).items() if self.phase[2] else ():
+            chain = self._chain(name)
+            if chain.levels is not None and chain.levels.rungs:
+                yield name, *chain.levels.ladder(core.detach()), chain.keep(self.strengths), chain.levels.rungs
+
+    def descend(self, latent: Tensor, gradients: dict[str, Tensor]) -> Tensor | None:
+        """Gradients at the cores → at the latent weight; factors take theirs, in `grad`, and there is None."""
+        tying = self.tying if self.phase[0] else None
+        if tying is None:
+            return self.layout.weight(gradients["core"], self.stored_shape)
+        if any(True for _ in tying.parameters()):
+            for name, core in self._reduce(latent).items():
+                core.grad = gradients[name] if core.grad is None else core.grad + gradients[name]
+            return None
+        dense = latent.detach().requires_grad_()
+        with torch.enable_grad():
+            cores = self._reduce(dense)
+        (found,) = torch.autograd.grad([cores[name] for name in gradients], dense, list(gradients.values()))
+        return found
 
     def awake(self) -> Iterator[nn.Parameter]:
         """The sidecars of the slots that have begun."""

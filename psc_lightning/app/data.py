@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from psc_lightning.options import one_of, positive, whole
 
-__all__ = ["Epochs", "ImageData", "Images", "Loader", "Splits"]
+__all__ = ["AUGMENTATIONS", "Epochs", "ImageData", "Images", "Loader", "Splits"]
 
 
 class Splits(NamedTuple):
@@ -87,10 +87,10 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
         labels: int64 (count,).
         mean: of each channel, in 0 … 1.
         std: of each channel, above 0.
-        augment: cut at a random place of the image with 4 black pixels around it, and mirror it with probability 1/2.
+        augment: what happens to a training image, a key of `AUGMENTATIONS`.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, mean: list[float], std: list[float], augment: bool) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, mean: list[float], std: list[float], augment: str) -> None:
         self.images, self.labels = images, labels
         self.mean = torch.tensor(mean).view(1, -1, 1, 1)
         self.std = torch.tensor(std).view(1, -1, 1, 1)
@@ -101,8 +101,7 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
         images = self.images[draw.indices]
-        if self.augment:
-            images = crop_and_flip(images, torch.Generator().manual_seed(draw.seed))
+        images = AUGMENTATIONS[self.augment](images, torch.Generator().manual_seed(draw.seed))
         return (images.float() / 255 - self.mean) / self.std, self.labels[draw.indices]
 
 
@@ -118,6 +117,28 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) 
     padded = F.pad(images, (padding,) * 4)
     cut = torch.stack([image[:, t : t + height, k : k + width] for image, t, k in zip(padded, top, left, strict=True)])
     return torch.where(flip, cut.flip(3), cut)
+
+
+def warp(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Return each image turned by up to 9°, sheared and scaled by up to 10 %, and shifted by up to 4 % of its size.
+
+    Shapes:
+        (count, channels, height, width) uint8 -> the same, float32
+    """
+    turn, shear, scale, left, top = torch.rand(5, len(images), generator=generator).sub_(0.5).unbind()
+    angle, scale = 0.3 * turn, 1 + 0.2 * scale
+    rows = torch.stack((angle.cos() * scale, 0.2 * shear - angle.sin() * scale, 0.16 * left), 1)
+    columns = torch.stack((angle.sin() * scale, angle.cos() * scale, 0.16 * top), 1)
+    places = F.affine_grid(torch.stack((rows, columns), 1), list(images.shape), align_corners=False)
+    return F.grid_sample(images.float(), places, align_corners=False)
+
+
+#: what may happen to training images; `warp` suits signs that must not be mirrored
+AUGMENTATIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "none": lambda images, generator: images,
+    "crop_and_flip": crop_and_flip,
+    "warp": warp,
+}
 
 
 class Loader(DataLoader[tuple[Tensor, Tensor]]):
@@ -148,7 +169,8 @@ class ImageData(LightningDataModule):
         batch_size: training samples per step.
         eval_batch_size: validation and test samples per forward.
         validation: share of the training images, 0 ≤ validation < 1; above 0, at least one. The same images for every seed.
-        augment: random crop and mirror of training images.
+        augment: what happens to training images: none, crop_and_flip (up to 4 pixels aside, mirrored or not) or warp
+            (turned, sheared, scaled and shifted a little).
         seed: of order and augmentation.
 
     Raises:
@@ -164,7 +186,7 @@ class ImageData(LightningDataModule):
         batch_size: int = 64,
         eval_batch_size: int = 500,
         validation: float = 0.1,
-        augment: bool = False,
+        augment: str = "none",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -181,7 +203,7 @@ class ImageData(LightningDataModule):
         self.batch_size = whole("batch_size", batch_size, 1)
         self.eval_batch_size = whole("eval_batch_size", eval_batch_size, 1)
         self.validation = validation
-        self.augment = one_of("augment", augment, (True, False))
+        self.augment = one_of("augment", augment, AUGMENTATIONS)
         self.seed = seed
         self.splits: Splits | None = None
 
@@ -219,5 +241,5 @@ class ImageData(LightningDataModule):
         return self._in_order(self.splits.test_images, self.splits.test_labels)
 
     def _in_order(self, images: Tensor, labels: Tensor) -> Loader:
-        data = Images(images, labels, self.mean, self.std, augment=False)
+        data = Images(images, labels, self.mean, self.std, augment="none")
         return Loader(data, Epochs(len(labels), self.eval_batch_size, seed=None))

@@ -199,6 +199,23 @@ class Levels(nn.Module):
         """
         return gradient
 
+    # ----------------------------------------------------------------------------------------------- ladder
+
+    @property
+    def rungs(self) -> int:
+        """How many sizes there are beside zero; 0: the method has no zero that a weight could be drawn to."""
+        return 0
+
+    def ladder(self, core: Tensor) -> tuple[Tensor, Tensor]:
+        """Where entries stand among their levels: 0 at the level zero, ±1, ±2, … at the next ones; and its slope in x.
+
+        A position that is rounded is the rung that `code` gives, up to ties.
+
+        Raises:
+            ValueError: the method has no zero.
+        """
+        raise ValueError(f"{type(self).__name__} has no zero that a weight could be drawn to")
+
     # ---------------------------------------------------------------------------------------------- storing
 
     def encode(self, writer: Writer, core: Tensor, keep: Tensor) -> None:

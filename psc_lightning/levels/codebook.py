@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from math import prod
 from typing import Annotated, Any
 
 import numpy as np
@@ -63,6 +64,11 @@ def _assign(values: Tensor, middles: Tensor, codes: Tensor) -> None:
         place.add_(torch.from_numpy(less.view(np.int8)), alpha=step)
         step //= 2
     codes.copy_(place.sub_(row))
+
+
+def _joined(rows: Tensor, shape: Shape) -> Tensor:
+    """The inverse of `split`."""
+    return rows.reshape(-1)[: prod(shape)].reshape(shape)
 
 
 class CodebookLevels(Levels):
@@ -208,6 +214,24 @@ class CodebookLevels(Levels):
         """The gradient itself; the centroids get theirs."""
         self.centroids.grad = strength * self.centroid_gradient(gradient, keep)
         return gradient
+
+    @property
+    def rungs(self) -> int:
+        """As many as there may be on one side of the centroid nearest to zero, which counts as zero."""
+        return self.k - 1
+
+    def ladder(self, core: Tensor) -> tuple[Tensor, Tensor]:
+        """How many centroids x lies away from the one nearest to zero, in between linearly; 1/distance of its neighbours."""
+        table = self._table().to(core.dtype)
+        zero = table.abs().argmin(1)
+        codes, rows = split(self.codes, self.group).long(), split(core, self.group)
+        here = table.gather(1, codes)
+        # Between two centroids the distance is theirs; beyond the last one that to the one before it.
+        other = (codes + torch.where(rows < here, -1, 1)).clamp_(0, self.k - 1)
+        other = torch.where(other == codes, codes + torch.where(codes == 0, 1, -1), other)
+        slope = (table.gather(1, other) - here).abs_().clamp_min_(torch.finfo(torch.float16).tiny).reciprocal_()
+        place = (codes - zero[:, None]) + ((rows - here) * slope).clamp_(-0.49, 0.49)
+        return _joined(place, self.shape), _joined(slope, self.shape)
 
     @torch.no_grad()
     def rescale(self, code: Tensor, factor: Tensor) -> Tensor:

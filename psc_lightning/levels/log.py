@@ -113,6 +113,21 @@ class LogLevels(Levels):
             power = power * table.index_select(0, (position % self.root).reshape(-1)).reshape(position.shape)
         return code.sign() * power + 0.0
 
+    @property
+    def rungs(self) -> int:
+        """2^(bits-1) - 1."""
+        return self.top
+
+    def ladder(self, core: Tensor) -> tuple[Tensor, Tensor]:
+        """``1 + root · log2(|x|/lowest)``, down to 1/2; linear below it."""
+        lowest = torch.exp2((spread(self.highest, self.shape, self.group) - (self.top - 1)) / self.root)
+        edge = lowest / _root_of_two(2 * self.root)
+        size = core.abs()
+        above = size > edge
+        power = torch.where(above, size, lowest)
+        place = torch.where(above, 1 + self.root * (power / lowest).log2(), size / (2 * edge))
+        return core.sign() * place, torch.where(above, self.root / (math.log(2) * power), 1 / (2 * edge))
+
     def _snap(self, values: Tensor, place: Tensor, *tables: Tensor) -> None:
         # The same as `code` and `value`, on the bits of float32: sign, eight of the exponent (biased), 23 of the fraction.
         (highest,) = tables

@@ -73,6 +73,16 @@ class TernaryLevels(Levels):
         torch.abs(values, out=place).gt_(limit).mul_(scale)
         torch.copysign(place, values, out=place).add_(0.0)
 
+    @property
+    def rungs(self) -> int:
+        """One."""
+        return 1
+
+    def ladder(self, core: Tensor) -> tuple[Tensor, Tensor]:
+        """x/2Δ, which is half way up where x = Δ, and 1/2Δ."""
+        slope = spread(2 * self.limit, self.shape, self.group).reciprocal()
+        return core * slope, slope
+
     @torch.no_grad()
     def rescale(self, code: Tensor, factor: Tensor) -> Tensor:
         """Multiply s."""

@@ -143,6 +143,16 @@ class TrainedTernaryLevels(Levels):
         self.sizes.grad = strength * total.to(self.sizes.dtype)
         return gradient
 
+    @property
+    def rungs(self) -> int:
+        """One."""
+        return 1
+
+    def ladder(self, core: Tensor) -> tuple[Tensor, Tensor]:
+        """x/2Δ, which is half way up where x = Δ, and 1/2Δ."""
+        slope = spread(2 * self.limit, self.shape, self.group).reciprocal()
+        return core * slope, slope
+
     @torch.no_grad()
     def rescale(self, code: Tensor, factor: Tensor) -> Tensor:
         """Multiply n and p."""

@@ -159,6 +159,18 @@ class UniformLevels(Levels):
         self.step.grad = strength * split(blank_(slope, keep), self.group).sum(1).to(self.step.dtype)
         return torch.where(inside, gradient, 0.0 if strength == 1 else (1 - strength) * gradient)
 
+    @property
+    def rungs(self) -> int:
+        """m; at one bit there is no zero."""
+        return self.top if self.bits > 1 else 0
+
+    def ladder(self, core: Tensor) -> tuple[Tensor, Tensor]:
+        """x/s, and 1/s."""
+        if self.bits == 1:
+            return super().ladder(core)
+        slope = spread(self._scale(), self.shape, self.group).reciprocal()
+        return core * slope, slope
+
     @torch.no_grad()
     def rescale(self, code: Tensor, factor: Tensor) -> Tensor:
         """Multiply s."""

@@ -15,7 +15,7 @@ from psc_lightning.slots import SLOTS
 from psc_lightning.training.batchnorm import MOST, SHARE
 from psc_lightning.training.sidecars import Sidecars
 
-__all__ = ["Cast", "Clipper", "SlotFiller"]
+__all__ = ["Cast", "Clipper", "Penalty", "SlotFiller"]
 
 
 class SlotFiller(Protocol):
@@ -50,13 +50,39 @@ class Clipper(Protocol):
         """Limit the gradients of an optimizer's parameters, which hold latent weights now."""
 
 
+class Penalty(Protocol):
+    """A callback that adds to the gradients of latent weights, and may steer what it adds."""
+
+    @property
+    def state_key(self) -> str:
+        """What tells it from others."""
+
+    def check(self, cast: Cast) -> None:
+        """Refuse, before training, what cannot work."""
+
+    def control(self, cast: Cast, step: int) -> None:
+        """Before a batch: look at the weights, which are hard, and steer."""
+
+    def before_step(self, places: list[Place], scale: float) -> None:
+        """Add to the gradients of what an optimizer updates now, which hold latent weights; all are multiplied by `scale`."""
+
+    def finish(self, cast: Cast) -> None:
+        """After the last step: the weights are hard, and may be changed once more."""
+
+    def penalty_state(self) -> dict[str, Any]:
+        """What a checkpoint needs."""
+
+    def load_penalty_state(self, state: dict[str, Any]) -> None:
+        """Put it back."""
+
+
 @dataclass
 class Cast:
     """Our callbacks of a run, and what they share.
 
     Attributes:
         fillers: in the order of the slots, whatever the user's.
-        clippers: in the user's.
+        clippers, penalties: in the user's.
         places: where the tensors of each filler are, by its key.
         sidecars: the optimizer of what slots train.
         total: optimizer steps of the run; None before they are known.
@@ -66,6 +92,7 @@ class Cast:
 
     fillers: list[SlotFiller] = field(default_factory=list)
     clippers: list[Clipper] = field(default_factory=list)
+    penalties: list[Penalty] = field(default_factory=list)
     places: dict[str, list[Place]] = field(default_factory=dict)
     sidecars: Sidecars = field(default_factory=lambda: Sidecars([]))
     total: float | None = None
@@ -77,6 +104,7 @@ class Cast:
         """Forget an older run, and callbacks that are not there any more."""
         self.fillers = [one for one in self.fillers if any(one is other for other in present)]
         self.clippers = [one for one in self.clippers if any(one is other for other in present)]
+        self.penalties = [one for one in self.penalties if any(one is other for other in present)]
         self.total = self.base_rate = None
 
     def add(self, filler: SlotFiller) -> None:

@@ -20,7 +20,7 @@ from psc_lightning.slots import HARD, SLOTS
 from psc_lightning.training import entry
 from psc_lightning.training.averaging import Average
 from psc_lightning.training.batchnorm import Inputs
-from psc_lightning.training.cast import Cast, Clipper, SlotFiller
+from psc_lightning.training.cast import Cast, Clipper, Penalty, SlotFiller
 from psc_lightning.training.run import builds_late, callbacks_of, insert, is_named, steps_of, user_rate
 from psc_lightning.training.stepping import Stepping
 
@@ -83,6 +83,12 @@ class Conductor(Callback):
         if clipper not in self.cast.clippers:
             self.cast.clippers.append(clipper)
 
+    def join_penalty(self, trainer: Trainer, penalty: Penalty) -> None:
+        """Take in a callback that adds to gradients."""
+        self._start(trainer)
+        if penalty not in self.cast.penalties:
+            self.cast.penalties.append(penalty)
+
     def _start(self, trainer: Trainer) -> None:
         self.cast.start(callbacks_of(trainer))
         self._restored = None
@@ -126,6 +132,8 @@ class Conductor(Callback):
         for filler in cast.fillers:
             filler.schedule.strength(0, cast.total)  # raises for a schedule in shares in an endless run
             self._warn_without_labels(filler)
+        for penalty in cast.penalties:
+            penalty.check(cast)
         self.stepping.listen(trainer.optimizers)
         kept, self._each = cast.batchnorm_batches(trainer.num_training_batches)
         # Averages have statistics of their own: Lightning's SWA takes them anew, EMA follows them.
@@ -165,6 +173,8 @@ class Conductor(Callback):
             place.tensor.show_if_stale(place.parameter)
             if place.tensor.slots.inputs is not None:
                 place.tensor.slots.inputs.observing = True
+        for penalty in self.cast.penalties:
+            penalty.control(self.cast, trainer.global_step)
         self.stepping.borrow()
         if self.inputs is not None and any(place.tensor.slots.begun for place in self.cast.everywhere()):
             self.inputs.see(batch)
@@ -258,6 +268,8 @@ class Conductor(Callback):
         for place in self.cast.everywhere():
             place.tensor.absorb(place.parameter)
             place.tensor.show_if_stale(place.parameter)
+        for penalty in self.cast.penalties:
+            penalty.finish(self.cast)
         self._refresh_batchnorm(trainer)
         if _spawns(trainer):
             hand_back(pl_module)

@@ -12,7 +12,7 @@ from psc_lightning.training.cast import Cast
 __all__ = ["KEY", "check", "read", "write"]
 
 #: where it lies in a checkpoint, and the version of what lies there
-KEY, VERSION = "psc_lightning", 3
+KEY, VERSION = "psc_lightning", 4
 
 _CURE = "start from its weights: model.load_state_dict(torch.load(path)['state_dict'])"
 
@@ -32,6 +32,7 @@ def write(cast: Cast, averages: list[Average]) -> dict[str, Any]:
         "total_steps": cast.total if cast.total is not None and math.isfinite(cast.total) else None,
         "base_rate": cast.base_rate,
         "averages": [average.state_dict() for average in averages],
+        "penalties": {penalty.state_key: penalty.penalty_state() for penalty in cast.penalties},
     }
 
 
@@ -68,6 +69,9 @@ def read(entry: dict[str, Any], cast: Cast, averages: list[Average]) -> None:
         place.tensor.reconcile(place.parameter)
     cast.sidecars.load_state_dict(entry["optimizer"])
     cast.total, cast.base_rate = entry["total_steps"], entry["base_rate"]
+    for penalty in cast.penalties:
+        if (state := entry["penalties"].get(penalty.state_key)) is not None:
+            penalty.load_penalty_state(state)
     for average, state in zip(averages, entry["averages"]):
         average.load_state_dict(state)
 

@@ -1,6 +1,6 @@
 """What happens around an optimizer's step, from the optimizer's own hooks: whoever calls it, however often.
 
-    pull → lend → clip → labels → the optimizer's step → the sidecars' step → show
+    pull → lend → penalties → clip → labels → the optimizer's step → the sidecars' step → show
 
 An optimizer that asks for the loss within its step (Lightning's automatic optimization does, LBFGS several times) sees hard
 weights each time.
@@ -149,6 +149,8 @@ class Stepping:
             else:
                 place.tensor.lend(place.parameter)
         self._lent[id(optimizer)] = places
+        for penalty in self.cast.penalties:
+            penalty.before_step(places, _scale(optimizer))
         for clipper in self.cast.clippers:
             clipper.before_step(trainer, module, optimizer)
         if not _overflows(optimizer):

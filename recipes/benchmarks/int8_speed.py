@@ -49,7 +49,7 @@ def fine_tuned(net: nn.Module, args: argparse.Namespace, bits: int) -> nn.Module
         "enable_model_summary": False,
         "enable_checkpointing": False,
     }
-    data = ImageData(cifar10, MEAN, STD, folder=args.data, batch_size=128, validation=0.02, augment=True)
+    data = ImageData(cifar10, MEAN, STD, folder=args.data, batch_size=128, validation=0.02, augment="crop_and_flip")
     trainer = Trainer(accelerator="cpu", max_steps=args.steps, limit_val_batches=0, callbacks=[rounding], **quiet)
     trainer.fit(module, data)
     return module.net.eval()

@@ -148,7 +148,7 @@ def test_shares_of_two_processes_are_disjoint_and_equally_long() -> None:
 
 
 def test_an_epoch_goes_on_where_it_stopped() -> None:
-    data = ImageData(random_splits, [0.5], [0.5], batch_size=4, augment=True)
+    data = ImageData(random_splits, [0.5], [0.5], batch_size=4, augment="crop_and_flip")
     data.setup("fit")
     whole = data.train_dataloader()
     whole.epochs.set_epoch(2)
@@ -171,7 +171,7 @@ def random_splits() -> Splits:
 
 
 def test_iterating_leaves_torchs_own_generator_alone() -> None:
-    data = ImageData(random_splits, [0.5], [0.5], batch_size=4, augment=True)
+    data = ImageData(random_splits, [0.5], [0.5], batch_size=4, augment="crop_and_flip")
     data.setup("fit")
     before = torch.get_rng_state()
     list(data.train_dataloader())
