@@ -272,7 +272,7 @@ def _of_run(folder: Path) -> Any:
     """The plain model of a run."""
     from omegaconf import DictConfig, OmegaConf
 
-    from psc_lightning.app.train import build_module
+    from psc_lightning.app.build import build_module
 
     cfg = OmegaConf.load(folder / "config.yaml")
     assert isinstance(cfg, DictConfig)
