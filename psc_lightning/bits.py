@@ -2,7 +2,7 @@
 
 An entry becomes one unsigned word of its own size, and the words become one array per byte, the highest first. So that
 equal things meet in one array, a float's word holds exponent, sign, mantissa from the top (IEEE has the sign first, which
-tears the exponent in two), and a signed integer's is 2x for x ≥ 0 and -2x-1 below.
+tears the exponent in two), and a signed integer's is its zigzag.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from psc_lightning.symbols import Reader, Writer, pieces
+from psc_lightning.symbols import Reader, Writer, pieces, unzigzag, zigzag
 
 __all__ = ["read_bits", "read_kept", "write_bits"]
 
@@ -24,7 +24,7 @@ def _to_words(values: Tensor) -> Tensor:
         return values.view(torch.uint8)
     if not values.is_floating_point():
         values = values.to(torch.int16) if width == 8 else values
-        return (values << 1) ^ (values >> (8 * values.dtype.itemsize - 1))
+        return zigzag(values, 8 * values.dtype.itemsize)
     mantissa, bits = _MANTISSA[values.dtype], values.view(_WORDS[width // 8])
     fraction, exponent = (1 << mantissa) - 1, (1 << (width - 1)) - (1 << mantissa)
     return ((bits & exponent) << 1) | (((bits >> (width - 1)) & 1) << mantissa) | (bits & fraction)
@@ -35,8 +35,7 @@ def _from_words(words: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.bool or dtype == torch.uint8:
         return words.view(dtype)
     if not dtype.is_floating_point:
-        width = 8 * words.dtype.itemsize
-        return (((words >> 1) & ((1 << (width - 1)) - 1)) ^ -(words & 1)).to(dtype)
+        return unzigzag(words, 8 * words.dtype.itemsize).to(dtype)
     mantissa = _MANTISSA[dtype]
     fraction, exponent = (1 << mantissa) - 1, (1 << (width - 1)) - (1 << mantissa)
     bits = ((words >> 1) & exponent) | (((words >> mantissa) & 1) << (width - 1)) | (words & fraction)

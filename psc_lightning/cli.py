@@ -14,6 +14,7 @@ from typing import Any
 
 from psc_lightning.artifact import ArtifactError, NamelessError, inspect, load, load_into, load_stored
 from psc_lightning.checkpoint import bare, read_tensors
+from psc_lightning.export import EXPORTERS
 from psc_lightning.report.difference import difference_dict, difference_table, differences
 
 __all__ = ["main"]
@@ -120,10 +121,10 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--all", action="store_true", help="a row for each equal tensor too")
     one.set_defaults(run=_diff)
 
-    one = command("export", "write a file's model as ONNX, or its dense weights as safetensors")
+    one = command("export", f"write a file's model in another format: {', '.join(EXPORTERS)}")
     one.add_argument("file", metavar="FILE", help="a .psc file, or the folder of a run, which knows its own model")
-    one.add_argument("--onnx", metavar="OUT", help="the ONNX file to write")
-    one.add_argument("--safetensors", metavar="OUT", help="the safetensors file to write")
+    for name, exporter in EXPORTERS.items():
+        one.add_argument(f"--{name}", metavar="OUT", help=f"the file to write: {exporter.what}")
     one.add_argument("--model", metavar=_FACTORY, help=_FACTORY_HELP)
     one.add_argument(
         "--example",
@@ -132,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         help="an input: 1,3,32,32; 1,128:int64 where it is whole numbers; once for each input, in their order",
     )
-    one.add_argument("--dynamic-batch", action="store_true", help="leave the first axis of all inputs open in ONNX")
+    one.add_argument("--dynamic-batch", action="store_true", help="leave the first axis of all inputs of a graph open")
     one.set_defaults(run=_export)
     return parser
 
@@ -223,37 +224,40 @@ def _export(options: argparse.Namespace) -> None:
     Path(options.file).stat()  # where nothing is, the other arguments are not what is wrong
     folder = Path(options.file) if Path(options.file).is_dir() else None
     file = folder / "model.psc" if folder else Path(options.file)
-    if not options.onnx and not options.safetensors:
-        raise _UsageError("nothing to write: give --onnx OUT, --safetensors OUT, or both")
-    if options.onnx and options.example is None:
-        raise _UsageError("--onnx needs --example, the shape of an input, as in --example 1,3,32,32")
-    if options.onnx and (options.model is None) == (folder is None):
-        raise _UsageError("a .psc file holds no graph: give --model PACKAGE.MODULE:FACTORY, or a run's folder instead")
-    if options.safetensors:
-        from psc_lightning.export.safetensors import write_safetensors
-
-        write_safetensors(_tensors(str(file), options.model), options.safetensors)
-    if options.onnx:
-        import torch
-
-        from psc_lightning.export.onnx import export_stored
-
+    chosen = {name: out for name in EXPORTERS if (out := getattr(options, name))}
+    if not chosen:
+        raise _UsageError(f"nothing to write: give at least one of {', '.join(f'--{name} OUT' for name in EXPORTERS)}")
+    if graphs := [name for name in chosen if EXPORTERS[name].graph]:
+        if options.example is None:
+            raise _UsageError(f"--{graphs[0]} needs --example, the shape of an input, as in --example 1,3,32,32")
+        if (options.model is None) == (folder is None):
+            raise _UsageError(f"a .psc file holds no graph: give --model {_FACTORY}, or a run's folder instead")
+    writers = {name: EXPORTERS[name].write for name in chosen}  # where one lacks a package, none writes
+    for name, out in chosen.items():
+        if name not in graphs:
+            writers[name](_tensors(str(file), options.model), out)
+            continue
         model = _of_run(folder) if folder else _made(options.model)
-        load_into(model, file)
-        example = tuple(torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in options.example)
-        try:
-            with torch.no_grad():
-                model.eval()(*example)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise _UsageError(f"--example: the model does not take such an input: {error}") from error
+        example = _example_of(model, file, options.example)
         stored = load_stored(file, model=model)
         try:
-            export_stored(model, stored, options.onnx, example, dynamic_batch=options.dynamic_batch)
+            writers[name](model, stored, out, example, dynamic_batch=options.dynamic_batch)
         except ValueError as error:
             raise _UsageError(str(error)) from error
-        except torch.onnx.OnnxExporterError as error:
-            why = str(error.__cause__ or error).splitlines()[0]
-            raise _UsageError(f"--model: torch cannot export this model's code: {why}") from error
+
+
+def _example_of(model: Any, file: Path, inputs: Sequence[tuple[tuple[int, ...], str]]) -> tuple[Any, ...]:
+    """Inputs of these shapes and types, which the model takes with the weights of the file."""
+    import torch
+
+    load_into(model, file)
+    example = tuple(torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in inputs)
+    try:
+        with torch.no_grad():
+            model.eval()(*example)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise _UsageError(f"--example: the model does not take such an input: {error}") from error
+    return example
 
 
 def _made(name: str) -> Any:
@@ -272,7 +276,7 @@ def _of_run(folder: Path) -> Any:
     """The plain model of a run."""
     from omegaconf import DictConfig, OmegaConf
 
-    from psc_lightning.app.train import build_module
+    from psc_lightning.app.build import build_module
 
     cfg = OmegaConf.load(folder / "config.yaml")
     assert isinstance(cfg, DictConfig)

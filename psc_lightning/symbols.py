@@ -8,14 +8,16 @@ there.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["PIECE", "Reader", "Writer", "look_up", "pieces"]
+__all__ = ["PIECE", "Reader", "Writer", "look_up", "pieces", "unzigzag", "zigzag"]
+
+Signed = TypeVar("Signed", int, Tensor)
 
 #: entries to take at a time: they stay in the processor's cache, and no second copy of a large tensor is made
 PIECE = 1 << 18
@@ -40,6 +42,28 @@ def look_up(table: npt.NDArray[Any], places: npt.NDArray[np.integer[Any]]) -> Te
         piece = slice(start, start + PIECE)
         np.take(table, places[piece], axis=0, out=out[piece], mode="clip")  # the other mode takes room for a copy
     return torch.from_numpy(out)
+
+
+def zigzag(value: Signed, width: int = 64) -> Signed:
+    """Signed integers as unsigned ones of `width` bits, those near zero small: 0, -1, 1, -2 … become 0, 1, 2, 3 ….
+
+    A tensor's entries are words of so many bits, as `unzigzag` takes them: torch shows the larger half of them as negative.
+
+    >>> [zigzag(value) for value in (0, -1, 1, -2, 2)]
+    [0, 1, 2, 3, 4]
+    >>> zigzag(torch.tensor([0, -1, 64], dtype=torch.int16), 16).tolist()
+    [0, 1, 128]
+    """
+    return (value << 1) ^ (value >> width - 1)
+
+
+def unzigzag(code: Signed, width: int = 64) -> Signed:
+    """The signed integers of which `zigzag` made these.
+
+    >>> [unzigzag(code) for code in (0, 1, 2, 3, 2**64 - 1)]
+    [0, -1, 1, -2, -9223372036854775808]
+    """
+    return ((code >> 1) & (1 << width - 1) - 1) ^ -(code & 1)
 
 
 class Writer(Protocol):

@@ -362,7 +362,7 @@ def test_export_says_what_torch_cannot_export(tmp_path: Path, capsys: pytest.Cap
     arguments = ["--onnx", str(tmp_path / "m.onnx"), "--model", "test_cli:Asks", "--example", "1,6"]
     assert main(["export", str(tmp_path / "m.psc"), *arguments]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("psc export: --model: torch cannot export this model's code: ")
+    assert said.startswith("psc export: model: torch cannot export this model's code: ")
     assert "data-dependent" in said
     assert not (tmp_path / "m.onnx").exists()
 

@@ -48,7 +48,7 @@ def python(packages: Path, cwd: Path, *arguments: str) -> subprocess.CompletedPr
 
 
 FROM = "import psc_lightning, sys; assert psc_lightning.__file__.startswith(sys.argv.pop(1)), psc_lightning.__file__;"
-PSC_TRAIN = f"{FROM} from psc_lightning.app.train import main; main()"
+PSC_TRAIN = f"{FROM} from psc_lightning.app.main import main; main()"
 TINY = ["baseline.max_epochs=1", "trainer.max_epochs=1", "logger=none"]
 
 

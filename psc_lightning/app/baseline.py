@@ -1,4 +1,7 @@
-"""The dense network that fine-tuning starts from: trained once, then shared by every run with the same setting."""
+"""The dense weights that fine-tuning starts from: a user's checkpoint, or a network trained once.
+
+The latter is shared by every run with the same setting.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,65 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from lightning import LightningModule
-from torch import Tensor
+from lightning import LightningDataModule, LightningModule
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
 
+from psc_lightning.app.build import build_module, build_trainer, seed
+from psc_lightning.app.errors import UsageError, check_finite
+from psc_lightning.app.resume import ResumePoint
+from psc_lightning.checkpoint import bare, read_tensors
 from psc_lightning.files import write_atomic
 
-__all__ = ["cached", "fingerprint", "make_cache"]
+__all__ = ["baseline", "cached", "fingerprint", "make_cache", "read_checkpoint"]
 
 log = logging.getLogger(__name__)
+
+
+def read_checkpoint(path: Path, module: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint under the names of `module`'s state dict.
+
+    Takes what `read_tensors` takes, and keys under `module.`, `model.` or `net.`. BatchNorm's `num_batches_tracked`, which
+    old checkpoints lack, is taken from `module`.
+
+    Raises:
+        UsageError: no such file, not tensors, another architecture (the keys that differ are listed), a value that is not
+            finite.
+    """
+    key = f"model.checkpoint={path}"
+    try:
+        content = read_tensors(path)
+    except ValueError as error:
+        raise UsageError(f"{key}: {error}") from error
+    return match(content, module.state_dict(), key)
+
+
+def match(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], key: str) -> dict[str, Tensor]:
+    """Return the tensors of `found` under the names of `wanted`."""
+    by_name = dict(zip(bare(found), found.values(), strict=True))
+    state: dict[str, Tensor] = {}
+    wrong: list[str] = []
+    for name, plain in zip(wanted, bare(wanted), strict=True):
+        value = by_name.pop(plain, None)
+        if value is None and plain.endswith("num_batches_tracked"):
+            value = wanted[name]
+        if value is None:
+            wrong.append(f"missing {plain}")
+        elif value.shape != wanted[name].shape:
+            wrong.append(f"{plain} is {tuple(value.shape)}, not {tuple(wanted[name].shape)}")
+        else:
+            state[name] = value
+    wrong += [f"unexpected {plain}" for plain in by_name]
+    if wrong:
+        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        raise UsageError(
+            f"{key}: another architecture than the model: {'; '.join(wrong[:6])}{more}; "
+            "give a checkpoint of this model, or choose the model it is of (model=…)"
+        )
+    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise UsageError(f"{key}: NaN or infinity in {', '.join(broken)}; give one from before training diverged")
+    return state
 
 
 def fingerprint(settings: Mapping[str, Any], module: LightningModule) -> str:
@@ -81,3 +135,34 @@ def cached(folder: Path, key: str, train: Callable[[Path], LightningModule]) -> 
             shutil.rmtree(work, ignore_errors=True)
     state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return state
+
+
+def baseline(cfg: DictConfig, fresh: LightningModule, data: LightningDataModule) -> dict[str, Tensor]:
+    """Return the dense weights that fine-tuning starts from where no checkpoint gives them, trained once."""
+
+    def train(work: Path) -> LightningModule:
+        module = build_module(cfg, lr=cfg.baseline.lr)
+        trainer = build_trainer(
+            cfg,
+            max_epochs=cfg.baseline.max_epochs,
+            max_steps=-1,
+            devices=1,
+            num_nodes=1,
+            strategy="auto",
+            callbacks=[resume := ResumePoint(work, cfg.checkpoint.every_n_steps)],
+            logger=False,
+            default_root_dir=work,
+        )
+        seed(cfg)
+        begun = resume.path if resume.path.is_file() else None
+        trainer.fit(module, datamodule=data, ckpt_path=begun, weights_only=True)
+        check_finite(module.state_dict(), "the dense baseline diverged", "baseline.lr")
+        return module
+
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(settings, dict)
+    chosen: dict[str, Any] = {str(key): settings[key] for key in ("model", "data", "optimizer", "baseline", "seed")}
+    of_fine_tuning = ("max_epochs", "max_steps", "devices", "num_nodes", "strategy", "enable_progress_bar")
+    chosen["trainer"] = {key: value for key, value in settings["trainer"].items() if key not in of_fine_tuning}
+    chosen["optimizer"] = chosen["optimizer"] | {"lr": None}
+    return cached(make_cache(cfg.cache), fingerprint(chosen, fresh), train)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from torch import Tensor
 
-__all__ = ["UsageError", "explain", "one_line"]
+__all__ = ["UsageError", "check_finite", "explain", "one_line"]
 
 
 class UsageError(ValueError):
@@ -67,3 +68,11 @@ def raised_in(error: BaseException, package: str) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith(f"{package}.")
+
+
+def check_finite(state: Mapping[str, Tensor], what: str, key: str) -> None:
+    """Raise for NaN and infinity."""
+    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        hint = f"; a lower {key} may help" if key else ""
+        raise UsageError(f"{what}: NaN or infinity in {', '.join(broken[:3])}{' and more' * (len(broken) > 3)}{hint}")

@@ -1,4 +1,4 @@
-"""What a multirun leaves behind: one table on the terminal, and sweep.json."""
+"""A multirun: which sweepers it may have, and what it leaves behind, one table on the terminal and sweep.json."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from psc_lightning.app.runs import Run
+from psc_lightning.app.errors import UsageError
+from psc_lightning.app.run_folder import Run
 from psc_lightning.files import write_atomic
 
-__all__ = ["SweepFolder", "summarise"]
+__all__ = ["SweepFolder", "check_sweeper", "summarise"]
 
 
 class SweepFolder(Callback):
@@ -79,3 +81,13 @@ def table(jobs: list[dict[str, Any]]) -> Table:
             job["status"],
         )
     return result
+
+
+def check_sweeper(config: Any) -> None:
+    """Refuse a sweeper that chooses as it goes in a distributed run: each process would train something else, silently."""
+    basic = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+    if config.mode == RunMode.MULTIRUN and config.sweeper._target_ != basic:
+        raise UsageError(
+            f"hydra/sweeper: {config.sweeper._target_} with more than one process (trainer.devices, trainer.num_nodes) would "
+            "give each process other values; use hydra/sweeper=basic or trainer.devices=1"
+        )

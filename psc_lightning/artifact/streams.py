@@ -16,6 +16,7 @@ from psc_lightning.artifact.ans import Coded, Decoder, Encoder, Ints
 from psc_lightning.artifact.codings import CODINGS, Grid, Plane
 from psc_lightning.artifact.codings.planes import Found, choose, find
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
+from psc_lightning.symbols import unzigzag, zigzag
 
 __all__ = ["Stream", "SymbolReader", "SymbolWriter", "stream_of"]
 
@@ -68,10 +69,10 @@ class SymbolWriter:
         return self._encoder.bits
 
     def integer(self, value: int) -> None:
-        """Store one integer in -2^63 … 2^63-1 (zigzag: 0, -1, 1, -2 … become 0, 1, 2, 3 …)."""
+        """Store one integer in -2^63 … 2^63-1 (its zigzag)."""
         if not -(1 << 63) <= value < 1 << 63:
             raise ValueError(f"an integer to store must fit 64 bits, got {value}")
-        self._encoder.integer(2 * value if value >= 0 else -2 * value - 1, "integer")
+        self._encoder.integer(zigzag(value), "integer")
 
     def symbols(self, values: Tensor, size: int, grid: Tensor | None = None) -> None:
         """Store a 1-D tensor of integers in 0 … size-1.
@@ -138,8 +139,7 @@ class SymbolReader:
         Raises:
             ArtifactError: it is not in there.
         """
-        code = self._decoder.integer("integer")
-        value = -(code + 1 >> 1) if code & 1 else code >> 1
+        value = unzigzag(self._decoder.integer("integer"))
         if not low <= value <= high:
             raise ArtifactError(f"expected an integer in {low} … {high}, found {value}: {ADVICE}")
         return value

@@ -26,7 +26,7 @@ from lightning import Trainer, seed_everything
 from torch import Tensor, nn
 
 from psc_lightning import StraightThroughQuantization, export_onnx
-from psc_lightning.app.checkpoint import read_checkpoint
+from psc_lightning.app.baseline import read_checkpoint
 from psc_lightning.app.data import ImageData
 from psc_lightning.app.models import ResNet20
 from psc_lightning.app.sources import cifar10

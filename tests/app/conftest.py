@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from psc_lightning.app.main import main
 from psc_lightning.app.sweep import SweepFolder
-from psc_lightning.app.train import main
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from lightning import Callback, LightningDataModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from psc_lightning.app.runs import register_resolvers
+from psc_lightning.app.run_folder import register_resolvers
 from psc_lightning.configs import config_dir, register
 from psc_lightning.schedule import Schedule
 

@@ -10,10 +10,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from psc_lightning.app.build import check_settings
 from psc_lightning.app.errors import UsageError
 from psc_lightning.app.models import LeNet5
-from psc_lightning.app.runs import register_resolvers
-from psc_lightning.app.settings import check_settings
+from psc_lightning.app.run_folder import register_resolvers
 from psc_lightning.configs import config_dir
 
 Command = Callable[..., tuple[int, str]]
@@ -107,8 +107,7 @@ def test_a_folder_that_cannot_be_made(cli: Command, tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written(cli: Command, tmp_path: Path) -> None:
     """Before Hydra's log of the run is open. (A folder in the log's place, for root may write anywhere.)"""
-    (tmp_path / "run/psc-train.log").mkdir(parents=True)
-    (tmp_path / "run/train.log").mkdir()
+    (tmp_path / "run/train.log").mkdir(parents=True)
     status, said = cli("hydra.run.dir=run")
     assert status == 1
     assert said.startswith("error: ")

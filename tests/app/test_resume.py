@@ -18,7 +18,7 @@ BUDGET = ["baseline.max_epochs=2", "trainer.max_epochs=3", "checkpoint.every_n_s
 # A shell lets what it runs in the background, this test perhaps, ignore Ctrl-C; a user's terminal does not.
 MAIN = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    "from psc_lightning.app.train import main; main()"
+    "from psc_lightning.app.main import main; main()"
 )
 
 

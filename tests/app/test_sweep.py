@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from hydra.types import RunMode
 
-from psc_lightning.app import train
+import psc_lightning
 from psc_lightning.app.errors import UsageError
-from psc_lightning.app.runs import unique_name
-from psc_lightning.app.train import check_sweeper
+from psc_lightning.app.run_folder import unique_name
+from psc_lightning.app.sweep import check_sweeper
 
 Command = Callable[..., tuple[int, str]]
 
@@ -79,7 +79,7 @@ def sweep(cache: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProc
     plugin = tmp_path / "plugins/hydra_plugins/mine.py"
     plugin.parent.mkdir(parents=True)
     plugin.write_text(SWEEPER)
-    root = Path(train.__file__).parents[2]
+    root = Path(psc_lightning.__file__).parents[1]
     paths = os.pathsep.join(map(str, (plugin.parents[1], root)))
     environment = {**os.environ, "PYTHONPATH": paths, "PSC_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
 

@@ -17,7 +17,7 @@ from psc_lightning.layout import Layout
 from psc_lightning.levels import LEVELS
 from psc_lightning.slots import Slots, Spec
 from psc_lightning.stored import Stored
-from psc_lightning.tying import TYINGS
+from psc_lightning.tying import TYINGS, Tying
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "Linear": lambda: nn.Linear(30, 20),
@@ -113,3 +113,17 @@ def test_other_types(dtype: torch.dtype, same_bits: Callable[[Tensor, Tensor], b
     element = {torch.float64: TensorProto.DOUBLE, torch.float16: TensorProto.FLOAT16}[dtype]
     value = write_weight(graph, held)
     assert same_bits(run(graph, value, element), held.weight)
+
+
+class Pairs(Tying):
+    """A tying that ONNX export has not heard of: every entry twice."""
+
+    def expand(self, cores: dict[str, Tensor]) -> Tensor:
+        return cores["core"].repeat_interleave(2, 1)
+
+
+def test_an_unknown_tying_is_refused() -> None:
+    core = torch.randn(4, 3)
+    held = Stored("pairs", {"core": core}, core.repeat_interleave(2, 1), Layout(), Pairs())
+    with pytest.raises(ValueError, match=r"tying: ONNX export knows RowSharing, .*, found Pairs; `detach` the model"):
+        write_weight(Graph(), held)

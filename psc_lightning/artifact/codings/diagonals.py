@@ -17,6 +17,7 @@ from psc_lightning.artifact.codings.coding import Grid, Plane, Proposal, matrix
 from psc_lightning.artifact.codings.contexts import Bytes, Contexts, runs
 from psc_lightning.artifact.codings.lines import entropy
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
+from psc_lightning.symbols import unzigzag, zigzag
 
 __all__ = ["Diagonals", "Formula", "promise"]
 
@@ -84,8 +85,8 @@ class Formula:
     @property
     def numbers(self) -> list[int]:
         """What is stored: how many neighbours, the three weights, and of each neighbour its place and its weight."""
-        places = [n for (up, left), weight in self.neighbours.items() for n in (up, left, _zigzag(weight))]
-        return [len(self.neighbours), *map(_zigzag, (self.bias, self.row, self.column)), *places]
+        places = [n for (up, left), weight in self.neighbours.items() for n in (up, left, zigzag(weight))]
+        return [len(self.neighbours), *map(zigzag, (self.bias, self.row, self.column)), *places]
 
 
 def in_order(grid: Grid) -> tuple[Places, Places, list[tuple[int, int]]]:
@@ -228,8 +229,7 @@ def _read_formula(decoder: Decoder, grid: Grid) -> Formula:
         return value
 
     def weight() -> int:
-        code = below(2 * _LARGEST + 1)
-        return -(code + 1 >> 1) if code & 1 else code >> 1
+        return unzigzag(below(2 * _LARGEST + 1))
 
     number = below(_NEIGHBOURS + 1)
     bias, row, column = weight(), weight(), weight()
@@ -240,10 +240,6 @@ def _read_formula(decoder: Decoder, grid: Grid) -> Formula:
             raise ArtifactError(f"expected neighbours, each once, found {place} above and to the left: {ADVICE}")
         neighbours[place] = weight()
     return Formula(bias, row, column, neighbours)
-
-
-def _zigzag(value: int) -> int:
-    return 2 * value if value >= 0 else -2 * value - 1
 
 
 def _histogram(contexts: Bytes, bits: Bytes) -> Ints:

@@ -66,7 +66,7 @@ def export_onnx(
 
     Raises:
         ModuleNotFoundError: onnx or onnxscript is missing; the message says how to install them.
-        ValueError: a wrong argument, or a batch that the model's code fixes.
+        ValueError: a wrong argument, a batch that the model's code fixes, or code that torch cannot export.
         OSError: the folder is missing or not writable, or the disk is full; nothing is left behind.
     """
     # A LightningModule refers to its Trainer, which is not to be copied.
@@ -164,7 +164,7 @@ def _trace(
 
     While it is optimized they are inputs, the last ones: no optimizer touches these.
     """
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad(), _refused():
         program = torch.onnx.export(
             plain,
             example,
@@ -194,6 +194,16 @@ def _trace(
     values = [value.name for value in model.graph.input[others:]]
     del model.graph.input[others:]
     return model, dict(zip(values, names, strict=True))
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Say in one line what torch says in hundreds."""
+    try:
+        yield
+    except torch.onnx.OnnxExporterError as error:
+        why = str(error.__cause__ or error).splitlines()[0]
+        raise ValueError(f"model: torch cannot export this model's code: {why}") from error
 
 
 @contextmanager

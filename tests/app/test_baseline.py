@@ -12,8 +12,7 @@ from filelock import FileLock
 from torch import nn
 
 from psc_lightning.app import baseline
-from psc_lightning.app.baseline import cached, fingerprint
-from psc_lightning.app.checkpoint import read_checkpoint
+from psc_lightning.app.baseline import cached, fingerprint, read_checkpoint
 from psc_lightning.app.errors import UsageError
 from psc_lightning.app.models import DigitsCNN, LeNet5
 from psc_lightning.app.task import Classifier

@@ -1,69 +1,46 @@
-"""Reading a user's checkpoint, and writing those a run resumes from."""
+"""How a run goes on where it stopped: what it saves on the way, and which configuration goes on."""
 
 from __future__ import annotations
 
+import logging
 import os
 import random
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from hydra.core.hydra_config import HydraConfig
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from torch import Tensor, nn
+from omegaconf import DictConfig, OmegaConf
 
 from psc_lightning.app.errors import UsageError
-from psc_lightning.checkpoint import bare, read_tensors
+from psc_lightning.app.run_folder import Run
 
-__all__ = ["ResumePoint", "read_checkpoint"]
+__all__ = ["ResumePoint", "resumed"]
 
-
-def read_checkpoint(path: Path, module: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint under the names of `module`'s state dict.
-
-    Takes what `read_tensors` takes, and keys under `module.`, `model.` or `net.`. BatchNorm's `num_batches_tracked`, which
-    old checkpoints lack, is taken from `module`.
-
-    Raises:
-        UsageError: no such file, not tensors, another architecture (the keys that differ are listed), a value that is not
-            finite.
-    """
-    key = f"model.checkpoint={path}"
-    try:
-        content = read_tensors(path)
-    except ValueError as error:
-        raise UsageError(f"{key}: {error}") from error
-    return match(content, module.state_dict(), key)
+log = logging.getLogger(__name__)
 
 
-def match(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], key: str) -> dict[str, Tensor]:
-    """Return the tensors of `found` under the names of `wanted`."""
-    by_name = dict(zip(bare(found), found.values(), strict=True))
-    state: dict[str, Tensor] = {}
-    wrong: list[str] = []
-    for name, plain in zip(wanted, bare(wanted), strict=True):
-        value = by_name.pop(plain, None)
-        if value is None and plain.endswith("num_batches_tracked"):
-            value = wanted[name]
-        if value is None:
-            wrong.append(f"missing {plain}")
-        elif value.shape != wanted[name].shape:
-            wrong.append(f"{plain} is {tuple(value.shape)}, not {tuple(wanted[name].shape)}")
-        else:
-            state[name] = value
-    wrong += [f"unexpected {plain}" for plain in by_name]
-    if wrong:
-        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise UsageError(
-            f"{key}: another architecture than the model: {'; '.join(wrong[:6])}{more}; "
-            "give a checkpoint of this model, or choose the model it is of (model=…)"
-        )
-    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise UsageError(f"{key}: NaN or infinity in {', '.join(broken)}; give one from before training diverged")
-    return state
+def resumed(cfg: DictConfig, this: Run) -> DictConfig:
+    """Return the configuration to run: the run's own where `resume` is all that was said."""
+    if cfg.resume is None:
+        return cfg
+    named = this.folder if cfg.resume == "auto" else Path(str(cfg.resume)).resolve()
+    if named not in (this.folder, this.folder.resolve(), this.folder.resolve().parent):  # the parent: a multirun
+        raise UsageError(f"resume={cfg.resume}: no run there, or hydra.run.dir names another folder ({this.folder})")
+    if not this.config.is_file():
+        log.info("resume=%s: nothing to go on with, starting in %s", cfg.resume, this.folder)
+        return cfg
+    if HydraConfig.initialized() and list(HydraConfig.get().overrides.task) == [f"resume={cfg.resume}"]:
+        written = OmegaConf.merge(OmegaConf.load(this.config), {"resume": cfg.resume})
+        assert isinstance(written, DictConfig)
+        cfg = written
+    if different := this.differences(cfg):
+        raise UsageError(f"resume={cfg.resume}: the run in {this.folder} has other values of {', '.join(different)}")
+    log.info("resuming %s", this.folder)
+    return cfg
 
 
 class ResumePoint(Checkpoint):

@@ -1,0 +1,108 @@
+"""The command line of `train.py` and `psc-train`: Hydra's entry, one job of it, and how its errors are told."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import hydra.utils
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from psc_lightning.app.errors import one_line
+from psc_lightning.app.run import is_main, run
+from psc_lightning.app.run_folder import Run, register_resolvers
+from psc_lightning.app.sweep import SweepFolder, summarise
+from psc_lightning.configs import config_dir
+
+__all__ = ["main"]
+
+log = logging.getLogger(__name__)
+
+
+def job(cfg: DictConfig, full: bool) -> float:
+    """Run one job of Hydra's, and note in run.json how it ended.
+
+    Args:
+        cfg: of the job.
+        full: whether the user asked for tracebacks.
+    """
+    quiet()
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    this = Run(folder)
+    try:
+        result = run(cfg, folder)
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
+        resume = f"resume={shlex.quote(str(folder))}"
+        print(f"stopped; to go on, repeat the command with {resume} or resume=auto", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        message = one_line(error)
+        overrides = list(hydra_config.overrides.task)
+        with contextlib.suppress(OSError):  # where the folder itself is what is wrong
+            if hydra_config.mode == RunMode.MULTIRUN or not this.finished:  # else it is an older run's, left alone
+                this.note(status="failed", overrides=overrides, error=message or f"{type(error).__name__}: {error}")
+        if hydra_config.mode == RunMode.MULTIRUN:
+            log.error(message or "the job failed", exc_info=None if message and not full else error)
+        elif message and not full:
+            sys.exit(message)  # an exception would pass through Hydra, which adds a line of its own
+        raise
+    if is_main():
+        this.note(status="completed")
+    return result
+
+
+def quiet() -> None:
+    """Leave out what Lightning says of itself; anything about the user's run stays."""
+    # One speaks for both, once a user's module imports the other.
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).* is deprecated")  # its own use of torch
+    warnings.filterwarnings("ignore", r"The '\w+_dataloader' does not have many workers")  # batches come from memory
+    warnings.filterwarnings("ignore", r"Total length of `list` across ranks is zero")  # data.validation=0
+    warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty")  # a resumed run's
+
+
+def application(full: bool) -> Callable[[], None]:
+    """Return `job` under Hydra's command line."""
+    register_resolvers()
+    settings: dict[str, Any] = {"version_base": None}
+    if "execution_whitelist" in inspect.signature(hydra.main).parameters:
+        # Hydra 1.4 asks which targets a configuration may name. Here it is the user's own: to name any class is its point.
+        settings = {"execution_whitelist": vars(hydra.utils)["UNSAFE_DISABLE_EXECUTION_CHECKS"]}
+
+    @hydra.main(config_path=str(config_dir()), config_name="train", **settings)
+    def train(cfg: DictConfig) -> float:
+        return job(cfg, full)
+
+    command: Callable[[], None] = train  # Hydra's decorator is untyped
+    return command
+
+
+def main() -> None:
+    """Run the command line; a mendable error is one line (HYDRA_FULL_ERROR=1 shows where it came from)."""
+    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them
+    try:
+        application(full)()
+    except Exception as error:
+        message = one_line(error)
+        if full or message is None:
+            raise
+        sys.exit(message)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if SweepFolder.current is not None and is_main():
+            summarise(SweepFolder.current)

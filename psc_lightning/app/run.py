@@ -1,0 +1,219 @@
+"""The story of `python train.py compression=binary`: from a configuration to a verified small file.
+
+`run` goes from top to bottom, and is an example of how the callbacks are used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+import psc_lightning
+from psc_lightning.app.baseline import baseline, make_cache, read_checkpoint
+from psc_lightning.app.build import (
+    build_callbacks,
+    build_data,
+    build_logger,
+    build_module,
+    build_trainer,
+    check_plan,
+    check_settings,
+    seed,
+)
+from psc_lightning.app.errors import UsageError, check_finite, explain
+from psc_lightning.app.resume import ResumePoint, resumed
+from psc_lightning.app.run_folder import Run
+from psc_lightning.artifact import to_bytes
+from psc_lightning.report.plots import Curve, draw
+
+__all__ = ["is_main", "run"]
+
+log = logging.getLogger(__name__)
+
+CALIBRATION_BATCHES = 16
+#: arguments of a Trainer beside the run's own: in this process alone, without a trace
+ALONE = {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
+ALONE |= {"enable_checkpointing": False, "enable_progress_bar": False}
+
+
+def run(cfg: DictConfig, folder: Path) -> float:
+    """Fine-tune under a compression, write the file, test the file, report; return the objective.
+
+    Args:
+        cfg: what `conf/train.yaml` composes to.
+        folder: of the run; what was begun there goes on if `cfg.resume` is set.
+
+    Raises:
+        UsageError: a setting is wrong, or training diverged.
+    """
+    this = Run(folder)
+    if "resume" not in cfg:  # a run's own config.yaml, which has all but this
+        OmegaConf.update(cfg, "resume", None, force_add=True)
+    cfg = resumed(cfg, this)
+    check_settings(cfg)
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    if cfg.resume is not None and this.finished:
+        log.info("%s is finished already", folder)
+        return objective(cfg, json.loads(this.report.read_text()))
+    writing = {key: to_plain(cfg, key) for key in ("leftovers", "fold_batchnorm")}
+    callbacks = build_callbacks(cfg)
+    data = build_data(cfg)
+    fresh = build_module(cfg)
+    check_plan(fresh, callbacks)
+    given = None if cfg.model.checkpoint is None else read_checkpoint(Path(cfg.model.checkpoint).expanduser(), fresh)
+    if given is not None:
+        fresh.load_state_dict(given)
+    curve = Curve()
+    trainer = build_trainer(
+        cfg,
+        callbacks=[*callbacks, curve, ResumePoint(this.checkpoints, cfg.checkpoint.every_n_steps)],
+        logger=build_logger(cfg, folder),
+        default_root_dir=folder,
+    )
+    if is_main():
+        rehearse(cfg, fresh, data, writing)
+        if given is None:
+            make_cache(cfg.cache)
+        if cfg.resume is None:
+            this.clear()  # not before: a wrong setting costs no older run
+        this.begin(cfg, list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [])
+
+    dense = baseline(cfg, fresh, data) if given is None else given
+    metrics: dict[str, dict[str, float]] = {}
+    if is_main():  # in a distributed run, the other processes only help to fit
+        fresh.load_state_dict(dense)
+        metrics, _ = before_training(cfg, fresh, data)
+
+    module = build_module(cfg)
+    module.load_state_dict(dense)
+    seed(cfg)
+    with processes():
+        trainer.fit(module, datamodule=data, ckpt_path=this.checkpoint, weights_only=True)
+        check_finite(module.state_dict(), "training diverged", "optimizer.lr")
+        if cfg.batchnorm:
+            settle(module, islice(data.train_dataloader(), cfg.batchnorm))
+        report = psc_lightning.save(module, this.model, **writing)
+    if not is_main():
+        return math.nan
+
+    reloaded = build_module(cfg)  # the reported numbers are the file's
+    psc_lightning.load_into(reloaded, this.model)
+    metrics["compressed"] = evaluate(cfg, reloaded, data)
+    check_finite({f"metrics.{name}": torch.tensor(value) for name, value in metrics["compressed"].items()}, "test", "")
+    report.metrics = metrics
+    draw(report, curve, this.plots)
+    report.save(this.report)
+    print(report)
+    return objective(cfg, report.to_dict())
+
+
+def rehearse(cfg: DictConfig, module: LightningModule, data: LightningDataModule, writing: Mapping[str, Any]) -> None:
+    """Find with one batch what would fail later, when it has cost a dense baseline, or an older run in the same folder."""
+    try:
+        build_trainer(cfg, fast_dev_run=1, **ALONE).fit(copy.deepcopy(module), datamodule=data)
+        metrics, compressed = before_training(cfg, copy.deepcopy(module), data, calibration=1, limit_test_batches=1)
+    except (RuntimeError, IndexError) as error:  # what torch has for tensors that do not fit
+        raise UsageError(f"model, data: a batch fails: {error} (HYDRA_FULL_ERROR=1 shows where)") from error
+    objective(cfg, {"file_bytes": 0, "compression_ratio": 0, "metrics": {"compressed": metrics["dense"]}})
+    with explain("leftovers, fold_batchnorm"):
+        to_bytes(compressed, **writing)
+
+
+def before_training(
+    cfg: DictConfig,
+    dense: LightningModule,
+    data: LightningDataModule,
+    calibration: int = CALIBRATION_BATCHES,
+    **limits: Any,
+) -> tuple[dict[str, dict[str, float]], LightningModule]:
+    """Return the metrics of the dense module, and of it compressed without training; and this one."""
+    metrics = {"dense": evaluate(cfg, dense, data, **limits)}
+    compressed = one_shot(cfg, dense, data, calibration)
+    metrics["one_shot"] = evaluate(cfg, compressed, data, **limits)
+    return metrics, compressed
+
+
+def settle(module: LightningModule, batches: Iterable[Any]) -> None:
+    """Take BatchNorm's statistics anew, now that the weights are final: their means over some training batches.
+
+    Training leaves a running average of the last few batches, of weights that still moved; networks of few levels feel it.
+    """
+    with explain("batchnorm"):
+        update_bn(batches, module)
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Let a distributed run be over at the end: one process alone tests the file; the next job of a sweep meets anew."""
+    yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # none leaves while another still needs it
+        torch.distributed.destroy_process_group()
+
+
+def to_plain(cfg: DictConfig, key: str) -> Any:
+    """A setting that is a value or a mapping, as Python has it."""
+    return OmegaConf.to_container(cfg[key], resolve=True) if isinstance(cfg[key], DictConfig) else cfg[key]
+
+
+def is_main() -> bool:
+    """Whether this is the first process of a distributed run, or the only one."""
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
+
+
+def one_shot(cfg: DictConfig, dense: LightningModule, data: LightningDataModule, calibration: int) -> LightningModule:
+    """Return a copy of the dense module, compressed without training, by labels of so many batches."""
+    module = copy.deepcopy(dense)
+    if not cfg.compression.callbacks:
+        return module
+    seed(cfg)  # the same batches whether the baseline was trained just now or lay in the cache
+    batches = list(islice(data.train_dataloader(), calibration))
+    with explain("compression"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"You are trying to `self\.log\(\)`")  # a training step without a Trainer
+        psc_lightning.compress(module, build_callbacks(cfg), batches=batches, loss=step_loss)
+    return module
+
+
+def step_loss(module: nn.Module, batch: Any) -> Tensor:
+    """Return the loss of a module's own training step."""
+    assert isinstance(module, LightningModule)
+    result = module.training_step(batch, 0)
+    loss = result["loss"] if isinstance(result, Mapping) else result
+    if not isinstance(loss, Tensor):
+        raise UsageError(f"model: training_step gives {loss!r} instead of a loss when called by itself, for labels")
+    return loss
+
+
+def evaluate(cfg: DictConfig, module: LightningModule, data: LightningDataModule, **limits: Any) -> dict[str, float]:
+    """Return the test metrics, without `test_` in front of their names; `limits` are arguments of the Trainer."""
+    results = build_trainer(cfg, **ALONE, **limits).test(module, datamodule=data, verbose=False)
+    return {
+        name.removeprefix("test_").removeprefix("test/"): float(value)
+        for result in results
+        for name, value in result.items()
+    }
+
+
+def objective(cfg: DictConfig, report: Mapping[str, Any]) -> float:
+    """Return what a sweeper is to see."""
+    values = {key: report[key] for key in ("file_bytes", "compression_ratio")} | report["metrics"]["compressed"]
+    if cfg.objective not in values:
+        raise UsageError(f"objective={cfg.objective}: not one of {', '.join(values)}")
+    return float(values[cfg.objective])
