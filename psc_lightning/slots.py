@@ -191,7 +191,7 @@ class Slots(nn.Module):
         """What has begun begins anew, from another latent weight than the one that it began with."""
         if self.phase[0]:
             self._begin("tying", latent)
-        for mask in (self._chain(name).mask for name in self.cores):
+        for mask in (self.chain(name).mask for name in self.cores):
             if mask is not None and self.phase[1]:
                 mask.restart()
         self.pending = bool(self.phase[2])
@@ -209,7 +209,8 @@ class Slots(nn.Module):
     def _matrix(self, weight: Tensor) -> Tensor:
         return self.layout.matrix(weight if weight.dtype == torch.float64 else weight.float())
 
-    def _reduce(self, latent: Tensor) -> dict[str, Tensor]:
+    def reduce(self, latent: Tensor) -> dict[str, Tensor]:
+        """The cores of a latent weight, by name; once a tying has begun, its own."""
         matrix = self._matrix(latent)
         return self.tying.reduce(matrix) if self.tying is not None and self.phase[0] else {"core": matrix}
 
@@ -224,8 +225,8 @@ class Slots(nn.Module):
     def refresh(self, latent: Tensor) -> None:
         """Recompute what needs sorting, clustering or sums, from the latent weight as it is now."""
         if self.tying is None or self.phase[0]:
-            for name, core in self._reduce(latent).items():
-                self._chain(name).refresh(core, self.strengths, self.pending, (self.due[1], self.due[2]))
+            for name, core in self.reduce(latent).items():
+                self.chain(name).refresh(core, self.strengths, self.pending, (self.due[1], self.due[2]))
         self.stale, self.due = False, [True, True, True]
         self.pending = self.pending and not self.phase[2]
 
@@ -241,9 +242,9 @@ class Slots(nn.Module):
         if not self.begun:
             return latent if out is None else out.copy_(latent)
         if out is not None and not self.phase[0] and not self.layout.transposed and latent.dtype == torch.float32:
-            self._chain("core").value(self._matrix(latent), latent.dtype, at, self.layout.matrix(out))
+            self.chain("core").value(self._matrix(latent), latent.dtype, at, self.layout.matrix(out))
             return out  # its core is the weight itself: no copy in between
-        cores = {name: self._chain(name).value(core, latent.dtype, at) for name, core in self._reduce(latent).items()}
+        cores = {name: self.chain(name).value(core, latent.dtype, at) for name, core in self.reduce(latent).items()}
         made = self._expand(cores, latent)
         return made if out is None else out.copy_(made)
 
@@ -254,19 +255,20 @@ class Slots(nn.Module):
         # Equal numbers in another memory layout give other logits after loading, and slower convolutions.
         return expanded.contiguous(memory_format=memory_format(latent))
 
-    def _chain(self, name: str) -> Chain:
+    def chain(self, name: str) -> Chain:
+        """Mask and levels of the core of this name."""
         return cast(Chain, self.cores[name])
 
     def chains(self) -> list[Chain]:
         """Mask and levels of each core."""
-        return [self._chain(name) for name in self.cores]
+        return [self.chain(name) for name in self.cores]
 
     # -------------------------------------------------------------------------------------------- gradients
 
     @property
     def straight(self) -> bool:
         """Whether the gradient at the hard weight is that at the latent one, and nothing is trained beside it."""
-        return not self.phase[0] and all(self._chain(name).straight(self.strengths) for name in self.cores)
+        return not self.phase[0] and all(self.chain(name).straight(self.strengths) for name in self.cores)
 
     def pull(self, latent: Tensor, gradient: Tensor) -> Tensor | None:
         """Turn the gradient at the weight that `make` gave into that at the latent one, straight through what rounds.
@@ -284,10 +286,10 @@ class Slots(nn.Module):
         if self.straight:
             return gradient
         if tying is None:
-            pulled = self._chain("core").pull(self._matrix(latent), self._matrix(gradient), at)
+            pulled = self.chain("core").pull(self._matrix(latent), self._matrix(gradient), at)
             return self.layout.weight(pulled, self.stored_shape)
         trained = any(True for _ in tying.parameters())
-        if not trained and all(self._chain(name).straight(at) for name in self.cores):
+        if not trained and all(self.chain(name).straight(at) for name in self.cores):
             return self._expand(tying.reduce(self._matrix(gradient)), gradient)  # each member gets the members' mean
         return self._pull_tied(latent, gradient, trained)
 
@@ -295,15 +297,15 @@ class Slots(nn.Module):
         """Back through `expand`, mask and levels, and through `reduce`, unless the cores are trained themselves."""
         at, dense = self.strengths, latent.detach().requires_grad_()
         with torch.enable_grad():
-            cores = self._reduce(dense)
+            cores = self.reduce(dense)
             # A factor stands in the other one's gradient as it is stored; else the values do not matter.
             values = {
-                name: (self._chain(name).value(core, latent.dtype, at) if trained else core).detach().requires_grad_()
+                name: (self.chain(name).value(core, latent.dtype, at) if trained else core).detach().requires_grad_()
                 for name, core in cores.items()
             }
             made = self._expand(values, latent)
         found = torch.autograd.grad(made, list(values.values()), gradient.to(made.dtype))
-        pulled = [self._chain(name).pull(core.detach(), part, at) for (name, core), part in zip(cores.items(), found)]
+        pulled = [self.chain(name).pull(core.detach(), part, at) for (name, core), part in zip(cores.items(), found)]
         if trained:
             for core, part in zip(cores.values(), pulled, strict=True):
                 core.grad = part
@@ -311,31 +313,12 @@ class Slots(nn.Module):
         (first,) = torch.autograd.grad(list(cores.values()), dense, pulled)
         return first
 
-    @torch.no_grad()
-    def rungs(self, latent: Tensor) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None, int]]:
-        """For each core on the ladder of its levels: name, positions, their slope, what the mask keeps, the highest rung.
-
-        None for levels that have not begun, or have no zero.
-        """
-        for name, core in self._reduce(latent).items() if self.phase[2] else ():
-            chain = self._chain(name)
-            if chain.levels is not None and chain.levels.rungs:
-                yield name, *chain.levels.ladder(core.detach()), chain.keep(self.strengths), chain.levels.rungs
-
-    def descend(self, latent: Tensor, gradients: dict[str, Tensor]) -> Tensor | None:
-        """Gradients at the cores → at the latent weight; factors take theirs, in `grad`, and there is None."""
-        tying = self.tying if self.phase[0] else None
-        if tying is None:
-            return self.layout.weight(gradients["core"], self.stored_shape)
-        if any(True for _ in tying.parameters()):
-            for name, core in self._reduce(latent).items():
-                core.grad = gradients[name] if core.grad is None else core.grad + gradients[name]
-            return None
-        dense = latent.detach().requires_grad_()
-        with torch.enable_grad():
-            cores = self._reduce(dense)
-        (found,) = torch.autograd.grad([cores[name] for name in gradients], dense, list(gradients.values()))
-        return found
+    def set_threshold(self, threshold: float) -> None:
+        """Set the share of zeros of all cores' masks, from the next refresh on."""
+        for mask in (chain.mask for chain in self.chains()):
+            if mask is not None:
+                mask.threshold = threshold
+        self.stale = self.begun
 
     def awake(self) -> Iterator[nn.Parameter]:
         """The sidecars of the slots that have begun."""
@@ -354,8 +337,8 @@ class Slots(nn.Module):
             reduced = {} if matrix is None else {"core": matrix}
             if self.tying is not None and matrix is not None:
                 reduced = self.tying.reduce(matrix)
-            for name, core in self._reduce(latent).items():
-                mask = self._chain(name).mask
+            for name, core in self.reduce(latent).items():
+                mask = self.chain(name).mask
                 own = _finite(core.grad) if isinstance(core, nn.Parameter) else reduced.get(name)
                 if mask is not None and own is not None:
                     mask.observe(core, own)
@@ -372,7 +355,7 @@ class Slots(nn.Module):
     def stored(self, latent: Tensor) -> Stored:
         """What `encode` would store, as it is now."""
         at = self.strengths
-        cores = {name: self._chain(name).value(core, latent.dtype, at) for name, core in self._reduce(latent).items()}
+        cores = {name: self.chain(name).value(core, latent.dtype, at) for name, core in self.reduce(latent).items()}
         tying = self.tying if self.phase[0] else None
         inputs = self.inputs.grid() if self.inputs is not None and self.phase[2] else None
         seen = self.inputs.output if self.inputs is not None else None
@@ -387,8 +370,8 @@ class Slots(nn.Module):
         writer.integer(tying.code_number if tying is not None else 0)
         if tying is not None:
             tying.encode(writer)
-        for name, core in self._reduce(latent).items():
-            chain = self._chain(name)
+        for name, core in self.reduce(latent).items():
+            chain = self.chain(name)
             keep = chain.keep(at)
             masks = keep is not None and not bool(keep.all())
             writer.integer(int(masks))
@@ -409,11 +392,11 @@ class Slots(nn.Module):
         Raises:
             ValueError: no core has a row, or no level a scale, for each output channel.
         """
-        cores = self._reduce(latent)
+        cores = self.reduce(latent)
         name, core = next(iter(cores.items()))  # of two factors, the one that has the outputs
         if core.shape[0] != len(factor):
             raise ValueError(f"{self.method} has no row of its own for each output channel")
-        chain, rows = self._chain(name), factor.to(core.dtype).reshape(-1, *(1,) * (core.dim() - 1))
+        chain, rows = self.chain(name), factor.to(core.dtype).reshape(-1, *(1,) * (core.dim() - 1))
         levels = chain.levels if self.phase[2] else None
         value = core * rows if levels is None else levels.rescale(levels.code(core), factor.float()).to(core.dtype)
         value = blank_(value, chain.keep(self.strengths))
@@ -459,6 +442,9 @@ class Slots(nn.Module):
         for slot in SLOTS:
             if slot in self.specs:
                 other.fill(slot, self.specs[slot])
+        for mine, its in zip(self.chains(), other.chains()):
+            if mine.mask is not None and its.mask is not None:
+                its.mask.threshold = mine.mask.threshold  # which may have been steered
         other.strength.copy_(self.strength)
         other._read_strength()
         return other

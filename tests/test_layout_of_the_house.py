@@ -33,7 +33,7 @@ LAYERS = [
     {"tying", "masks", "levels", "activations"},
     {"stored", "chain", "spec"},
     {"slots"},
-    {"latent"},
+    {"latent", "ladder"},
     {"live"},
     {"folding", "targets"},
     {"training", "artifact"},

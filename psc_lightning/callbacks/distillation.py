@@ -116,7 +116,7 @@ class Distillation(Callback):
                 (found,) = torch.autograd.grad(self._distance(own, target.float()), own)
             return (1 - self.weight) * gradient + self.weight * scale * found.to(gradient.dtype)
 
-        output.register_hook(pull)
+        output.register_hook(pull)  # type: ignore[no-untyped-call]  # torch's
 
     def _distance(self, own: Tensor, target: Tensor) -> Tensor:
         if self.match is not None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
-from psc_lightning.latent import Compressed
+from psc_lightning.ladder import descend, rungs_of
 from psc_lightning.live import Place
 from psc_lightning.options import positive, whole
 from psc_lightning.prices import Prices
@@ -20,6 +20,7 @@ from psc_lightning.training.conductor import Conductor
 __all__ = ["Rate", "RatePenalty"]
 
 BITS = 8000  # of a kilobyte
+LADDERS = "StraightThroughQuantization('uniform', bits=3, learned_step=True), or ternary, ttq, log, codebook"
 
 
 class Rate:
@@ -37,28 +38,24 @@ class Rate:
         """Learn the contexts anew, from the latent weights as they are."""
         self.bits = 0.0
         for place in places:
-            for name, position, _, keep, top in _rungs(place.tensor, place.tensor.dense(place.parameter)):
-                found = Prices.learn(position, top, keep)
-                self.prices.setdefault(place.name, {})[name] = found
-                self.bits += found.bits(position, keep)
+            for core in rungs_of(place.tensor.slots, place.tensor.dense(place.parameter)):
+                found = Prices.learn(core.position, core.top, core.keep)
+                self.prices.setdefault(place.name, {})[core.core] = found
+                self.bits += found.bits(core.position, core.keep)
 
     @torch.no_grad()
-    def gradients(self, places: Iterable[Place]) -> Iterator[tuple[Place, Tensor | None]]:
-        """∂bits/∂latent of each tensor that has been looked at, whose Parameter holds its latent weight.
-
-        None where factors are trained instead, which have got theirs.
-        """
+    def gradients(self, places: Iterable[Place]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """What is trained of each tensor that has been looked at (its Parameter, or factors), and ∂bits in it."""
         for place in places:
-            prices = self.prices.get(place.name)
-            if prices is None:
-                continue
+            prices = self.prices.get(place.name, {})
             latent = place.tensor.dense(place.parameter)
             found: dict[str, Tensor] = {}
-            for name, position, slope, keep, _ in _rungs(place.tensor, latent):
-                rise = prices[name].slope(position).mul_(slope).mul_(position.sign())
-                found[name] = rise if keep is None else rise.mul_(keep)
-            if found:
-                yield place, place.tensor.slots.descend(latent, found)
+            for core, position, slope, keep, _ in rungs_of(place.tensor.slots, latent) if prices else ():
+                if slope is not None:
+                    rise = prices[core].slope(position).mul_(slope).mul_(position.sign())
+                    found[core] = rise if keep is None else rise.mul_(keep)
+            for trained, gradient in descend(place.tensor.slots, latent, found) if found else ():
+                yield (place.parameter if trained is None else trained), gradient
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs."""
@@ -73,13 +70,9 @@ class Rate:
         }
 
 
-def _rungs(tensor: Compressed, latent: Tensor) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None, int]]:
-    return tensor.slots.rungs(latent)
-
-
-def add(place: Place, gradient: Tensor, factor: float) -> None:
+def add(parameter: nn.Parameter, gradient: Tensor, factor: float) -> None:
     """Add a whole gradient, times a factor, to a Parameter's, which may be a shard."""
-    own = place.parameter.grad
+    own = parameter.grad
     if own is not None:
         own.add_(like(gradient.to(own.dtype), own), alpha=factor)
 
@@ -129,7 +122,9 @@ class RatePenalty(Callback):
 
     def check(self, cast: Cast) -> None:
         """Refuse a model without levels that have a zero."""
-        check_ladders(self, cast)
+        if not any(map(has_ladder, cast.everywhere())):
+            found = sorted({place.tensor.slots.method for place in cast.everywhere()}) or ["nothing is compressed"]
+            raise ValueError(f"RatePenalty needs levels that have a zero, found {', '.join(found)}: add {LADDERS}")
 
     def control(self, cast: Cast, step: int) -> None:
         """Learn prices, where it is time."""
@@ -139,29 +134,22 @@ class RatePenalty(Callback):
 
     def before_step(self, places: list[Place], scale: float) -> None:
         """Add the price's gradient."""
-        for place, gradient in self.rate.gradients(places) if self.weight else ():
-            if gradient is not None:
-                add(place, gradient, scale * self.weight / BITS)
+        for parameter, gradient in self.rate.gradients(places) if self.weight else ():
+            add(parameter, gradient, scale * self.weight / BITS)
 
-    def finish(self, cast: Cast) -> None:
+    def finish(self, cast: Cast, settle: Callable[[], None]) -> None:
         """Nothing is left to do."""
 
     def penalty_state(self) -> dict[str, Any]:
         """What a checkpoint needs."""
         return {"seen": self._seen, **self.rate.state_dict()}
 
-    def load_penalty_state(self, state: dict[str, Any]) -> None:
+    def load_penalty_state(self, cast: Cast, state: dict[str, Any]) -> None:
         """Put it back."""
         self._seen = state["seen"]
         self.rate.load_state_dict(state)
 
 
-def check_ladders(who: Callback, cast: Cast) -> None:
-    """Raise a ValueError where no tensor has levels that a weight could be drawn down."""
-    chains = [chain for place in cast.everywhere() for chain in place.tensor.slots.chains()]
-    if not any(chain.levels is not None and chain.levels.rungs for chain in chains):
-        found = sorted({place.tensor.slots.method for place in cast.everywhere()}) or ["nothing is compressed"]
-        raise ValueError(
-            f"{type(who).__name__} needs levels that have a zero, found {', '.join(found)}: add "
-            "StraightThroughQuantization('uniform', bits=3, group='tensor', learned_step=True), or ternary, log, codebook"
-        )
+def has_ladder(place: Place) -> bool:
+    """Whether a tensor has levels that a weight could be drawn down, to zero."""
+    return any(chain.levels is not None and chain.levels.rungs for chain in place.tensor.slots.chains())

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.functional import Group, group_counts
+from psc_lightning.functional import Group, group_counts, split, spread
 from psc_lightning.options import grouping, one_of
 from psc_lightning.precision import PRECISIONS, power_of_two
 from psc_lightning.strips import Survivors, blank_, strips, survivors, whole
@@ -215,6 +215,21 @@ class Levels(nn.Module):
             ValueError: the method has no zero.
         """
         raise ValueError(f"{type(self).__name__} has no zero that a weight could be drawn to")
+
+    @property
+    def follows_scale(self) -> bool:
+        """Whether a group that is multiplied by a number keeps its codes: then no price of codes can change its size."""
+        return True
+
+    @torch.no_grad()
+    def unscaled(self, core: Tensor, gradient: Tensor) -> Tensor:
+        """A price's gradient without what would shrink groups as wholes: ``g - sign(x) · Σ g·x / Σ |x|``: Σ g·x is 0."""
+        if not self.follows_scale:
+            return gradient
+        sizes, along = split(core.abs(), self.group).sum(1), split(gradient * core, self.group).sum(1)
+        return gradient - core.sign() * spread(
+            along / sizes.clamp_min(torch.finfo(sizes.dtype).tiny), self.shape, self.group
+        )
 
     # ---------------------------------------------------------------------------------------------- storing
 

@@ -220,6 +220,11 @@ class CodebookLevels(Levels):
         """As many as there may be on one side of the centroid nearest to zero, which counts as zero."""
         return self.k - 1
 
+    @property
+    def follows_scale(self) -> bool:
+        """No: centroids are trained."""
+        return False
+
     def ladder(self, core: Tensor) -> tuple[Tensor, Tensor]:
         """How many centroids x lies away from the one nearest to zero, in between linearly; 1/distance of its neighbours."""
         table = self._table().to(core.dtype)

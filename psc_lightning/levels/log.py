@@ -116,7 +116,7 @@ class LogLevels(Levels):
     @property
     def rungs(self) -> int:
         """2^(bits-1) - 1."""
-        return self.top
+        return int(self.top)
 
     def ladder(self, core: Tensor) -> tuple[Tensor, Tensor]:
         """``1 + root · log2(|x|/lowest)``, down to 1/2; linear below it."""

@@ -164,6 +164,11 @@ class UniformLevels(Levels):
         """m; at one bit there is no zero."""
         return self.top if self.bits > 1 else 0
 
+    @property
+    def follows_scale(self) -> bool:
+        """Unless the step is learned."""
+        return not self.learned_step
+
     def ladder(self, core: Tensor) -> tuple[Tensor, Tensor]:
         """x/s, and 1/s."""
         if self.bits == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -66,13 +67,13 @@ class Penalty(Protocol):
     def before_step(self, places: list[Place], scale: float) -> None:
         """Add to the gradients of what an optimizer updates now, which hold latent weights; all are multiplied by `scale`."""
 
-    def finish(self, cast: Cast) -> None:
-        """After the last step: the weights are hard, and may be changed once more."""
+    def finish(self, cast: Cast, settle: Callable[[], None]) -> None:
+        """After the last step: the weights are hard, and may be changed once more; `settle` what follows from them then."""
 
     def penalty_state(self) -> dict[str, Any]:
         """What a checkpoint needs."""
 
-    def load_penalty_state(self, state: dict[str, Any]) -> None:
+    def load_penalty_state(self, cast: Cast, state: dict[str, Any]) -> None:
         """Put it back."""
 
 

@@ -7,6 +7,7 @@ Between steps every Parameter is hard, within the batches of a ramp blended.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -249,6 +250,12 @@ class Conductor(Callback):
                 "psc_lightning.refresh_batchnorm(model, batches, forward=…), or give refresh_batchnorm=0"
             )
 
+    def _refresh_anew(self, trainer: Trainer) -> None:
+        """After weights have changed without a step."""
+        if self.inputs is not None:
+            self.inputs.fresh = False
+        self._refresh_batchnorm(trainer)
+
     def _show_averages(self, module: LightningModule) -> None:
         for average in self.averages:
             average.follow(self.cast.everywhere())
@@ -268,9 +275,9 @@ class Conductor(Callback):
         for place in self.cast.everywhere():
             place.tensor.absorb(place.parameter)
             place.tensor.show_if_stale(place.parameter)
-        for penalty in self.cast.penalties:
-            penalty.finish(self.cast)
         self._refresh_batchnorm(trainer)
+        for penalty in self.cast.penalties:
+            penalty.finish(self.cast, partial(self._refresh_anew, trainer))
         if _spawns(trainer):
             hand_back(pl_module)
         if bool(trainer.fast_dev_run):  # type: ignore[attr-defined]  # assigned, declared nowhere

@@ -64,14 +64,14 @@ def read(entry: dict[str, Any], cast: Cast, averages: list[Average]) -> None:
                 f"{name}: the checkpoint was trained with {_told(had)}, this run has {_told(has)}: resume with the same "
                 f"callbacks, or {_CURE}"
             )
+    for penalty in cast.penalties:  # first: what follows from a latent weight also follows from a threshold
+        if (state := entry["penalties"].get(penalty.state_key)) is not None:
+            penalty.load_penalty_state(cast, state)
     for place in cast.everywhere():
         place.tensor.load_training_state(place.parameter, tensors[place.name]["state"])
         place.tensor.reconcile(place.parameter)
     cast.sidecars.load_state_dict(entry["optimizer"])
     cast.total, cast.base_rate = entry["total_steps"], entry["base_rate"]
-    for penalty in cast.penalties:
-        if (state := entry["penalties"].get(penalty.state_key)) is not None:
-            penalty.load_penalty_state(state)
     for average, state in zip(averages, entry["averages"]):
         average.load_state_dict(state)
 
