@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib import import_module, metadata
 from pathlib import Path
 from shutil import which
@@ -104,9 +105,11 @@ def run(name: str, args: argparse.Namespace, seconds: float) -> dict[str, object
         try:
             ended = str(process.wait(seconds + GRACE))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             ended = "it took too long and was ended"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     taken = round(time.monotonic() - start, 1)
     tail = log.read_text(errors="replace")[-3000:] if ended != "0" else ""
     return {"exit": ended, "seconds": taken, "rows": rows_of(name, args.out), "log": tail}
@@ -146,6 +149,7 @@ def main() -> None:
         section(args)
         return
     args.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # a section ends with this process
     end = time.monotonic() + 60 * args.minutes
     found: dict[str, object] = {"machine": machine(args.device), "sections": {}}
     sections: dict[str, dict[str, object]] = found["sections"]  # type: ignore[assignment]
