@@ -17,6 +17,7 @@ from step.nets import Fit, Net, numbers
 from torch import Tensor, nn
 
 import psc_lightning
+from psc_lightning import ByteBudget, RatePenalty
 from psc_lightning.levels import LEVELS
 from psc_lightning.live import compressed
 from psc_lightning.masks import MASKS
@@ -42,10 +43,12 @@ CHOSEN: dict[str, Method] = {
     **{f"tying: {name}": Method(lambda net, name=name: [sharing(name)]) for name in TYINGS},  # type: ignore[misc]
     "uniform, learned step": Method(lambda net: [levels("uniform", bits=4, learned_step=True)]),
     "uniform, inputs rounded": Method(lambda net: [levels("uniform", bits=7, activations=8)]),
+    "uniform, rate penalty": Method(lambda net: [levels("uniform", bits=4), RatePenalty(weight=1e-6, every=2)]),
     "codebook by channel": Method(lambda net: [levels("codebook", k=4, group="channel")]),
     "uniform, log8 scales": Method(lambda net: [levels("uniform", bits=4, scales="log8")]),
     **{name: METHODS[name] for name in METHODS if "ramp" in name or name in ("clipping layer", "clipping agc")},
 }
+BUDGET = Method(lambda net: [levels("uniform", bits=6), ByteBudget("16kB")])  # the last row: it takes the longest
 IN_WORDS = ("plain", "levels: uniform", "levels: codebook", "mask: movement", "row + magnitude + uniform")
 IN_PRECISIONS = ("levels: uniform", "levels: codebook", "low_rank + movement + codebook")
 PRECISIONS = ("bf16-mixed", "16-mixed", "bf16-true")
@@ -193,3 +196,5 @@ def measure(board: Board) -> None:
                 run(row, NETS["images"], CHOSEN[name], board, precision=precision)
 
             board.row(f"{precision}, {name}", fill)
+    if not board.small:
+        board.row("uniform, byte budget", lambda row: run(row, NETS["images"], BUDGET, board))
