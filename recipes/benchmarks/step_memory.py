@@ -86,7 +86,7 @@ def measure(method: Method, millions: float) -> dict[str, int]:
     before = resident("VmRSS")
     trainer = train(method, millions)
     peak = resident("VmHWM") - before
-    sidecars = Conductor.of(trainer).sidecars
+    sidecars = Conductor.of(trainer).cast.sidecars
     states = sidecars.optimizer.state.values() if sidecars.optimizer is not None else []
     tensors = [*sidecars.parameters, *(value for state in states for value in state.values() if value.numel() > 1)]
     return {"peak": peak, "sidecars": sum(tensor.nbytes for tensor in tensors)}

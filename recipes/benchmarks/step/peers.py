@@ -39,11 +39,11 @@ def by_hand(net: nn.Module) -> None:
         register_parametrization(layer, "weight", Rounded())
 
 
-def torchao(net: nn.Module) -> None:
+def torchao(net: nn.Module, dtype: torch.dtype = torch.int4) -> None:
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
-    config = QATConfig(weight_config=IntxFakeQuantizeConfig(torch.int4, granularity="per_channel"), step="prepare")
+    config = QATConfig(weight_config=IntxFakeQuantizeConfig(dtype, granularity="per_channel"), step="prepare")
     quantize_(net, config, lambda layer, name: type(layer) is nn.Linear)
 
 
