@@ -8,6 +8,8 @@ entries in memory order (a shorter last group is allowed).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -23,6 +25,7 @@ __all__ = [
     "block_mean",
     "block_sum",
     "doubled",
+    "float32_by_default",
     "group_counts",
     "split",
     "spread",
@@ -72,6 +75,17 @@ def doubled(factor: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------- groups
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Sidecars are float32 whatever the default is: Lightning changes it while a bf16-true model is built."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def group_counts(shape: tuple[int, ...], group: Group) -> tuple[int, int]:

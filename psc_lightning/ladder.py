@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from psc_lightning.slots import Slots
 
-__all__ = ["Rungs", "descend", "rungs_of"]
+__all__ = ["Rungs", "descend", "rungs_of", "set_threshold"]
 
 
 class Rungs(NamedTuple):
@@ -62,3 +62,11 @@ def descend(slots: Slots, latent: Tensor, prices: dict[str, Tensor]) -> Iterator
             cores = slots.reduce(dense)
         (pulled,) = torch.autograd.grad([cores[name] for name in found], dense, list(found.values()))
         yield None, pulled
+
+
+def set_threshold(slots: Slots, threshold: float) -> None:
+    """Set the share of zeros of all cores' masks, from the next refresh on."""
+    for mask in (chain.mask for chain in slots.chains()):
+        if mask is not None:
+            mask.threshold = threshold
+    slots.stale = slots.begun

@@ -10,7 +10,6 @@ is why a file holds the model bit for bit. The latent weight is an argument of e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, cast
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from psc_lightning.activations import Activations
 from psc_lightning.bits import write_bits
 from psc_lightning.chain import Chain, Strengths
+from psc_lightning.functional import float32_by_default
 from psc_lightning.layout import Layout, memory_format
 from psc_lightning.levels import LEVELS
 from psc_lightning.masks import MASKS
@@ -36,17 +36,6 @@ Shape = tuple[int, ...]
 SLOTS = ("tying", "mask", "levels")
 
 OFF, SOFT, HARD = 0, 1, 2
-
-
-@contextmanager
-def _float32() -> Iterator[None]:
-    """Sidecars are float32 whatever the default is: Lightning changes it while a bf16-true model is built."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _phase(strength: float) -> int:
@@ -88,7 +77,7 @@ class Slots(nn.Module):
 
     # ---------------------------------------------------------------------------------------------- filling
 
-    @_float32()
+    @float32_by_default()
     def fill(self, slot: str, spec: Spec) -> None:
         """Put a method into an empty slot. Raises ValueError, naming both owners, where the slot is taken."""
         taken = self.specs.get(slot)
@@ -312,13 +301,6 @@ class Slots(nn.Module):
             return None
         (first,) = torch.autograd.grad(list(cores.values()), dense, pulled)
         return first
-
-    def set_threshold(self, threshold: float) -> None:
-        """Set the share of zeros of all cores' masks, from the next refresh on."""
-        for mask in (chain.mask for chain in self.chains()):
-            if mask is not None:
-                mask.threshold = threshold
-        self.stale = self.begun
 
     def awake(self) -> Iterator[nn.Parameter]:
         """The sidecars of the slots that have begun."""

@@ -105,10 +105,10 @@ def chained(chain: Chain, core: Tensor, at: Strengths) -> Tensor:
 def through_all(slots: Slots, latent: Tensor) -> Tensor:
     """The hard weight as a graph of everything that makes it, nothing left out."""
     with torch.no_grad():
-        exact = slots._reduce(latent.detach())  # a graph may sum in another order
+        exact = slots.reduce(latent.detach())  # a graph may sum in another order
     cores = {
         name: core if isinstance(core, nn.Parameter) else straight(exact[name], core)
-        for name, core in slots._reduce(latent).items()
+        for name, core in slots.reduce(latent).items()
     }
-    made = {name: chained(slots._chain(name), core, slots.strengths) for name, core in cores.items()}
+    made = {name: chained(slots.chain(name), core, slots.strengths) for name, core in cores.items()}
     return slots._expand(made, latent)

@@ -104,9 +104,9 @@ def test_the_threshold_is_the_share_of_the_core_that_is_zero(preset: str):
     report = compress(model, preset, threshold=0.3, **labels(preset))
     assert compress(net(), preset, **labels(preset)).tensors != report.tensors
     for _, tensor, weight in compressed(model):
-        cores = tensor.slots._reduce(tensor.dense(weight))
+        cores = tensor.slots.reduce(tensor.dense(weight))
         for name, core in cores.items():
-            zeros = int((~tensor.slots._chain(name).mask.keep).sum())
+            zeros = int((~tensor.slots.chain(name).mask.keep).sum())
             assert zeros == math.floor(0.3 * core.numel() + 0.5)
 
 
@@ -397,7 +397,7 @@ def test_options_reach_their_methods():
         model, "float", threshold=0.25, bits=4, group=16, targets=("Conv2d",), ignore="0", min_size=1, granularity="row"
     )
     ((name, slots, _),) = slotted(model)
-    chain = slots._chain("core")
+    chain = slots.chain("core")
     assert name == "3.weight"
     assert (chain.levels.bits, chain.levels.group) == (4, 16)
     assert (chain.mask.threshold, chain.mask.units.granularity, chain.mask.units.block) == (0.25, "row", 3)

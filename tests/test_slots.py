@@ -76,9 +76,9 @@ def test_a_tying_after_something_has_begun_is_refused():
 def test_a_mask_may_come_later_and_leaves_what_the_levels_have_learned(same_bits):
     slots, latent = make(levels=("codebook", {"k": 3}))
     slots.harden(latent)
-    centroids = slots._chain("core").levels.centroids
+    centroids = slots.chain("core").levels.centroids
     slots.fill("mask", Spec("magnitude", SHARE))
-    assert slots._chain("core").levels.centroids is centroids
+    assert slots.chain("core").levels.centroids is centroids
     slots.harden(latent)
     assert int((slots.make(latent) == 0).sum()) >= 16
 
@@ -125,13 +125,13 @@ def test_hardening_brings_all_that_is_filled_to_full_strength():
 def test_hardening_brings_stale_buffers_up_to_date():
     slots, latent = make(levels=("uniform", {}))
     slots.harden(latent)
-    scale = slots._chain("core").levels.scale.clone()
+    scale = slots.chain("core").levels.scale.clone()
     latent.mul_(4)
     slots.harden(latent)  # it has not been told
-    assert torch.equal(slots._chain("core").levels.scale, scale)
+    assert torch.equal(slots.chain("core").levels.scale, scale)
     slots.stale = True
     slots.harden(latent)
-    assert torch.equal(slots._chain("core").levels.scale, 4 * scale)
+    assert torch.equal(slots.chain("core").levels.scale, 4 * scale)
 
 
 def test_only_what_is_due_is_recomputed():
@@ -142,11 +142,11 @@ def test_only_what_is_due_is_recomputed():
     latent.copy_(torch.tensor([[8.0, 7.0, 6.0, 5.0]]))
     slots.due = [True, False, True]
     slots.refresh(latent)
-    assert slots._chain("core").mask.keep.tolist() == [[False, False, True, True]]
+    assert slots.chain("core").mask.keep.tolist() == [[False, False, True, True]]
     assert slots.make(latent)[0, 2].item() == pytest.approx(6.0, rel=1e-3)  # the scale is that of now: 6 is its largest
     assert slots.due == [True, True, True]
     slots.refresh(latent)
-    assert slots._chain("core").mask.keep.tolist() == [[True, True, False, False]]
+    assert slots.chain("core").mask.keep.tolist() == [[True, True, False, False]]
 
 
 def test_levels_begin_with_the_mask_of_that_moment():
@@ -156,7 +156,7 @@ def test_levels_begin_with_the_mask_of_that_moment():
     slots.set_strength("mask", 1.0, latent)
     slots.refresh(latent)
     assert slots.make(latent).tolist() == [[0.0, 0.0, 4.0, -4.0]]
-    assert slots._chain("core").levels.centroids.tolist() == [[-4.0, 4.0]]
+    assert slots.chain("core").levels.centroids.tolist() == [[-4.0, 4.0]]
 
 
 def test_centroids_and_learned_steps_learn_from_the_survivors_only():
@@ -167,12 +167,12 @@ def test_centroids_and_learned_steps_learn_from_the_survivors_only():
     latent.copy_(values)
     slots.harden(latent)
     pulled = slots.pull(latent, gradient)
-    assert slots._chain("core").levels.centroids.grad.tolist() == [[8.0, 4.0]]
+    assert slots.chain("core").levels.centroids.grad.tolist() == [[8.0, 4.0]]
     assert pulled.tolist() == gradient.tolist()  # but the masked weight itself goes on learning
     slots, latent = make((1, 4), mask=("magnitude", SHARE), levels=("uniform", {"learned_step": True, "bits": 4}))
     latent.copy_(values)
     slots.harden(latent)
-    levels = slots._chain("core").levels
+    levels = slots.chain("core").levels
     with torch.no_grad():
         levels.step.fill_(1.5)
     pulled = slots.pull(latent, gradient)
@@ -213,7 +213,7 @@ def test_what_is_trained_beside_the_weight_gets_its_gradient_once_it_has_begun()
     assert not slots.straight
     assert list(slots.awake()) == list(slots.sidecars("levels"))
     slots.pull(latent, torch.ones(6, 8))
-    centroids, scores = slots._chain("core").levels.centroids, slots._chain("core").mask.scores
+    centroids, scores = slots.chain("core").levels.centroids, slots.chain("core").mask.scores
     assert float(centroids.grad.sum()) == 48.0  # each entry belongs to one centroid
     assert scores.grad is None
     slots.set_strength("mask", 1.0, latent)
@@ -243,7 +243,7 @@ def test_a_blend_hands_through_what_both_of_its_parts_do():
     slots.refresh(latent)
     pulled = slots.pull(latent, torch.tensor([[1.0, 2.0, 4.0, 8.0]]))
     # hard + (1 - 0.25)·(x - hard)
-    assert slots._chain("core").levels.centroids.grad.tolist() == [[0.75, 3.0]]
+    assert slots.chain("core").levels.centroids.grad.tolist() == [[0.75, 3.0]]
     assert pulled.tolist() == [[1.0, 2.0, 4.0, 8.0]]
 
 
@@ -252,7 +252,7 @@ def test_labels_reach_the_mask_through_a_tying():
     latent.copy_(torch.tensor([[1.0, 1.0, 9.0, 9.0]]))
     gradient = torch.tensor([[8.0, 8.0, 0.0, 0.5]])
     slots.observe("mask", latent, gradient)  # before the tying begins there is no core to look at
-    assert not slots._chain("core").mask.total.any()
+    assert not slots.chain("core").mask.total.any()
     slots.set_strength("tying", 1.0, latent)
     slots.observe("mask", latent, gradient)
     slots.harden(latent)
@@ -267,16 +267,16 @@ def test_labels_of_factors_are_their_own_gradients():
     assert slots.pull(latent, torch.randn(6, 8)) is None
     slots.observe("mask", latent, None)
     for name, factor in slots.tying.named_parameters():
-        assert torch.equal(slots._chain(name).mask.total, factor.grad.square())
+        assert torch.equal(slots.chain(name).mask.total, factor.grad.square())
 
 
 def test_nothing_to_observe_without_a_gradient():
     slots, latent = make(mask=("saliency", SHARE))
     slots.observe("mask", latent, None)
     slots.observe("mask", latent, torch.full((4, 8), torch.nan))  # nor in one that is not finite
-    assert not slots._chain("core").mask.total.any()
+    assert not slots.chain("core").mask.total.any()
     slots.observe("mask", latent, torch.ones(4, 8))
-    assert slots._chain("core").mask.total.any()
+    assert slots.chain("core").mask.total.any()
 
 
 def test_a_slot_that_has_not_begun_is_not_stored(tape, same_bits):

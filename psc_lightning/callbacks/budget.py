@@ -12,10 +12,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from psc_lightning.artifact import estimate, measure
+from psc_lightning.artifact import measure
 from psc_lightning.artifact.leftovers import Precisions
 from psc_lightning.callbacks.rate import BITS, LADDERS, Rate, add, has_ladder, like
-from psc_lightning.ladder import rungs_of
+from psc_lightning.ladder import rungs_of, set_threshold
 from psc_lightning.live import Place
 from psc_lightning.report.numbers import Report
 from psc_lightning.training.cast import Cast
@@ -184,7 +184,7 @@ class ByteBudget(Callback):
         elif steered and self.kept is not None:
             self.kept = min(1.0, max(_FEWEST, self.kept / over**0.5))
         for place in steered:
-            place.tensor.slots.set_threshold(1 - (self.kept or 1.0))
+            set_threshold(place.tensor.slots, 1 - (self.kept or 1.0))
 
     def size(self) -> float:
         """Bytes of the file, by the price as of the last look."""
@@ -272,7 +272,7 @@ class ByteBudget(Callback):
         self.rate.load_state_dict(state)
         for place in cast.everywhere() if self.kept is not None else ():
             if _masked(place):
-                place.tensor.slots.set_threshold(1 - self.kept)
+                set_threshold(place.tensor.slots, 1 - self.kept)
 
 
 def _masked(place: Place) -> bool:

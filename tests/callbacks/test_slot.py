@@ -85,7 +85,7 @@ def hard(made, model, means=()):
         assert not slots.stale
         assert torch.equal(weight, slots.make(latent))
         effective = slots.layout.matrix(weight.detach())
-        cores = slots._reduce(latent) if slots.begun else {}
+        cores = slots.reduce(latent) if slots.begun else {}
         assert all(phase in (0, 2) for phase in slots.phase)
         for name, core in cores.items():
             chain, phase = slots.cores[name], slots.phase
