@@ -83,7 +83,10 @@ def compress(
             )
         compression = "none"
     if isinstance(compression, str):
-        callbacks = preset(compression, threshold, **options)
+        if options.get("budget") is not None:
+            raise ValueError("budget: nothing is trained here that could be steered; give ByteBudget to a Trainer")
+        made = preset(compression, threshold, **options)
+        callbacks = [callback for callback in made if isinstance(callback, SlotCallback)]
     elif threshold is not None or options:
         raise ValueError(f"{', '.join(options) or 'threshold'}: an option of presets; callbacks have their own")
     else:

@@ -23,6 +23,7 @@ from psc_lightning.app.errors import UsageError, explain
 from psc_lightning.app.sweep import check_sweeper
 from psc_lightning.app.task import Classifier
 from psc_lightning.artifact.leftovers import LEFTOVERS
+from psc_lightning.callbacks.presets import slots_and_budget
 from psc_lightning.options import positive, whole
 
 __all__ = [
@@ -40,14 +41,13 @@ log = logging.getLogger(__name__)
 
 _OURS = ("name", "callbacks", "untied")
 _ALWAYS = (*_OURS, "threshold", "targets", "ignore", "min_size", "refresh_batchnorm")
-GROUPS = ("compression", "clipping", "data", "model", "optimizer", "trainer", "logger", "callbacks")
+GROUPS = ("compression", "clipping", "distillation", "data", "model", "optimizer", "trainer", "logger", "callbacks")
 
 
 def build_callbacks(cfg: DictConfig) -> list[Callback]:
     """Return the callbacks of the preset, of the clipping, and the user's own."""
-    nodes = {f"compression.callbacks.{name}": node for name, node in cfg.compression.callbacks.items()}
-    if cfg.clipping:
-        nodes["clipping"] = cfg.clipping
+    nodes = {f"compression.callbacks.{name}": node for name, node in slots_and_budget(cfg.compression).items()}
+    nodes |= {key: cfg[key] for key in ("clipping", "distillation") if cfg[key]}
     nodes |= {f"callbacks.{name}": node for name, node in cfg.callbacks.items()}
     if "mask" not in cfg.compression.callbacks and cfg.compression.get("threshold"):
         log.info("compression has no mask, and ignores compression.threshold=%s", cfg.compression.threshold)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import psc_lightning
+from psc_lightning import ByteBudget
 from psc_lightning.app.baseline import baseline, make_cache, read_checkpoint
 from psc_lightning.app.build import (
     build_callbacks,
@@ -72,7 +73,7 @@ def run(cfg: DictConfig, folder: Path) -> float:
     if cfg.resume is not None and this.finished:
         log.info("%s is finished already", folder)
         return objective(cfg, json.loads(this.report.read_text()))
-    writing = {key: to_plain(cfg, key) for key in ("leftovers", "fold_batchnorm")}
+    writing = {key: to_plain(cfg, key) for key in ("leftovers", "names", "fold_batchnorm")}
     callbacks = build_callbacks(cfg)
     data = build_data(cfg)
     fresh = build_module(cfg)
@@ -109,18 +110,28 @@ def run(cfg: DictConfig, folder: Path) -> float:
         check_finite(module.state_dict(), "training diverged", "optimizer.lr")
         if cfg.batchnorm:
             settle(module, islice(data.train_dataloader(), cfg.batchnorm))
-        report = psc_lightning.save(module, this.model, **writing)
+        file = this.model
+        report = psc_lightning.save(module, file, **writing)
     if not is_main():
         return math.nan
+    budget = next((callback.budget for callback in callbacks if isinstance(callback, ByteBudget)), None)
+    if budget is not None and report.file_bytes > budget:
+        file.replace(this.over_budget)
+        file = this.over_budget
 
     reloaded = build_module(cfg)  # the reported numbers are the file's
-    psc_lightning.load_into(reloaded, this.model)
+    psc_lightning.load_into(reloaded, file)
     metrics["compressed"] = evaluate(cfg, reloaded, data)
     check_finite({f"metrics.{name}": torch.tensor(value) for name, value in metrics["compressed"].items()}, "test", "")
     report.metrics = metrics
     draw(report, curve, this.plots)
     report.save(this.report)
     print(report)
+    if file is this.over_budget:
+        raise UsageError(
+            f"compression.budget={cfg.compression.budget}: {file} has {report.file_bytes:,} bytes, {budget:,} were allowed; "
+            "give more epochs, a larger budget, leftovers=log8 or fold_batchnorm=true"
+        )
     return objective(cfg, report.to_dict())
 
 

@@ -35,6 +35,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.model = folder / "model.psc"
+        self.over_budget = folder / "model.over-budget.psc"
         self.report = folder / "report.json"
         self.config = folder / "config.yaml"
         self.record = folder / "run.json"
@@ -75,6 +76,7 @@ class Run:
     def clear(self) -> None:
         """Delete what says that an older run in this folder is finished, and where it stood."""
         self.report.unlink(missing_ok=True)
+        self.over_budget.unlink(missing_ok=True)
         (self.checkpoints / "last.ckpt").unlink(missing_ok=True)
 
     def note(self, **entries: Any) -> None:

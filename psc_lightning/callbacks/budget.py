@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from psc_lightning.artifact import measure
+from psc_lightning.artifact import estimate, measure
 from psc_lightning.artifact.leftovers import Precisions
 from psc_lightning.callbacks.rate import BITS, LADDERS, Rate, add, has_ladder, like
 from psc_lightning.ladder import rungs_of, set_threshold
@@ -135,6 +135,8 @@ class ByteBudget(Callback):
             raise ValueError(
                 "ByteBudget steers the price of bytes itself: leave out RatePenalty, and a second ByteBudget"
             )
+        assert cast.module is not None
+        self.budget = in_bytes(self.given, estimate(cast.module).dense_bytes)
 
     # ------------------------------------------------------------------------------------------------- steering
 
@@ -228,8 +230,8 @@ class ByteBudget(Callback):
             outside = report.file_bytes - self._inside(report)
             rank_zero_warn(
                 f"ByteBudget: the file has {report.file_bytes:,} bytes, {self.budget:,} were allowed. Train longer, raise "
-                f"the budget, or make smaller what is not priced: {outside:,} bytes are names, biases, statistics and tensors "
-                "outside the slots (leftovers='log8', names=False, fold_batchnorm=True of save and of ByteBudget)"
+                f"the budget, or make smaller what is not priced: {outside:,} bytes are names, biases, statistics and "
+                "tensors outside the slots (leftovers='log8', names=False, fold_batchnorm=True of save and of ByteBudget)"
             )
 
     def _trim(self, cast: Cast, report: Report, settle: Callable[[], None]) -> Report:

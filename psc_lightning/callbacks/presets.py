@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from psc_lightning.callbacks.slot import SlotCallback
+from lightning.pytorch import Callback
+
 from psc_lightning.configs import config_dir
 from psc_lightning.options import one_of
 from psc_lightning.slots import SLOTS
 from psc_lightning.targets import patterns
 
-__all__ = ["composed", "preset"]
+__all__ = ["composed", "preset", "slots_and_budget"]
 
 _NOT_OPTIONS = ("name", "callbacks", "untied")
 
@@ -44,6 +45,13 @@ def composed(compression: str, **slots: str) -> Any:
     return OmegaConf.merge(*parts)
 
 
+def slots_and_budget(config: Any) -> dict[str, Any]:
+    """The callbacks of a composed compression by name: its slots', and a budget's where there is one."""
+    return {
+        name: node for name, node in config["callbacks"].items() if name != "budget" or config["budget"] is not None
+    }
+
+
 def preset(
     compression: str = "none",
     threshold: float | None = None,
@@ -53,22 +61,25 @@ def preset(
     levels: str | None = None,
     schedule: Any = None,
     **options: Any,
-) -> list[SlotCallback]:
+) -> list[Callback]:
     """The callbacks of a preset, for `Trainer(callbacks=[…])`.
 
     Args:
-        compression: none, float, binary, ternary, mask, cross_channel, row, column, separable, low_rank, log, codebook
-            or deep.
+        compression: none, float, binary, ternary, mask, cross_channel, row, column, separable, low_rank, log, codebook,
+            deep or small.
         threshold: share of the core's entries that are zero; None: the preset's default.
         tying, mask, levels: another method in that slot (`"none"` leaves it empty); None: the preset's.
         schedule: a `Schedule`, its kind, or a mapping, for all of them. None: linear up to 70 % of training.
-        options: the methods' options (`bits`, `group`, `rank`, …) and `targets`, `ignore`, `min_size`.
+        options: the methods' options (`bits`, `group`, `rank`, …), `targets`, `ignore`, `min_size`, and `budget`: bytes of
+            the file (`2500`, `"27kB"`, `"3%"` of the dense size), which training then steers to.
 
     Raises:
         ValueError: an unknown preset or method, an option that none of them reads, or a wrong value; it is named.
 
     >>> [callback.method for callback in preset("deep", threshold=0.8)]
     ['movement', 'codebook']
+    >>> [type(callback).__name__ for callback in preset("ternary", budget="2kB")]
+    ['MaskLearning', 'StraightThroughQuantization', 'ByteBudget']
     >>> [callback.method for callback in preset("low_rank", levels="ternary", mask="movement")]
     ['low_rank', 'movement', 'ternary']
     """
@@ -89,11 +100,14 @@ def preset(
         config[key] = patterns(key, value) if key in ("targets", "ignore") else value  # classes become names
     resolved = OmegaConf.to_container(OmegaConf.create({"compression": config}), resolve=True)
     assert isinstance(resolved, dict)
-    parts = resolved["compression"]["callbacks"].values()
+    parts = slots_and_budget(resolved["compression"])
+    for part in parts.values():
+        if "schedule" in part and (schedule is not None or part["schedule"] is None):
+            part["schedule"] = schedule
     try:
-        built = [instantiate({**part, "schedule": schedule}, _convert_="all") for part in parts]
+        built = {name: instantiate(part, _convert_="all") for name, part in parts.items()}
     except InstantiationException as error:
         if isinstance(error.__cause__, ValueError):
             raise error.__cause__ from None  # the callback's own message names the argument
         raise
-    return sorted(built, key=lambda callback: SLOTS.index(callback.slot))
+    return [built[name] for name in (*SLOTS, "budget") if name in built]
