@@ -76,7 +76,7 @@ class Prices:
         return cls(row, column, tensor, 1 - (counts / counts.sum()).log2())
 
     def _log_odds(self) -> Tensor:
-        return (self.row + self.column + self.tensor).clamp_(-_MOST, _MOST)
+        return (self.row + self.tensor + self.column).clamp_(-_MOST, _MOST)
 
     @torch.no_grad()
     def bits(self, position: Tensor, keep: Tensor | None = None) -> float:
@@ -96,11 +96,12 @@ class Prices:
 
         The first rung's slope holds from 0 to 1: an entry that is rounded to zero is drawn on, and stays there.
         """
-        first = (self.sizes[0] - self._log_odds()).clamp_min(0.0).expand(position.shape)
+        first = self._log_odds().expand(position.shape).clone() if self.row.dim() == 0 else self._log_odds()
+        first = first.neg_().add_(self.sizes[0]).clamp_min_(0.0)
         steps = torch.cat((self.sizes[:1], self.sizes.diff(), self.sizes.new_zeros(1)))
         rung = position.abs().clamp_(max=len(self.sizes))
-        further = steps.index_select(0, rung.reshape(-1).long()).reshape(position.shape)
-        further = torch.maximum(further, _FLOOR * first.clamp_min(_LEAST))
+        further = steps.index_select(0, rung.to(torch.int32).reshape(-1)).reshape(position.shape)
+        torch.maximum(further, first.clamp_min(_LEAST).mul_(_FLOOR), out=further)
         return torch.where(rung < 1, first, further)
 
     def state_dict(self) -> dict[str, Tensor]:
