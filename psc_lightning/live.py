@@ -17,7 +17,18 @@ from torch import Tensor, nn
 from psc_lightning.latent import Compressed
 from psc_lightning.sharding import sharded_modules
 
-__all__ = ["Place", "compressed", "detach", "hand_back", "held", "hold", "let_go", "takes_inputs", "under_names"]
+__all__ = [
+    "Place",
+    "compressed",
+    "detach",
+    "forget",
+    "hand_back",
+    "held",
+    "hold",
+    "let_go",
+    "takes_inputs",
+    "under_names",
+]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -111,6 +122,11 @@ def detach(module: M) -> M:
         )
     for _, tensor, parameter in compressed(module):
         tensor.harden(parameter)
+    return forget(module)
+
+
+def forget(module: M) -> M:
+    """Forget all slots; the Parameters keep what they hold, which slots that have not begun have not touched."""
     for _, layer, name, _ in list(_holders(module)):
         let_go(layer, name)
     return module

@@ -14,7 +14,14 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from psc_lightning import MaskLearning, StraightThroughQuantization, WeightSharing
+from psc_lightning import (
+    ByteBudget,
+    Distillation,
+    MaskLearning,
+    RatePenalty,
+    StraightThroughQuantization,
+    WeightSharing,
+)
 from psc_lightning.live import compressed
 from psc_lightning.slots import Slots
 from psc_lightning.training.conductor import Conductor
@@ -246,6 +253,17 @@ COMBINATIONS: dict[str, Callable[[Any], list[Callback]]] = {
     "low_rank": lambda s: [M("movement", threshold=0.3, schedule=s), W("low_rank", schedule=s), Q("log", schedule=s)],
     "deep": lambda s: [M("movement", threshold=0.8, schedule=s), Q("codebook", schedule=s, refresh=2)],
     "channels": lambda s: [M("magnitude", threshold=0.5, granularity="channel", schedule=s, refresh=3)],
+}
+
+#: With a price on bytes, a budget, a teacher: what is steered and taught goes on where it was.
+STEERED: dict[str, Callable[[Any], list[Callback]]] = {
+    "priced": lambda s: [Q("ternary", schedule=s), RatePenalty(0.5, every=5)],
+    "budget": lambda s: [
+        Q("uniform", bits=3, group="tensor", learned_step=True, schedule=s),
+        ByteBudget(1600, end=1.0),
+        Distillation(),
+    ],
+    "budget_binary": lambda s: [M("magnitude", threshold=0.0, schedule=s), Q("binary", schedule=s), ByteBudget("28%")],
 }
 
 #: And one whose file, which holds weights only, is not all that the model computes with.

@@ -33,6 +33,8 @@ _SMOOTH = 0.3  # of the trend, a look
 _FIRST = 0.1  # the first price's gradient, in units of the loss's
 _AIM = 0.985  # of the budget: what is steered to, so that the last step's noise stays below it
 _FEWEST = 1e-3  # the smallest share that a mask keeps
+#: what it has learned so far
+_STATE = ("weight", "kept", "_first", "_start", "_last", "_trend", "_outside", "_ratio", "_seen", "_measured")
 _TRIM = 0.1  # of the non-zero entries: the most that are set to zero at the end
 
 
@@ -204,7 +206,8 @@ class ByteBudget(Callback):
     def _calibrate(self, cast: Cast) -> None:
         report = self._measure(cast)
         inside = self._inside(report)
-        self._outside = report.file_bytes - inside
+        if self._start is None:  # once: a checkpoint in between takes BatchNorm's statistics anew, and must not steer
+            self._outside = report.file_bytes - inside
         self._ratio = inside / max(1.0, (self.rate.bits or 0.0) / 8)
 
     def before_step(self, places: list[Place], scale: float) -> None:
@@ -262,18 +265,15 @@ class ByteBudget(Callback):
 
     def penalty_state(self) -> dict[str, Any]:
         """What a checkpoint needs."""
-        own = {"weight": self.weight, "kept": self.kept, "first": self._first, "start": self._start}
-        own |= {"outside": self._outside, "ratio": self._ratio, "measured": self._measured}
-        return {**own, "seen": self._seen, **self.rate.state_dict()}
+        return {name: getattr(self, name) for name in _STATE} | self.rate.state_dict()
 
     def load_penalty_state(self, cast: Cast, state: dict[str, Any]) -> None:
         """Put it back."""
-        self.weight, self.kept, self._first, self._start = (state[k] for k in ("weight", "kept", "first", "start"))
-        self._outside, self._ratio = state["outside"], state["ratio"]
-        self._measured, self._seen = state["measured"], state["seen"]
+        for name in _STATE:
+            setattr(self, name, state[name])
         self.rate.load_state_dict(state)
-        for place in cast.everywhere() if self.kept is not None else ():
-            if _masked(place):
+        if self.kept is not None:
+            for place in filter(_masked, cast.everywhere()):
                 set_threshold(place.tensor.slots, 1 - self.kept)
 
 

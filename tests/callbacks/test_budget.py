@@ -60,11 +60,11 @@ WRITING = {"leftovers": "log8", "names": False}
 def test_the_file_is_under_its_budget_and_near_it(name, tmp_path):
     make = STEERED[name]
     bare, _ = fit(make(), Wide(), max_epochs=1)
-    budget = int(0.6 * measure(bare, **WRITING).file_bytes)
+    budget = int(0.7 * measure(bare, **WRITING).file_bytes)
     steer = ByteBudget(budget, **WRITING)
-    model, _ = fit([*make(), steer], Wide(), max_epochs=10)
+    model, _ = fit([*make(), steer], Wide(), max_epochs=15)
     report = save(model, tmp_path / "model.psc", **WRITING)
-    assert 0.93 * budget < report.file_bytes <= budget
+    assert 0.9 * budget < report.file_bytes <= budget
     assert (tmp_path / "model.psc").stat().st_size == report.file_bytes
     assert steer.report is not None
     assert steer.report.file_bytes == report.file_bytes
@@ -111,35 +111,36 @@ def test_a_run_without_an_end_is_refused():
         fit([endless, ByteBudget(500)], max_epochs=-1, max_steps=-1)
 
 
-@pytest.mark.parametrize("wrong", ["lots", "-3kB", 0, "0.2", "3 lb", None, True])
+@pytest.mark.parametrize("wrong", ["lots", "-3kB", 0, "0.2", "3 lb", None, True, "0%"])
 def test_bytes_that_are_none_are_refused(wrong):
     with pytest.raises(ValueError, match="budget: expected bytes"):
         ByteBudget(wrong)
 
 
 def test_the_price_follows_the_size():
-    """Where the file is larger than what is wanted the price rises; after the ramp the size stays near the budget."""
+    """The size stays near what is wanted on the way, and near the budget behind it."""
     seen = []
 
     class Watch(ByteBudget):
         def control(self, cast, step):
-            before = self.weight
             super().control(cast, step)
-            seen.append((step, self.size(), before, self.weight))
+            seen.append((self.size(), self.wanted(step / cast.total)))
 
-    steer = Watch(500, **WRITING)
-    fit([levels("ternary", group="tensor"), steer], Wide(), max_epochs=10)
-    late = [size for step, size, *_ in seen if step > 80]
-    assert max(late) < 1.08 * 500
-    assert min(late) > 0.92 * 500
-    first = seen[0][1]
-    for step, size, before, after in seen:
-        wanted = first * (0.985 * 500 / first) ** min(1, step / (0.55 * 120))
-        if before is not None:
-            assert (after > before) == (size > wanted)
+    fit([levels("ternary", group="tensor"), Watch(900, **WRITING)], Wide(), max_epochs=15)
+    assert seen[0][1] > 1.4 * 900
+    assert seen[-1][1] == pytest.approx(0.985 * 900)
+    assert all(0.85 < size / wanted < 1.15 for size, wanted in seen)
 
 
 def test_levels_that_begin_late_are_steered_from_there():
     late = StraightThroughQuantization("ternary", schedule={"kind": "linear", "begin": 0.3, "end": 0.5})
-    model, _ = fit([late, ByteBudget(900, **WRITING)], Wide(), max_epochs=10)
-    assert measure(model, **WRITING).file_bytes <= 900
+    model, _ = fit([late, ByteBudget(1200, **WRITING)], Wide(), max_epochs=15)
+    assert measure(model, **WRITING).file_bytes <= 1200
+
+
+def test_a_share_is_of_the_dense_size():
+    steer = ByteBudget("4.5%", **WRITING)
+    model, _ = fit([levels("ternary", group="tensor"), steer], Wide(), max_epochs=15)
+    dense = sum(value.numel() * 4 for value in model.state_dict().values())
+    assert steer.budget == int(0.045 * dense)
+    assert measure(model, **WRITING).file_bytes <= steer.budget

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from training import QUIET, RUNS, CpuScaler, Net, conductor, differences, fit, run_state, slotted
+from training import QUIET, RUNS, STEERED, CpuScaler, Net, conductor, differences, fit, run_state, slotted
 
 from psc_lightning import detach, export_onnx, save
 from psc_lightning.artifact import to_bytes
@@ -29,7 +29,7 @@ def run(name, schedule, folder, resume=None, **options):
     """With a checkpoint of every step, unless it is resumed from one."""
     keep = -1 if resume is None else 0
     saver = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=keep)
-    callbacks = RUNS[name](SCHEDULES[schedule]) if name != "plain" else []
+    callbacks = {**RUNS, **STEERED}[name](SCHEDULES[schedule]) if name != "plain" else []
     return fit([*callbacks, saver], Net(steps=12), ckpt=resume, **{**OPTIONS, **options})
 
 
@@ -38,6 +38,7 @@ def run(name, schedule, folder, resume=None, **options):
     [
         ("plain", "linear", (2, 6)),
         *((name, "cubic", (2, 6, 8)) for name in RUNS),
+        *((name, "linear", (1, 5, 6, 11)) for name in STEERED),
         ("separable_lsq", "constant", (4, 5, 6)),
         ("cross_channel", "linear", (1, 3)),
         ("saliency", "constant", (2, 5)),
