@@ -282,8 +282,8 @@ def _foresee(model: nn.Module, labelled: Sequence[tuple[str, Place]]) -> None:
             one.add_(noise(one), alpha=0.1)
 
 
-def costly_masks(model: nn.Module, file_bytes: int) -> list[str]:
-    """What to say of a live model whose file, of so many bytes, would be smaller without its masks.
+def costly_masks(model: nn.Module, file_bytes: int, **writing: Any) -> list[str]:
+    """What to say of a live model whose file, of so many bytes, written in this way, would be smaller without its masks.
 
     That is asked where levels have no zero of their own, so that where the zeros are has to be stored.
     """
@@ -303,7 +303,7 @@ def costly_masks(model: nn.Module, file_bytes: int) -> list[str]:
         mask.threshold = 0.0
     for _, tensor, parameter in compressed(other):
         tensor.harden(parameter)
-    without = to_bytes(other)[1].file_bytes
+    without = to_bytes(other, **writing)[1].file_bytes
     if without > file_bytes:
         return []
     return [

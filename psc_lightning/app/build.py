@@ -83,7 +83,7 @@ def build_module(cfg: DictConfig, **optimizer: Any) -> LightningModule:
 def build_trainer(cfg: DictConfig, **settings: Any) -> Trainer:
     """Return a Trainer with the configuration's arguments, overridden by `settings`."""
     if settings.get("enable_progress_bar", cfg.trainer.enable_progress_bar) is None:
-        settings["enable_progress_bar"] = sys.stderr.isatty()
+        settings["enable_progress_bar"] = sys.stdout.isatty()  # which Lightning draws it on
     make = build(cfg.trainer, "trainer", _partial_=True)
     with explain("trainer"):
         try:

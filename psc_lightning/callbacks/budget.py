@@ -20,6 +20,7 @@ from psc_lightning.live import Place
 from psc_lightning.report.numbers import Report
 from psc_lightning.training.cast import Cast
 from psc_lightning.training.conductor import Conductor
+from psc_lightning.words import hinting
 
 __all__ = ["ByteBudget", "in_bytes"]
 
@@ -91,6 +92,7 @@ class ByteBudget(Callback):
     Source: ours. Prices that follow a size are how video coders keep a bit rate.
     """
 
+    @hinting
     def __init__(
         self,
         budget: int | str,
