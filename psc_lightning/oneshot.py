@@ -302,6 +302,7 @@ def costly_masks(model: nn.Module, file_bytes: int, **writing: Any) -> list[str]
     for mask, _ in list(masks(other)):
         mask.threshold = 0.0
     for _, tensor, parameter in compressed(other):
+        tensor.slots.stale = True
         tensor.harden(parameter)
     without = to_bytes(other, **writing)[1].file_bytes
     if without > file_bytes:

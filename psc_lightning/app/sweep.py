@@ -40,7 +40,7 @@ def summarise(folder: Path) -> list[dict[str, Any]]:
         console.print(table(jobs))
         for job in jobs:
             for said in [*job["notes"], *([job["error"]] if "error" in job else [])]:
-                console.print(f"job {Path(job['run_dir']).name}: {said}", markup=False, highlight=False)
+                console.print(f"job {Path(job['run_dir']).name}: {said}", markup=False, highlight=False, soft_wrap=True)
     return jobs
 
 
