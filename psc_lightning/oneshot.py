@@ -268,6 +268,8 @@ def _foresee(model: nn.Module, labelled: Sequence[tuple[str, Place]]) -> None:
         return torch.randn(like.shape, generator=generator).to(like)
 
     for slot, place in labelled:
+        if is_sharded(place.parameter):
+            continue
         place.tensor.slots.observe(slot, place.parameter.detach(), noise(place.parameter))
     taken = {id(parameter) for _, _, parameter in compressed(model)}
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in taken]

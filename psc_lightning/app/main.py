@@ -118,13 +118,13 @@ def application(full: bool) -> Callable[[], None]:
     return command
 
 
+@closed_pipes()
 def main() -> None:
     """Run the command line; a mendable error is one line (HYDRA_FULL_ERROR=1 shows where it came from)."""
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them
     try:
-        with closed_pipes():
-            application(full)()
+        application(full)()
     except Exception as error:
         message = one_line(error)
         if full or message is None:

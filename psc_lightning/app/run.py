@@ -104,8 +104,8 @@ def run(cfg: DictConfig, folder: Path) -> float:
     if is_main():  # in a distributed run, the other processes only help to fit
         fresh.load_state_dict(dense)
         metrics, _ = before_training(cfg, fresh, data)
+        log.info("fine-tuning under compression=%s", cfg.compression.get("name"))
 
-    log.info("fine-tuning under compression=%s", cfg.compression.get("name"))
     module = build_module(cfg)
     module.load_state_dict(dense)
     seed(cfg)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,16 @@ def test_one_line(cli: Command, tmp_path: Path, arguments: list[str], words: lis
     assert lines[0].startswith("error: ")
     assert [word for word in words if word not in lines[0]] == []
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is not None, reason="tensorboard is here, and its logger works")
+def test_a_logger_whose_package_is_missing_says_how_to_get_it(cli: Command, tmp_path: Path) -> None:
+    status, said = cli("logger=tensorboard")
+    assert status == 1
+    assert said.startswith("error: logger: ")
+    assert "pip install" in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_refused_run_leaves_what_was_there(cli: Command, tmp_path: Path) -> None:
