@@ -250,7 +250,7 @@ def plan(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> Plan:
         tensor.harden(parameter)
     why = {name: "; ".join(parts) for name, parts in skipped.items()}
     report = to_bytes(copy)[1]
-    report.notes = costly_masks(copy, report.file_bytes)
+    report.notes, report.batchnorm_batches = costly_masks(copy, report.file_bytes), None
     return Plan(
         taken=taken,
         left={name: reason for name, reason in why.items() if name not in taken},

@@ -56,9 +56,8 @@ def job(cfg: DictConfig, full: bool) -> float:
         message = one_line(error)
         overrides = list(hydra_config.overrides.task)
         with contextlib.suppress(OSError):  # where the folder itself is what is wrong
-            if hydra_config.mode != RunMode.MULTIRUN and discard(this, hydra_config):
-                pass  # nothing was begun, so nothing is left
-            elif hydra_config.mode == RunMode.MULTIRUN or not this.finished:  # else it is an older run's, left alone
+            # What is finished is an older run's, and left alone.
+            if not discard(this, hydra_config) and (hydra_config.mode == RunMode.MULTIRUN or not this.finished):
                 this.note(status="failed", overrides=overrides, error=message or f"{type(error).__name__}: {error}")
         if hydra_config.mode == RunMode.MULTIRUN:
             log.error(message or "the job failed", exc_info=None if message and not full else error)
@@ -74,9 +73,9 @@ def discard(this: Run, hydra_config: Any) -> bool:
     """Remove what Hydra put into the folder of a run that has not begun, and the folder where nothing else is in it.
 
     Returns:
-        Whether the run had not begun.
+        Whether that was so; of a multirun's jobs the folders stay, which the table tells of.
     """
-    if this.config.is_file():
+    if this.config.is_file() or hydra_config.mode == RunMode.MULTIRUN:
         return False
     if is_main():
         hydra_folder = this.folder / str(hydra_config.output_subdir)

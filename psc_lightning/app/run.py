@@ -97,8 +97,8 @@ def run(cfg: DictConfig, folder: Path) -> float:
         if cfg.resume is None:
             this.clear()  # not before: a wrong setting costs no older run
         this.begin(cfg, list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [])
-
         log.info("run folder: %s", this.shown(folder))
+
     dense = baseline(cfg, fresh, data) if given is None else given
     metrics: dict[str, dict[str, float]] = {}
     if is_main():  # in a distributed run, the other processes only help to fit

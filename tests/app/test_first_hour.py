@@ -107,9 +107,10 @@ def test_help_into_a_pipe_that_is_closed_is_no_traceback(monkeypatch: pytest.Mon
     ends = os.pipe()
     os.close(ends[0])  # head has gone
     monkeypatch.setattr(sys, "argv", ["psc-train", "--help"])
-    with pytest.raises(SystemExit) as caught, open(ends[1], "w") as closed:
+    with open(ends[1], "w") as closed:
         monkeypatch.setattr(sys, "stdout", closed)
-        main()
+        with pytest.raises(SystemExit) as caught:
+            main()
     assert caught.value.code == 141
 
 
