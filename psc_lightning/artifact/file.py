@@ -123,6 +123,11 @@ def to_bytes(
             return data, report
 
 
+def dense_bytes(model: nn.Module) -> int:
+    """Elements × element size over the plain state dict, shared tensors once."""
+    return sum(entry.nbytes for entry in _entries(plain_state(model), {}, "float32") if entry.alias is None)
+
+
 def _put(
     writer: SymbolWriter, model: nn.Module, snapshots: Mapping[str, Snapshot], precisions: Precisions
 ) -> tuple[list[Entry], list[float], dict[int, Summary]]:

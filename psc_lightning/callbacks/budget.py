@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from psc_lightning.artifact import estimate, measure
+from psc_lightning.artifact import dense_bytes, measure
 from psc_lightning.artifact.leftovers import Precisions
 from psc_lightning.callbacks.rate import BITS, LADDERS, Rate, add, has_ladder, like
 from psc_lightning.ladder import rungs_of, set_threshold
@@ -138,7 +138,7 @@ class ByteBudget(Callback):
                 "ByteBudget steers the price of bytes itself: leave out RatePenalty, and a second ByteBudget"
             )
         assert cast.module is not None
-        self.budget = in_bytes(self.given, estimate(cast.module).dense_bytes)
+        self.budget = in_bytes(self.given, dense_bytes(cast.module))
 
     # ------------------------------------------------------------------------------------------------- steering
 
