@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from psc_lightning.artifact import to_bytes
+from psc_lightning.callbacks.budget import ByteBudget, in_bytes
 from psc_lightning.callbacks.presets import preset
 from psc_lightning.callbacks.slot import SlotCallback
 from psc_lightning.chain import Chain
@@ -228,9 +229,8 @@ def plan(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> Plan:
     >>> made.notes
     {'2.weight': 'separable does not apply: it has no kernel of two or more entries to separate'}
     """
-    ours = [
-        c for c in ([callbacks] if not isinstance(callbacks, Sequence) else callbacks) if isinstance(c, SlotCallback)
-    ]
+    everything = callbacks if isinstance(callbacks, Sequence) else [callbacks]
+    ours = [callback for callback in everything if isinstance(callback, SlotCallback)]
     copy = deepcopy(model)
     skipped: dict[str, list[str]] = {}
     labelled: list[tuple[str, Place]] = []
@@ -251,6 +251,12 @@ def plan(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> Plan:
     why = {name: "; ".join(parts) for name, parts in skipped.items()}
     report = to_bytes(copy)[1]
     report.notes, report.batchnorm_batches = costly_masks(copy, report.file_bytes), None
+    for budget in everything:
+        if isinstance(budget, ByteBudget):
+            allowed = in_bytes(budget.given, report.dense_bytes)
+            report.notes.append(
+                f"ByteBudget steers the file to {allowed:,} bytes in training; the bytes here are without it"
+            )
     return Plan(
         taken=taken,
         left={name: reason for name, reason in why.items() if name not in taken},

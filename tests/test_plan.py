@@ -60,6 +60,11 @@ def test_what_training_will_move_is_priced_as_if_it_had_moved():
     assert bool((fresh.bn1.weight == 1).all())  # of the copy only
 
 
+def test_a_budget_is_said_not_foreseen():
+    made = plan(DigitsCNN(), preset("ternary", budget="2kB"))
+    assert made.report.notes == ["ByteBudget steers the file to 2,000 bytes in training; the bytes here are without it"]
+
+
 def costs(report) -> list[str]:
     return [note for note in report.notes if "the mask costs more than it saves" in note]
 
