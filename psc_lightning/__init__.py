@@ -6,6 +6,7 @@ Names are imported on first use, so that reading a file (`load`) needs torch but
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def __getattr__(name: str) -> Any:
             value = getattr(import_module(f"psc_lightning.{home}"), name)
             globals()[name] = value
             return value
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}"):  # `psc_lightning.configs.register()`
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

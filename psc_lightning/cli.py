@@ -15,6 +15,7 @@ from typing import Any
 from psc_lightning.artifact import ArtifactError, NamelessError, inspect, load, load_into, load_stored
 from psc_lightning.checkpoint import bare, read_tensors
 from psc_lightning.export import EXPORTERS
+from psc_lightning.files import closed_pipes
 from psc_lightning.report.difference import difference_dict, difference_table, differences
 
 __all__ = ["main"]
@@ -29,6 +30,7 @@ _NAMED = 6  # tensors that a message names
 _EXAMPLES = {
     "inspect": """\
   psc inspect model.psc              a table: each tensor's shape, zeros, levels, bytes
+  psc inspect runs/RUN               the same of a run's file (verify, diff, export take a folder, too)
   psc inspect model.psc --json       the same as JSON, for other programs
 """,
     "verify": """\
@@ -60,12 +62,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: instead of those of the process.
     """
-    options = _parser().parse_args(arguments)
+    with closed_pipes():
+        return _run(_parser().parse_args(arguments))
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         return int(options.run(options) or 0)
     except NamelessError as error:  # the file is good, but this command needs more than is in it
         print(f"psc {options.command}: {options.file}: {_line(error)}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # of the output, not of the file
+        raise
     except (ArtifactError, OSError) as error:
         print(f"psc {options.command}: {options.file}: {_line(error)}", file=sys.stderr)
         return 1
@@ -97,13 +105,13 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     one = command("inspect", "list the tensors of a file, with shapes and bytes")
-    one.add_argument("file", metavar="FILE", help="a .psc file")
+    one.add_argument("file", metavar="FILE", type=_file, help="a .psc file, or the folder of a run")
     one.add_argument("--json", action="store_true", help="print JSON with the keys of report.json")
     one.add_argument("--all", action="store_true", help="a row for each plain tensor too, where there are many")
     one.set_defaults(run=_inspect)
 
     one = command("verify", "check a file from end to end; prints nothing if it is good")
-    one.add_argument("file", metavar="FILE", help="a .psc file")
+    one.add_argument("file", metavar="FILE", type=_file, help="a .psc file, or the folder of a run")
     one.add_argument(
         "--against",
         metavar="CHECKPOINT",
@@ -115,8 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     one.set_defaults(run=_verify)
 
     one = command("diff", "compare the tensors of two files; exit status 1 if any differ")
-    one.add_argument("file", metavar="A", help="a .psc file")
-    one.add_argument("other", metavar="B", help="another")
+    one.add_argument("file", metavar="A", type=_file, help="a .psc file, or the folder of a run")
+    one.add_argument("other", metavar="B", type=_file, help="another")
     one.add_argument("--json", action="store_true", help="print JSON: all tensors, with the bytes in each file")
     one.add_argument("--all", action="store_true", help="a row for each equal tensor too")
     one.set_defaults(run=_diff)
@@ -136,6 +144,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--dynamic-batch", action="store_true", help="leave the first axis of all inputs of a graph open")
     one.set_defaults(run=_export)
     return parser
+
+
+def _file(text: str) -> str:
+    """The file that is meant: of a run's folder its model.psc."""
+    return str(Path(text) / "model.psc") if Path(text).is_dir() else text
 
 
 def _example(text: str) -> tuple[tuple[int, ...], str]:
@@ -278,6 +291,7 @@ def _of_run(folder: Path) -> Any:
 
     from psc_lightning.app.build import build_module
 
+    sys.path.insert(0, "")  # where the run's own command found it
     cfg = OmegaConf.load(folder / "config.yaml")
     assert isinstance(cfg, DictConfig)
     return build_module(cfg)

@@ -1,13 +1,16 @@
-"""Writing files that are never seen half-written."""
+"""Writing files that are never seen half-written, and to a pipe that nobody reads any more."""
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
-from contextlib import suppress
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["write_atomic"]
+__all__ = ["closed_pipes", "write_atomic"]
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
@@ -32,6 +35,27 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
             raise type(error)(error.errno, f"cannot write {target.name}: {why}", str(target.parent)) from error
         raise
     _sync(target.parent)
+
+
+@contextmanager
+def closed_pipes() -> Iterator[None]:
+    """Let a command end without a traceback where its output's reader has gone: `psc inspect model.psc | head`.
+
+    Raises:
+        SystemExit: with 141, the status of a program that the signal SIGPIPE has ended.
+    """
+    told, logging.raiseExceptions = logging.raiseExceptions, False  # else each line of a log would bring a traceback
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        with suppress(OSError, ValueError):  # the interpreter flushes once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    finally:
+        logging.raiseExceptions = told
 
 
 def _sync(folder: Path) -> None:

@@ -87,6 +87,7 @@ class Compressed:
         self._spare: Tensor | None = None  # the hard weight's memory, while the latent one is in the Parameter's place
         self._mark: _Mark | None = None
         self._warned = False
+        self.refreshed = 0  # batches from which BatchNorm's statistics of this very weight were taken
 
     def __getstate__(self) -> dict[str, object]:
         """A copy has other memory, in which nothing is written yet."""

@@ -11,19 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from psc_lightning.artifact import estimate, to_bytes
+from psc_lightning.artifact import to_bytes
+from psc_lightning.callbacks.budget import ByteBudget, in_bytes
 from psc_lightning.callbacks.presets import preset
 from psc_lightning.callbacks.slot import SlotCallback
+from psc_lightning.chain import Chain
 from psc_lightning.live import Place, compressed, held, let_go
-from psc_lightning.masks import MASKS
+from psc_lightning.masks import MASKS, Mask
 from psc_lightning.report.numbers import Report
+from psc_lightning.sharding import is_sharded
 from psc_lightning.targets import Target
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
 
-__all__ = ["Plan", "attach", "compress", "plan"]
+__all__ = ["Plan", "attach", "compress", "costly_masks", "plan"]
 
 
 def attach(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> None:
@@ -114,7 +118,9 @@ def compress(
             _calibrate(model, places, batches, loss)
         for _, place in places:
             place.tensor.harden(place.parameter)
-        return to_bytes(model)[1]
+        report = to_bytes(model)[1]
+        report.notes = costly_masks(model, report.file_bytes)
+        return report
 
 
 @contextmanager
@@ -186,7 +192,9 @@ class Plan:
         taken: tensor name → the methods that would fill its slots.
         left: tensor name → why no callback takes it.
         notes: tensor name → why some slot stays empty although others are filled.
-        report: the sizes to expect, from compressing a copy now: an estimate, which training and `save`'s codings change.
+        report: the file that compressing a copy now would give. Training changes it: by a few per cent where the model is
+            trained already, by more from random weights. Labels are not known: random ones stand for them; parameters and
+            statistics that are still all equal count as what training would make of them.
     """
 
     taken: dict[str, str]
@@ -221,26 +229,93 @@ def plan(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> Plan:
     >>> made.notes
     {'2.weight': 'separable does not apply: it has no kernel of two or more entries to separate'}
     """
-    ours = [
-        c for c in ([callbacks] if not isinstance(callbacks, Sequence) else callbacks) if isinstance(c, SlotCallback)
-    ]
+    everything = callbacks if isinstance(callbacks, Sequence) else [callbacks]
+    ours = [callback for callback in everything if isinstance(callback, SlotCallback)]
     copy = deepcopy(model)
     skipped: dict[str, list[str]] = {}
+    labelled: list[tuple[str, Place]] = []
     for callback in ours:
         callback = deepcopy(callback)
-        callback.attach(copy)
+        places = callback.attach(copy)
+        if callback.calibration_steps or (callback.slot == "mask" and MASKS[callback.method].labels != "none"):
+            labelled += [(callback.slot, place) for place in places]
         for name, reason in callback.choose(copy).skipped.items():
             reasons = skipped.setdefault(name, [])
             if reason not in reasons:
                 reasons.append(reason)
+    _foresee(copy, labelled)
     taken = {}
     for name, tensor, parameter in compressed(copy):
         taken[name] = tensor.slots.method
         tensor.harden(parameter)
     why = {name: "; ".join(parts) for name, parts in skipped.items()}
+    report = to_bytes(copy)[1]
+    report.notes, report.batchnorm_batches = costly_masks(copy, report.file_bytes), None
+    for budget in everything:
+        if isinstance(budget, ByteBudget):
+            allowed = in_bytes(budget.given, report.dense_bytes)
+            report.notes.append(
+                f"ByteBudget steers the file to {allowed:,} bytes in training; the bytes here are without it"
+            )
     return Plan(
         taken=taken,
         left={name: reason for name, reason in why.items() if name not in taken},
         notes={name: reason for name, reason in why.items() if name in taken},
-        report=estimate(copy),
+        report=report,
     )
+
+
+@torch.no_grad()
+def _foresee(model: nn.Module, labelled: Sequence[tuple[str, Place]]) -> None:
+    """Change a model that is to be priced before training: random labels; noise on what training has not moved yet."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(like)
+
+    for slot, place in labelled:
+        if is_sharded(place.parameter):
+            continue
+        place.tensor.slots.observe(slot, place.parameter.detach(), noise(place.parameter))
+    taken = {id(parameter) for _, _, parameter in compressed(model)}
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in taken]
+    norms = [norm for norm in model.modules() if isinstance(norm, _NormBase)]
+    for one in (*learned, *(buffer for norm in norms for buffer in norm.buffers())):
+        if (
+            one.is_floating_point()
+            and one.numel() > 1
+            and not is_sharded(one)
+            and bool((one == one.flatten()[0]).all())
+        ):
+            one.add_(noise(one), alpha=0.1)
+
+
+def costly_masks(model: nn.Module, file_bytes: int, **writing: Any) -> list[str]:
+    """What to say of a live model whose file, of so many bytes, written in this way, would be smaller without its masks.
+
+    That is asked where levels have no zero of their own, so that where the zeros are has to be stored.
+    """
+
+    def masks(one: nn.Module) -> Iterator[tuple[Mask, str]]:
+        for _, tensor, _ in compressed(one):
+            for chain in tensor.slots.cores.values():
+                assert isinstance(chain, Chain)
+                mask, levels = chain.mask, chain.levels
+                if mask is not None and mask.threshold > 0 and levels is not None and not levels.zero:
+                    yield mask, tensor.slots.specs["levels"].method
+
+    if not (found := sorted({method for _, method in masks(model)})):
+        return []
+    other = deepcopy(model)
+    for mask, _ in list(masks(other)):
+        mask.threshold = 0.0
+    for _, tensor, parameter in compressed(other):
+        tensor.slots.stale = True
+        tensor.harden(parameter)
+    without = to_bytes(other, **writing)[1].file_bytes
+    if without > file_bytes:
+        return []
+    return [
+        f"the mask costs more than it saves: {file_bytes:,} bytes with it, {without:,} without; levels={', '.join(found)} "
+        "have no zero, so that where the zeros are is stored, too: threshold=0 gives the smaller file"
+    ]

@@ -14,6 +14,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, get_type_hints
 
+from psc_lightning.words import hint
+
 __all__ = [
     "Option",
     "checked",
@@ -31,7 +33,9 @@ def one_of(name: str, value: Any, allowed: Iterable[Any]) -> Any:
     """The value, if it is allowed; else a ValueError that names the argument and what is."""
     allowed = list(allowed)
     if not any(type(value) is type(item) and value == item for item in allowed):
-        raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, found {value!r}")
+        raise ValueError(
+            f"{name}: expected one of {', '.join(map(str, allowed))}, found {value!r}{hint(str(value), map(str, allowed))}"
+        )
     return value
 
 

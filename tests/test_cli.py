@@ -44,6 +44,35 @@ def test_inspect_json(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["tensors"][0]["shape"] == [4, 6]
 
 
+def test_a_runs_folder_stands_for_its_file(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("inspect", "verify"):
+        assert main([command, str(file)]) == 0
+        told = capsys.readouterr()
+        assert main([command, str(file.parent)]) == 0
+        assert capsys.readouterr() == told
+    assert main(["diff", str(file.parent), str(file)]) == 0
+    assert main(["inspect", str(file.parent.parent)]) == 1
+    assert "model.psc: No such file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["inspect", "--all"], ["--help"]])
+def test_a_closed_pipe_is_no_traceback(file: Path, arguments: list[str]) -> None:
+    """As `psc … | head` where head has gone."""
+    command = [
+        sys.executable,
+        "-m",
+        "psc_lightning.cli",
+        *arguments,
+        *([str(file)] if arguments[0] == "inspect" else []),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode in (141, 0)  # argparse itself passes over a help that nobody reads
+
+
 def test_verify_is_silent(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(file)]) == 0
     assert capsys.readouterr() == ("", "")
@@ -213,7 +242,8 @@ def test_a_bad_file_is_one_line_and_status_1(command: str, file: Path, capsys: p
         assert main([command, str(path)]) == 1
         out, err = capsys.readouterr()
         assert out == ""
-        assert err.startswith(f"psc {command}: {path}: ")
+        named = file if path.is_dir() else path  # a run's folder stands for its model.psc
+        assert err.startswith(f"psc {command}: {named}: ")
         assert err.count("\n") == 1
 
 

@@ -23,8 +23,9 @@ from psc_lightning.app.errors import UsageError, explain
 from psc_lightning.app.sweep import check_sweeper
 from psc_lightning.app.task import Classifier
 from psc_lightning.artifact.leftovers import LEFTOVERS
-from psc_lightning.callbacks.presets import slots_and_budget
+from psc_lightning.callbacks.presets import readers, slots_and_budget
 from psc_lightning.options import positive, whole
+from psc_lightning.words import hint
 
 __all__ = [
     "build_callbacks",
@@ -82,7 +83,7 @@ def build_module(cfg: DictConfig, **optimizer: Any) -> LightningModule:
 def build_trainer(cfg: DictConfig, **settings: Any) -> Trainer:
     """Return a Trainer with the configuration's arguments, overridden by `settings`."""
     if settings.get("enable_progress_bar", cfg.trainer.enable_progress_bar) is None:
-        settings["enable_progress_bar"] = sys.stderr.isatty()
+        settings["enable_progress_bar"] = sys.stdout.isatty()  # which Lightning draws it on
     make = build(cfg.trainer, "trainer", _partial_=True)
     with explain("trainer"):
         try:
@@ -124,7 +125,9 @@ def _check_read(cfg: DictConfig) -> None:
         return  # a run's own record, in which all is resolved
     read = {*re.findall(r"\$\{compression\.(\w+)\}", callbacks), *_ALWAYS}
     if unread := sorted(str(key) for key in cfg.compression if key not in read):
-        raise UsageError(f"compression.{unread[0]}: nothing reads it; there are {', '.join(sorted(read - {*_OURS}))}")
+        there, word = sorted(read - {*_OURS}), unread[0]
+        meant = hint(word, there) or readers(word)
+        raise UsageError(f"compression.{word}: nothing reads it; there are {', '.join(there)}{meant}")
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -136,8 +139,8 @@ def check_settings(cfg: DictConfig) -> None:
     value: Callable[[str], Any] = partial(OmegaConf.select, cfg)  # None where a key is missing
     for key in (*GROUPS, "compression.callbacks", "model.net", "baseline", "checkpoint"):
         if not isinstance(value(key), DictConfig):
-            hint = f": choose one of the files in conf/{key}" * (key in GROUPS)
-            raise UsageError(f"{key}: expected keys and values, found {value(key)!r}{hint}")
+            advice = f": choose one of the files in conf/{key}" * (key in GROUPS)
+            raise UsageError(f"{key}: expected keys and values, found {value(key)!r}{advice}")
     _check_read(cfg)
     whole("seed", value("seed"), 0, 2**32 - 1)
     whole("batchnorm", value("batchnorm"), 0)

@@ -6,11 +6,15 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
-from hydra.errors import HydraException, InstantiationException
-from omegaconf import DictConfig
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from torch import Tensor
+
+from psc_lightning.callbacks.presets import readers
+from psc_lightning.words import hint
 
 __all__ = ["UsageError", "check_finite", "explain", "one_line"]
 
@@ -55,11 +59,26 @@ def one_line(error: BaseException) -> str | None:
             parts.append(str(cause))
         if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
             parts.append(f"keys there: {', '.join(sorted(map(str, cause.parent_node))) or 'none'}")
+            meant = hint(str(cause.key), dotted(OmegaConf.to_container(cause.parent_node)))
+            of_another = str(cause.full_key).startswith("compression.")
+            parts[-1] += meant or (readers(str(cause.key)) if of_another else "")
+        elif isinstance(cause, MissingConfigException) and cause.options and cause.missing_cfg_file:
+            parts[0] += hint(cause.missing_cfg_file.rpartition("/")[2], cause.options)
     if not parts:
         return None
     text = " ".join(" ".join(parts).split())
     text = re.sub(r" object_type=\w+| full_key: hydra\.\S+|\w+ raised while resolving interpolation: ", "", text)
     return f"error: {text}"
+
+
+def dotted(node: Any, path: str = "") -> list[str]:
+    """Return the keys of a plain configuration at all depths, the higher ones first.
+
+    >>> dotted({"a": {"b": 1}, "c": 2})
+    ['a', 'c', 'a.b']
+    """
+    here = {f"{path}{key}": value for key, value in node.items()} if isinstance(node, dict) else {}
+    return [*here, *(name for key, value in here.items() for name in dotted(value, f"{key}."))]
 
 
 def raised_in(error: BaseException, package: str) -> bool:

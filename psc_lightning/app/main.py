@@ -24,6 +24,7 @@ from psc_lightning.app.run import is_main, run
 from psc_lightning.app.run_folder import Run, register_resolvers
 from psc_lightning.app.sweep import SweepFolder, summarise
 from psc_lightning.configs import config_dir
+from psc_lightning.files import closed_pipes
 
 __all__ = ["main"]
 
@@ -41,9 +42,13 @@ def job(cfg: DictConfig, full: bool) -> float:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     this = Run(folder)
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as `python -m` does: `_target_=mine.Net` from the folder that the command is given in
     try:
         result = run(cfg, folder)
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
+        if discard(this, hydra_config):
+            sys.exit(130)
         resume = f"resume={shlex.quote(str(folder))}"
         print(f"stopped; to go on, repeat the command with {resume} or resume=auto", file=sys.stderr)
         sys.exit(130)
@@ -51,7 +56,8 @@ def job(cfg: DictConfig, full: bool) -> float:
         message = one_line(error)
         overrides = list(hydra_config.overrides.task)
         with contextlib.suppress(OSError):  # where the folder itself is what is wrong
-            if hydra_config.mode == RunMode.MULTIRUN or not this.finished:  # else it is an older run's, left alone
+            # What is finished is an older run's, and left alone.
+            if not discard(this, hydra_config) and (hydra_config.mode == RunMode.MULTIRUN or not this.finished):
                 this.note(status="failed", overrides=overrides, error=message or f"{type(error).__name__}: {error}")
         if hydra_config.mode == RunMode.MULTIRUN:
             log.error(message or "the job failed", exc_info=None if message and not full else error)
@@ -61,6 +67,27 @@ def job(cfg: DictConfig, full: bool) -> float:
     if is_main():
         this.note(status="completed")
     return result
+
+
+def discard(this: Run, hydra_config: Any) -> bool:
+    """Remove what Hydra put into the folder of a run that has not begun, and the folder where nothing else is in it.
+
+    Returns:
+        Whether that was so; of a multirun's jobs the folders stay, which the table tells of.
+    """
+    if this.config.is_file() or hydra_config.mode == RunMode.MULTIRUN:
+        return False
+    if is_main():
+        hydra_folder = this.folder / str(hydra_config.output_subdir)
+        theirs = [*(hydra_folder / f"{name}.yaml" for name in ("config", "hydra", "overrides"))]
+        for path in [*theirs, this.folder / f"{hydra_config.job.name}.log"]:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        with contextlib.suppress(OSError):  # not empty: something of the user's is in it
+            for folder in (hydra_folder, this.folder, this.folder.parent):
+                if Path.cwd() in folder.absolute().parents:
+                    folder.rmdir()
+    return True
 
 
 def quiet() -> None:
@@ -90,6 +117,7 @@ def application(full: bool) -> Callable[[], None]:
     return command
 
 
+@closed_pipes()
 def main() -> None:
     """Run the command line; a mendable error is one line (HYDRA_FULL_ERROR=1 shows where it came from)."""
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"

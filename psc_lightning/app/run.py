@@ -22,7 +22,6 @@ from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 import psc_lightning
 from psc_lightning import ByteBudget
@@ -41,7 +40,10 @@ from psc_lightning.app.errors import UsageError, check_finite, explain
 from psc_lightning.app.resume import ResumePoint, resumed
 from psc_lightning.app.run_folder import Run
 from psc_lightning.artifact import to_bytes
+from psc_lightning.oneshot import costly_masks
+from psc_lightning.report.notes import main_metric, notes_of, predictions
 from psc_lightning.report.plots import Curve, draw
+from psc_lightning.words import hint
 
 __all__ = ["is_main", "run"]
 
@@ -95,12 +97,14 @@ def run(cfg: DictConfig, folder: Path) -> float:
         if cfg.resume is None:
             this.clear()  # not before: a wrong setting costs no older run
         this.begin(cfg, list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [])
+        log.info("run folder: %s", this.shown(folder))
 
     dense = baseline(cfg, fresh, data) if given is None else given
     metrics: dict[str, dict[str, float]] = {}
     if is_main():  # in a distributed run, the other processes only help to fit
         fresh.load_state_dict(dense)
         metrics, _ = before_training(cfg, fresh, data)
+        log.info("fine-tuning under compression=%s", cfg.compression.get("name"))
 
     module = build_module(cfg)
     module.load_state_dict(dense)
@@ -121,12 +125,16 @@ def run(cfg: DictConfig, folder: Path) -> float:
 
     reloaded = build_module(cfg)  # the reported numbers are the file's
     psc_lightning.load_into(reloaded, file)
-    metrics["compressed"] = evaluate(cfg, reloaded, data)
+    with predictions(reloaded) as predicted:
+        metrics["compressed"] = evaluate(cfg, reloaded, data)
     check_finite({f"metrics.{name}": torch.tensor(value) for name, value in metrics["compressed"].items()}, "test", "")
     report.metrics = metrics
-    draw(report, curve, this.plots)
+    report.notes = notes_of(metrics, predicted, tries(cfg, report)) + costly_masks(module, report.file_bytes, **writing)
+    draw(report, curve, this.plots, main_metric(metrics["compressed"], cfg.objective))
     report.save(this.report)
-    print(report)
+    with contextlib.suppress(BrokenPipeError):  # whoever listened has heard enough; the run is good
+        print(report)
+        print(f"file: {this.shown(file)} (psc_lightning.load_into(model, path) puts it into a plain model)")
     if file is this.over_budget:
         raise UsageError(
             f"compression.budget={cfg.compression.budget}: {file} has {report.file_bytes:,} bytes, {budget:,} were allowed; "
@@ -167,7 +175,7 @@ def settle(module: LightningModule, batches: Iterable[Any]) -> None:
     Training leaves a running average of the last few batches, of weights that still moved; networks of few levels feel it.
     """
     with explain("batchnorm"):
-        update_bn(batches, module)
+        psc_lightning.refresh_batchnorm(module, batches)
 
 
 @contextlib.contextmanager
@@ -224,7 +232,19 @@ def evaluate(cfg: DictConfig, module: LightningModule, data: LightningDataModule
 
 def objective(cfg: DictConfig, report: Mapping[str, Any]) -> float:
     """Return what a sweeper is to see."""
-    values = {key: report[key] for key in ("file_bytes", "compression_ratio")} | report["metrics"]["compressed"]
-    if cfg.objective not in values:
-        raise UsageError(f"objective={cfg.objective}: not one of {', '.join(values)}")
-    return float(values[cfg.objective])
+    metrics = report["metrics"]["compressed"]
+    values = {key: report[key] for key in ("file_bytes", "compression_ratio")} | metrics
+    chosen = cfg.objective or main_metric(metrics) or "file_bytes"
+    if chosen not in values:
+        raise UsageError(f"objective={chosen}: not one of {', '.join(values)}{hint(chosen, values)}")
+    return float(values[chosen])
+
+
+def tries(cfg: DictConfig, report: psc_lightning.Report) -> list[str]:
+    """Return what may help a run whose file is worse than its start."""
+    found = [f"longer training (trainer.max_epochs is {cfg.trainer.max_epochs})"]
+    if "mask" in cfg.compression.callbacks and cfg.compression.threshold:
+        found.append(f"a lower compression.threshold (it is {cfg.compression.threshold})")
+    if report.batchnorm_batches == 0:
+        found.append("BatchNorm's statistics taken anew (compression.refresh_batchnorm=8, or batchnorm=64)")
+    return [*found, "another preset"]

@@ -42,6 +42,12 @@ class Run:
         self.checkpoints = folder / "checkpoints"
         self.plots = folder / "plots"
 
+    @staticmethod
+    def shown(path: Path) -> str:
+        """A path as a user would type it: from the working directory, where it lies below."""
+        here = Path.cwd()
+        return str(path.relative_to(here)) if here in path.parents else str(path)
+
     @property
     def finished(self) -> bool:
         """Whether the report, the last thing a run writes, is there."""

@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from psc_lightning.app.errors import UsageError
 from psc_lightning.app.run_folder import Run
 from psc_lightning.files import write_atomic
+from psc_lightning.report.notes import main_metric
 
 __all__ = ["SweepFolder", "check_sweeper", "summarise"]
 
@@ -38,8 +39,8 @@ def summarise(folder: Path) -> list[dict[str, Any]]:
         console.width = console.width if console.is_terminal else 120
         console.print(table(jobs))
         for job in jobs:
-            if "error" in job:
-                console.print(f"job {Path(job['run_dir']).name}: {job['error']}", markup=False, highlight=False)
+            for said in [*job["notes"], *([job["error"]] if "error" in job else [])]:
+                console.print(f"job {Path(job['run_dir']).name}: {said}", markup=False, highlight=False, soft_wrap=True)
     return jobs
 
 
@@ -55,13 +56,15 @@ def entry(run: Run) -> dict[str, Any]:
     report = json.loads(run.report.read_text()) if run.finished else {}
     job = {"overrides": record["overrides"], "run_dir": str(run.folder), "status": record["status"]}
     job |= {key: report.get(key) for key in ("file_bytes", "compression_ratio", "metrics")}
+    config = OmegaConf.load(run.config) if run.config.is_file() else None
+    job |= {"objective": OmegaConf.select(config, "objective") if config else None, "notes": report.get("notes", [])}
     return job | ({"error": record["error"]} if "error" in record else {})
 
 
 def table(jobs: list[dict[str, Any]]) -> Table:
     """Return the jobs as a table: what was said of each and not of all, its size, and a metric of its three models."""
-    names = [name for job in jobs for name in (job["metrics"] or {}).get("compressed", {})]
-    metric = "accuracy" if "accuracy" in names or not names else names[0]
+    names = {name: None for job in jobs for name in (job["metrics"] or {}).get("compressed", {})}
+    metric = main_metric(names, jobs[0]["objective"]) or "accuracy"
     common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
     result = Table(title=" ".join(["jobs", *sorted(common)]), title_justify="left")
     result.add_column("job", justify="right")

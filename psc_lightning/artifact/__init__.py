@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from psc_lightning.artifact.errors import ArtifactError, NamelessError
-from psc_lightning.artifact.file import estimate, inspect, load, load_into, load_stored, measure, save, to_bytes, verify
+from psc_lightning.artifact.file import (
+    dense_bytes,
+    inspect,
+    load,
+    load_into,
+    load_stored,
+    measure,
+    save,
+    to_bytes,
+    verify,
+)
 
 __all__ = [
     "ArtifactError",
     "NamelessError",
-    "estimate",
+    "dense_bytes",
     "inspect",
     "load",
     "load_into",

@@ -17,10 +17,9 @@ from psc_lightning.artifact.ans import Coded
 from psc_lightning.artifact.directory import DTYPES, Entry, Kind
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
 from psc_lightning.artifact.leftovers import Precisions
-from psc_lightning.artifact.pricing import Pricer
 from psc_lightning.artifact.snapshots import Snapshot, plain_name, plain_state, snapshots_of
 from psc_lightning.artifact.streams import Stream, SymbolReader, SymbolWriter
-from psc_lightning.artifact.summary import Summary, layer_types, report_of, summarise
+from psc_lightning.artifact.summary import Summary, batchnorm_batches, layer_types, report_of, summarise
 from psc_lightning.files import write_atomic
 from psc_lightning.report.numbers import Report
 from psc_lightning.sharding import by_rank_zero, sharded_modules, whole
@@ -33,7 +32,6 @@ _SHOWN = 6  # differences that a message names
 
 _SYMBOLS, _PLAIN = 3, 5
 _CONTENTS = (directory.PLAIN, directory.DEFLATED, directory.NAMELESS)
-_SHELL = 20  # bytes of a file around its sections' contents
 _KNOWN = frozenset({*_CONTENTS, _SYMBOLS, _PLAIN})
 _SLACK = 1 << 20  # a file may be this much longer than the tensors in it: names, and weights that do not compress
 
@@ -107,6 +105,7 @@ def to_bytes(
     Raises:
         ValueError: as `save`.
     """
+    refreshed = batchnorm_batches(model)
     if fold_batchnorm:
         model = folding.fold_batchnorm(model, None if fold_batchnorm is True else fold_batchnorm)
     with torch.no_grad():
@@ -119,26 +118,18 @@ def to_bytes(
             sections = {tag: content, _SYMBOLS: coded.stack, _PLAIN: coded.plain}
             data = container.pack({tag: section for tag, section in sections.items() if section or tag != _PLAIN})
             digest = hashlib.sha256(data).hexdigest()
-            return data, report_of(entries, bits, writer.streams, len(data), digest, held, layer_types(model))
+            report = report_of(entries, bits, writer.streams, len(data), digest, held, layer_types(model))
+            report.batchnorm_batches = refreshed
+            return data, report
 
 
-def estimate(model: nn.Module) -> Report:
-    """The report of a file without writing it: entropies instead of coded lengths, within some per cent and much faster.
-
-    Raises:
-        ValueError: as `save`.
-    """
-    with torch.no_grad():
-        snapshots = snapshots_of(model)
-        with whole(model):
-            pricer = Pricer()
-            entries, bits, held = _put(pricer, model, snapshots, "float32")
-            size = math.ceil(pricer.bits / 8) + len(directory.encode(entries)[1]) + _SHELL
-            return report_of(entries, bits, pricer.streams, size, None, held, layer_types(model))
+def dense_bytes(model: nn.Module) -> int:
+    """Elements × element size over the plain state dict, shared tensors once."""
+    return sum(entry.nbytes for entry in _entries(plain_state(model), {}, "float32") if entry.alias is None)
 
 
 def _put(
-    writer: SymbolWriter | Pricer, model: nn.Module, snapshots: Mapping[str, Snapshot], precisions: Precisions
+    writer: SymbolWriter, model: nn.Module, snapshots: Mapping[str, Snapshot], precisions: Precisions
 ) -> tuple[list[Entry], list[float], dict[int, Summary]]:
     """Hand a model's tensors to a writer: what each is, what it cost in bits, what the report says of it."""
     state = plain_state(model)

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from psc_lightning.artifact.directory import Entry, Kind
 from psc_lightning.artifact.snapshots import plain_name
 from psc_lightning.artifact.streams import Stream
+from psc_lightning.live import compressed
 from psc_lightning.report.numbers import Report, TensorReport
 from psc_lightning.symbols import PIECE
 
-__all__ = ["Summary", "layer_types", "report_of", "summarise"]
+__all__ = ["Summary", "batchnorm_batches", "layer_types", "report_of", "summarise"]
 
 
 def layer_types(model: nn.Module) -> dict[str, str]:
@@ -37,6 +39,13 @@ def _levels(tensor: Tensor) -> int:
         ordered = np.sort(rows[start : start + few].detach().cpu().numpy(), axis=1)  # eight times as fast as torch's
         most = max(most, int(np.count_nonzero(ordered[:, 1:] != ordered[:, :-1], axis=1).max()))
     return 1 + most
+
+
+def batchnorm_batches(model: nn.Module) -> int | None:
+    """From how many batches the statistics of a live model's BatchNorms were taken for the weights that it has now."""
+    norms = [one for one in model.modules() if isinstance(one, _NormBase) and one.running_mean is not None]
+    live = [tensor.refreshed for _, tensor, _ in compressed(model)]
+    return min(live) if norms and live else None
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ def report_of(
     held: Mapping[int, Summary],
     types: Mapping[str, str],
 ) -> Report:
-    """The report of a file of `size` bytes and this SHA-256, or of one that was only estimated."""
+    """The report of a file of `size` bytes and this SHA-256."""
     rows: list[TensorReport] = []
     spent, counted = 0.0, 0
     for index, (entry, cost) in enumerate(zip(entries, bits, strict=True)):

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from psc_lightning.artifact import estimate, measure
+from psc_lightning.artifact import dense_bytes, measure
 from psc_lightning.artifact.leftovers import Precisions
 from psc_lightning.callbacks.rate import BITS, LADDERS, Rate, add, has_ladder, like
 from psc_lightning.ladder import rungs_of, set_threshold
@@ -20,6 +20,7 @@ from psc_lightning.live import Place
 from psc_lightning.report.numbers import Report
 from psc_lightning.training.cast import Cast
 from psc_lightning.training.conductor import Conductor
+from psc_lightning.words import hinting
 
 __all__ = ["ByteBudget", "in_bytes"]
 
@@ -93,6 +94,7 @@ class ByteBudget(Callback):
     Source: ours. Prices that follow a size are how video coders keep a bit rate.
     """
 
+    @hinting
     def __init__(
         self,
         budget: int | str,
@@ -138,7 +140,7 @@ class ByteBudget(Callback):
                 "ByteBudget steers the price of bytes itself: leave out RatePenalty, and a second ByteBudget"
             )
         assert cast.module is not None
-        self.budget = in_bytes(self.given, estimate(cast.module).dense_bytes)
+        self.budget = in_bytes(self.given, dense_bytes(cast.module))
 
     # ------------------------------------------------------------------------------------------------- steering
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from psc_lightning.layout import Layout
 from psc_lightning.training.conductor import Conductor
+from psc_lightning.words import hinting
 
 __all__ = ["Clipped", "GradientClipping"]
 
@@ -83,6 +84,7 @@ class GradientClipping(Callback):
     2021, equation 3 (which leaves the last layer unclipped; here all are).
     """
 
+    @hinting
     def __init__(
         self,
         max_norm: float | None = None,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from psc_lightning.checkpoint import read_tensors
 from psc_lightning.live import forget
 from psc_lightning.options import positive, share
+from psc_lightning.words import hinting
 
 __all__ = ["Distillation"]
 
@@ -52,6 +53,7 @@ class Distillation(Callback):
     Source: Hinton et al. 2015, "Distilling the knowledge in a neural network", section 2; here by the gradient at the output.
     """
 
+    @hinting
     def __init__(
         self,
         teacher: nn.Module | str | os.PathLike[str] | None = None,

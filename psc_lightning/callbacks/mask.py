@@ -7,15 +7,16 @@ from typing import Any
 from psc_lightning.callbacks.slot import SlotCallback
 from psc_lightning.masks import MASKS
 from psc_lightning.schedule import Schedule
+from psc_lightning.words import hinting
 
 __all__ = ["MaskLearning"]
 
 
 class MaskLearning(SlotCallback):
-    """Sets a share of the weights to zero while the model is trained: the mask slot.
+    """Sets a share of the weights, `threshold` (0.9: nine of ten), to zero while the model is trained: the mask slot.
 
-    Of each targeted tensor's N units exactly ``floor(threshold · N + 0.5)`` are zero once the schedule has ended, fewer
-    during its ramp; at least one survives.
+    It is no magnitude below which weights vanish. Of each targeted tensor's N units exactly ``floor(threshold · N + 0.5)``
+    are zero once the schedule has ended, fewer during its ramp; at least one survives.
 
     Args:
         method: `magnitude` (smallest |w|), `movement` (scores learned from the loss), `saliency` (|g·w| or g² summed
@@ -52,6 +53,7 @@ class MaskLearning(SlotCallback):
     methods = MASKS
     rate = ("score_lr", 1e-2)
 
+    @hinting
     def __init__(
         self,
         method: str = "magnitude",

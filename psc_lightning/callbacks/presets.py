@@ -11,14 +11,28 @@ from psc_lightning.configs import config_dir
 from psc_lightning.options import one_of
 from psc_lightning.slots import SLOTS
 from psc_lightning.targets import patterns
+from psc_lightning.words import elsewhere, hint, known
 
-__all__ = ["composed", "preset", "slots_and_budget"]
+__all__ = ["composed", "preset", "readers", "slots_and_budget"]
 
 _NOT_OPTIONS = ("name", "callbacks", "untied")
 
 
 def _methods(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def readers(word: str) -> str:
+    """What an error adds where another method, or a callback by itself, takes this option."""
+    from omegaconf import OmegaConf
+
+    found: dict[str, list[str]] = {}
+    for slot in SLOTS:
+        for path in sorted((config_dir() / "compression" / slot).glob("*.yaml")):
+            if option := known(word, [str(key) for key in OmegaConf.load(path) if key not in _NOT_OPTIONS]):
+                found.setdefault(option, []).append(f"{slot}={path.stem!r}")
+    parts = [f"{option} is an option of {', '.join(methods)}" for option, methods in found.items()]
+    return f"; {'; '.join(parts)}" if parts else elsewhere(word)
 
 
 def composed(compression: str, **slots: str) -> Any:
@@ -96,6 +110,7 @@ def preset(
         if key not in allowed:
             raise ValueError(
                 f"{key}: compression={compression!r} has no such option; it has {', '.join(sorted(allowed))}"
+                f"{hint(key, (*allowed, *slots, 'schedule')) or readers(key)}"
             )
         config[key] = patterns(key, value) if key in ("targets", "ignore") else value  # classes become names
     resolved = OmegaConf.to_container(OmegaConf.create({"compression": config}), resolve=True)

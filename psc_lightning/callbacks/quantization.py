@@ -13,6 +13,7 @@ from psc_lightning.options import one_of, whole
 from psc_lightning.schedule import Schedule
 from psc_lightning.slots import Spec
 from psc_lightning.targets import Selection
+from psc_lightning.words import hinting
 
 __all__ = ["StraightThroughQuantization"]
 
@@ -65,6 +66,7 @@ class StraightThroughQuantization(SlotCallback):
     argument = "levels"
     rate = ("step_lr", 1e-4)
 
+    @hinting
     def __init__(
         self,
         levels: str = "uniform",

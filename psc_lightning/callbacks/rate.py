@@ -16,6 +16,7 @@ from psc_lightning.prices import Prices
 from psc_lightning.sharding import is_sharded, scatter
 from psc_lightning.training.cast import Cast
 from psc_lightning.training.conductor import Conductor
+from psc_lightning.words import hinting
 
 __all__ = ["Rate", "RatePenalty"]
 
@@ -109,6 +110,7 @@ class RatePenalty(Callback):
     ours has no density model to train: the slope is that of the live codes' own counts.
     """
 
+    @hinting
     def __init__(self, weight: float, every: int = 20) -> None:
         super().__init__()
         self.weight, self.every = positive("weight", weight), whole("every", every, 1)

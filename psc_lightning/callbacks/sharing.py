@@ -7,6 +7,7 @@ from typing import Any
 from psc_lightning.callbacks.slot import SlotCallback
 from psc_lightning.schedule import Schedule
 from psc_lightning.tying import TYINGS
+from psc_lightning.words import hinting
 
 __all__ = ["WeightSharing"]
 
@@ -50,6 +51,7 @@ class WeightSharing(SlotCallback):
     methods = TYINGS
     rate = ("factor_lr", 1e-3)
 
+    @hinting
     def __init__(
         self,
         method: str,

@@ -45,6 +45,8 @@ class Levels(nn.Module):
     code_number: ClassVar[int]
     #: whether the gradient passes to the core unchanged and nothing is trained: a hard weight may then stand for its core
     straight: bool = True
+    #: whether zero is one of the values, so that a mask's zeros cost no more than other entries
+    zero: ClassVar[bool] = True
     #: how often a group must be looked at, and how the sums of its parts are joined
     looks: int = 0
     #: whether a look writes nothing: two passes over all of a core are then faster than strips

@@ -59,6 +59,7 @@ class BinaryLevels(Levels):
     """
 
     code_number = 3
+    zero = False
     _snaps = (torch.float32, torch.float64)
 
     unit: Tensor

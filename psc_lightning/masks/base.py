@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 
 
 class Mask(nn.Module):
-    """The second slot: entries of the core that are zero.
+    """The second slot: `threshold` is the share of the core's entries that are zero, 0 ≤ threshold < 1.
 
     In each group exactly ``floor(threshold · units + 0.5)`` units are zero (at least one survives), the smallest in the
     order (score, |weight|, index). A method says only where the score comes from and which gradients flow.

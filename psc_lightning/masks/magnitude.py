@@ -10,7 +10,7 @@ __all__ = ["MagnitudeMask"]
 
 
 class MagnitudeMask(Mask):
-    """score = |w| (the mean over a unit).
+    """score = |w| (the mean over a unit); a share `threshold` of the weights, those of the lowest score, is zero.
 
     Forward: ``w · m`` with m = 0 at the smallest |w|. Pseudo-gradient: ∂/∂w = g everywhere, so that a masked weight goes
     on learning and returns when it has grown.

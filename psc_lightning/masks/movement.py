@@ -29,8 +29,9 @@ def _largest(weights: Tensor, scores: Tensor | None, zeros: int) -> Tensor:
 
 
 class MovementMask(Mask):
-    """score s is learned: ``s ← s - lr · g·w`` grows where the loss moves w away from zero.
+    """score s is learned, ``s ← s - lr · g·w``; a share `threshold` of the weights, those of the lowest score, is zero.
 
+    It grows where the loss moves w away from zero.
     Forward: ``w · m`` with m = 0 at the smallest s; s starts at 0 and ties fall back to |w|, so the first mask is the
     magnitude mask. Pseudo-gradient: ∂/∂w = g·m, ∂/∂s = g·w (straight through the top-k; a unit's is the sum).
     Rows without a gradient so far (words that fine-tuning has not seen) are masked by |w| among themselves, the same share.

@@ -18,8 +18,9 @@ SALIENCY_LABELS = ("gradient_weight", "fisher")
 
 
 class SaliencyMask(Mask):
-    """score = Σ |g·w| (first order) or Σ g² (Fisher) over a calibration pass.
+    """score = Σ |g·w| or Σ g²; a share `threshold` of the weights, those of the lowest score, is zero.
 
+    The sum is over a calibration pass: first order, or the diagonal of the Fisher information.
     Forward: ``w · m`` with m = 0 at the smallest score. Pseudo-gradient: ∂/∂w = g·m.
     Stored: one bit a unit, entropy-coded. The sums are training state only.
 

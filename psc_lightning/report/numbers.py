@@ -56,6 +56,9 @@ class Report:
             below it, one that has to learn a distribution is above.
         overhead_bytes: header, names, shapes, checksum, and the last bits of the entropy coder.
         sha256: of the file, 64 hexadecimal digits; None in a report of earlier versions.
+        batchnorm_batches: training batches from which BatchNorm's statistics were taken anew, of the weights as they are
+            stored; 0: they are running averages of training; None: there is no BatchNorm, or only the file is known.
+        notes: what whoever made the report has to say of it, a sentence each: that something went wrong, and what to try.
         metrics: what the caller measured, as in `{"dense": {"accuracy": 0.97}, "compressed": {…}}`.
         tensors: one entry a tensor, in plain order.
     """
@@ -67,6 +70,8 @@ class Report:
     overhead_bytes: int
     sha256: str | None = field(default=None, kw_only=True)
     metrics: dict[str, Any] = field(default_factory=dict)
+    batchnorm_batches: int | None = field(default=None, kw_only=True)
+    notes: list[str] = field(default_factory=list, kw_only=True)
     tensors: list[TensorReport] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,7 +134,10 @@ class Report:
             f"{stage}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             for stage, values in self.metrics.items()
         ]
-        return "\n".join([render(columns, rows, width), *metrics])
+        taken = self.batchnorm_batches
+        source = "running averages of training" if taken == 0 else f"taken anew from {taken} training batches"
+        norms = [] if taken is None else [f"BatchNorm's statistics: {source}"]
+        return "\n".join([render(columns, rows, width), *metrics, *norms, *(f"note: {note}" for note in self.notes)])
 
 
 def _shape(shape: tuple[int, ...] | tuple[tuple[int, ...], ...]) -> str:

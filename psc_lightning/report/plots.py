@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning import Callback, LightningModule, Trainer
+
+from psc_lightning.report.notes import main_metric
 
 if TYPE_CHECKING:
     from psc_lightning.report.numbers import Report
@@ -14,7 +17,7 @@ __all__ = ["Curve", "draw"]
 
 
 class Curve(Callback):
-    """Remember the training loss and the validation accuracy; goes through checkpoints, so that a resumed run has it all.
+    """Remember the training loss and what validation logs; goes through checkpoints, so that a resumed run has it all.
 
     Args:
         every: optimizer steps between two points of the loss, 1 or more.
@@ -23,15 +26,16 @@ class Curve(Callback):
     def __init__(self, every: int = 10) -> None:
         self.every = every
         self.loss: list[tuple[int, float]] = []
-        self.accuracy: list[tuple[int, float]] = []
+        self.validation: dict[str, list[tuple[int, float]]] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the points so far."""
-        return {"loss": self.loss, "accuracy": self.accuracy}
+        return {"loss": self.loss, "validation": self.validation}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from these points."""
-        self.loss, self.accuracy = list(state_dict["loss"]), list(state_dict["accuracy"])
+        self.loss = list(state_dict["loss"])
+        self.validation = {name: list(points) for name, points in state_dict["validation"].items()}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -41,13 +45,26 @@ class Curve(Callback):
             self.loss.append((trainer.global_step, float(outputs["loss"])))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the accuracy, where the model logs one."""
-        if "val_accuracy" in trainer.callback_metrics and not trainer.sanity_checking:
-            self.accuracy.append((trainer.global_step, float(trainer.callback_metrics["val_accuracy"])))
+        """Note the metrics that the model logs as `val…`."""
+        for name, value in {} if trainer.sanity_checking else trainer.callback_metrics.items():
+            if name.startswith("val") and value.numel() == 1:
+                self.validation.setdefault(name, []).append((trainer.global_step, float(value)))
+
+    def chosen(self, metric: str | None) -> str | None:
+        """The validation metric to show: that of this name, after `val_`, `val/` and the like, or else the main one.
+
+        >>> curve = Curve()
+        >>> curve.validation = {"val_loss": [], "val/mae": [(10, 0.5)]}
+        >>> curve.chosen("mae"), curve.chosen(None), curve.chosen("loss")
+        ('val/mae', 'val/mae', 'val_loss')
+        """
+        names = {re.sub("^val(id(ation)?)?[_/]?", "", name) or name: name for name in self.validation}
+        found = main_metric(names, metric)
+        return None if found is None else names[found]
 
 
-def draw(report: Report, curve: Curve, folder: Path) -> None:
-    """Write `bytes.png` (dense and stored bytes of each tensor) and `training.png`."""
+def draw(report: Report, curve: Curve, folder: Path, metric: str | None = None) -> None:
+    """Write `bytes.png` (dense and stored bytes of each tensor) and `training.png` (loss, and a metric of validation)."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
     folder.mkdir(exist_ok=True)
@@ -71,8 +88,8 @@ def draw(report: Report, curve: Curve, folder: Path) -> None:
     axes.plot(*zip(*curve.loss, strict=True) if curve.loss else ([], []), color="0.5", linewidth=1)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("training loss")
-    if curve.accuracy:
+    if name := curve.chosen(metric):
         right = axes.twinx()
-        right.plot(*zip(*curve.accuracy, strict=True), marker=".")
-        right.set_ylabel("validation accuracy")
+        right.plot(*zip(*curve.validation[name], strict=True), marker=".")
+        right.set_ylabel(name)
     figure.savefig(folder / "training.png")

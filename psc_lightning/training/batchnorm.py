@@ -19,7 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-__all__ = ["Inputs", "refresh_batchnorm"]
+from psc_lightning.live import compressed
+from psc_lightning.training.batches import Call, call_of, on_device, shortened
+
+__all__ = ["Inputs", "note_refreshed", "refresh_batchnorm"]
 
 MOST = 8  # batches by default
 SHARE = 0.06  # of an epoch's batches: a forward pass is a third of a step, and 2 % of an epoch's time are enough
@@ -65,11 +68,15 @@ def refresh_batchnorm(
 
     Args:
         model: any module; a LightningModule is called as `model(x)`.
-        batches: inputs, or lists and tuples whose first entry is the input; moved to the model's device.
+        batches: of training: tensors; mappings, of which `forward` gets what it names; lists and tuples that begin with the
+            inputs, as many as `forward` needs. They are moved to the model's device.
         forward: ``forward(model, batch)``, where a model is called otherwise.
 
     Returns:
         How many batches there were; 0 where the model has no statistics.
+
+    Raises:
+        ValueError: the signature of `forward` does not say what of a batch it takes.
 
     >>> model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.BatchNorm1d(1))
     >>> _ = nn.init.ones_(model[0].weight)
@@ -81,15 +88,26 @@ def refresh_batchnorm(
         return 0
     device = next(model.parameters()).device
     number = 0
+
+    def call(module: nn.Module, batch: Any) -> Any:
+        try:
+            args, kwargs = on_device(call_of(module, batch), device)
+        except ValueError as error:
+            raise ValueError(f"batches: {error}: give forward=lambda model, batch: …") from None
+        return module(*args, **kwargs)
+
     with _renewing(model, norms):
         for batch in batches:
-            if forward is not None:
-                forward(model, batch)
-            else:
-                x = batch[0] if isinstance(batch, list | tuple) else batch
-                model(x.to(device))
+            (forward or call)(model, batch)
             number += 1
+    note_refreshed(model, number)
     return number
+
+
+def note_refreshed(model: nn.Module, batches: int) -> None:
+    """Let the report of what is saved say from how many batches BatchNorm's statistics are."""
+    for _, tensor, _ in compressed(model):
+        tensor.refreshed = batches
 
 
 class Inputs:
@@ -104,7 +122,7 @@ class Inputs:
 
     def __init__(self, model: nn.Module, most: int) -> None:
         self.model, self.norms = model, _statistics(model)
-        self.batches: deque[Tensor] = deque(maxlen=max(most, 1))
+        self.batches: deque[Call] = deque(maxlen=max(most, 1))
         self.fresh = False  # the statistics are those of the weights as they are
         self.problem = (
             "" if self._taker() is not None else "the class has no `forward`, and several parts with BatchNorm"
@@ -120,16 +138,16 @@ class Inputs:
 
     def see(self, batch: Any) -> None:
         """A training batch begins."""
-        x = batch[0] if isinstance(batch, list | tuple) and batch else batch
         self.fresh = False
-        if not self.norms or self.problem:
+        taker = self._taker()
+        if not self.norms or self.problem or taker is None:
             return
-        if not isinstance(x, Tensor):
-            self.problem = f"a batch begins with a {type(x).__name__}, not with a tensor"
+        try:
+            self.batches.append(shortened(call_of(taker, batch), _BYTES))
+        except ValueError as error:
+            self.problem = str(error)
             return
         self._learning.update(norm for norm in self.norms if norm.training)
-        # Of large batches as many samples as fit.
-        self.batches.append(x[: max(2, len(x) * _BYTES // max(x.nbytes, 1))].detach().clone())
 
     def replay(self, batches: int | None = None) -> int:
         """Take the statistics anew from the last so many batches, None: all; how many there were."""
@@ -140,8 +158,8 @@ class Inputs:
         learning = [norm for norm in self.norms if norm in self._learning]
         with _renewing(self.model, learning), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # activation checkpointing warns of inputs without gradients
-            for x in chosen:
-                taker(x)
+            for args, kwargs in chosen:
+                taker(*args, **kwargs)
         return len(chosen)
 
     def statistics(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -150,12 +168,12 @@ class Inputs:
         found = {f"{names[id(norm)]}.{key}": value for norm in self.norms for key, value in norm.named_buffers()}
         return {name: value.detach().clone() for name, value in found.items() if type(state.get(name)) is Tensor}
 
-    def state_dict(self) -> list[Tensor]:
+    def state_dict(self) -> list[Call]:
         """What is kept, for a checkpoint."""
         return list(self.batches)
 
-    def load_state_dict(self, state: list[Tensor]) -> None:
+    def load_state_dict(self, state: list[Call]) -> None:
         """Put it back."""
         device = next(self.model.parameters()).device
-        self.batches.extend(x.to(device) for x in state)
+        self.batches.extend(on_device(state, device))
         self._learning.update(self.norms if state else ())

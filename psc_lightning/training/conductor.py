@@ -20,7 +20,7 @@ from psc_lightning.sharding import sharded_modules
 from psc_lightning.slots import HARD, SLOTS
 from psc_lightning.training import entry
 from psc_lightning.training.averaging import Average
-from psc_lightning.training.batchnorm import Inputs
+from psc_lightning.training.batchnorm import Inputs, note_refreshed
 from psc_lightning.training.cast import Cast, Clipper, Penalty, SlotFiller
 from psc_lightning.training.run import builds_late, callbacks_of, insert, is_named, steps_of, user_rate
 from psc_lightning.training.stepping import Stepping
@@ -172,6 +172,7 @@ class Conductor(Callback):
             if place.tensor.traced(place.parameter):  # written to since the last batch
                 place.tensor.absorb(place.parameter)
             place.tensor.show_if_stale(place.parameter)
+            place.tensor.refreshed = 0
             if place.tensor.slots.inputs is not None:
                 place.tensor.slots.inputs.observing = True
         for penalty in self.cast.penalties:
@@ -239,9 +240,10 @@ class Conductor(Callback):
             return
         try:
             with trainer.precision_plugin.forward_context():
-                inputs.replay(None if last else self._each)
-        except Exception as error:  # the user's module cannot be called with a batch's first tensor
-            inputs.problem = f"{type(inputs.model).__name__}(x) raised {error!r}"
+                taken = inputs.replay(None if last else self._each)
+            note_refreshed(inputs.model, taken)
+        except Exception as error:  # the user's module cannot be called with what its signature asks for
+            inputs.problem = f"calling {type(inputs.model).__name__} raised {error!r}"
         if inputs.norms and inputs.problem and not inputs.warned:
             inputs.warned = True
             rank_zero_warn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,10 @@ Command = Callable[..., tuple[int, str]]
         (["compression=binary", "compression.targets=nothing.*"], ["targets", "nothing.*", "net.conv1.weight"]),
         (["compression=binary", "compression.bits=3"], ["compression.bits", "threshold"]),
         (["nonsense=3"], ["nonsense", "compression"]),
+        (["compression=binary", "compression.amount=0.5"], ["amount", "did you mean threshold (the share of weights"]),
+        (["compression=binary", "+compression.n_bits=3"], ["n_bits", "bits is an option of levels='log', levels='uni"]),
+        (["compression=prune"], ["compression/prune", "did you mean mask?"]),
+        (["epochs=3"], ["epochs", "did you mean trainer.max_epochs?"]),
         (["trainer.max_epoch=3"], ["trainer.max_epoch", "max_epochs"]),
         (["clipping.max_norm=1"], ["clipping.max_norm", "keys there: none"]),
         (["model.checkpoint=none.pt"], ["model.checkpoint=none.pt", "no such file"]),
@@ -81,7 +86,26 @@ def test_one_line(cli: Command, tmp_path: Path, arguments: list[str], words: lis
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     assert [word for word in words if word not in lines[0]] == []
-    assert not (tmp_path / "run/report.json").exists()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is not None, reason="tensorboard is here, and its logger works")
+def test_a_logger_whose_package_is_missing_says_how_to_get_it(cli: Command, tmp_path: Path) -> None:
+    status, said = cli("logger=tensorboard")
+    assert status == 1
+    assert said.startswith("error: logger: ")
+    assert "pip install" in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_run_leaves_what_was_there(cli: Command, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/mine.txt").write_text("mine")
+    assert cli("objective=nothing", "hydra.run.dir=run")[0] == 1
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
+    assert cli("objective=nothing")[0] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]  # no empty runs/
 
 
 @pytest.mark.parametrize("group", ["compression", "clipping", "callbacks"])

@@ -14,7 +14,7 @@ from psc_lightning.artifact import inspect, measure, save, to_bytes
 from psc_lightning.report.numbers import Report, TensorReport
 
 KEYS = ["dense_bytes", "file_bytes", "compression_ratio", "entropy_bytes", "overhead_bytes", "sha256", "metrics"]
-KEYS += ["tensors"]
+KEYS += ["batchnorm_batches", "notes", "tensors"]
 ROW_KEYS = ["name", "layer_type", "shape", "core_shape", "method", "dense_bytes", "stored_bytes", "sparsity", "levels"]
 
 
@@ -122,10 +122,14 @@ def test_the_table_says_it_all() -> None:
         "1,152",
         f"{row.stored_bytes:,}",
     ]
-    assert lines[-4].split() == ["names,", "header,", "checksum", f"{report.overhead_bytes:,}"]
-    assert f"{report.file_bytes:,}" in lines[-3]
-    assert f"{report.dense_bytes:,}" in lines[-3]
-    assert lines[-2:] == ["dense: accuracy 0.975", "compressed: accuracy 0.97, loss 0.1235"]
+    assert lines[-5].split() == ["names,", "header,", "checksum", f"{report.overhead_bytes:,}"]
+    assert f"{report.file_bytes:,}" in lines[-4]
+    assert f"{report.dense_bytes:,}" in lines[-4]
+    assert lines[-3:] == [
+        "dense: accuracy 0.975",
+        "compressed: accuracy 0.97, loss 0.1235",
+        "BatchNorm's statistics: running averages of training",
+    ]
     assert max(map(len, lines)) <= 160
 
 

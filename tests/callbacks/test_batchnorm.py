@@ -12,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from psc_lightning import StraightThroughQuantization, refresh_batchnorm
+from psc_lightning import StraightThroughQuantization, refresh_batchnorm, save
 
 BATCHES = 6
 
@@ -141,6 +141,8 @@ def test_a_run_stopped_in_mid_epoch_goes_on_with_the_inputs_of_before(tmp_path):
     options = {"enable_checkpointing": True, "default_root_dir": tmp_path}
     fit(whole, binary(5), Stop(), **options)
     kept = torch.load(tmp_path / "mid.ckpt", weights_only=True)["psc_lightning"]["inputs"]
+    kept = [x for (x,), names in kept if not names]
+    assert len(kept) == 5
     assert all(map(torch.equal, kept, whole.seen[BATCHES - 1 : BATCHES + 4]))
     fit(again, binary(5), path=tmp_path / "mid.ckpt", max_epochs=-1, max_steps=BATCHES + 5, **options)
     assert len(again.seen) == 1
@@ -182,10 +184,125 @@ def test_a_model_that_cannot_be_called_with_a_batch_is_told():
         def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             return self.other(self.net(x + y))
 
-    for kind, why in ((Two, "no `forward`"), (Pair, r"Pair\(x\) raised TypeError")):
+    for kind, why in ((Two, "no `forward`"), (Pair, "forward needs x, y, and which of a batch's 2 entries")):
         with pytest.warns(UserWarning, match=f"could not be taken anew.*{why}") as told:
             fit(kind(), binary())
         assert len([one for one in told if "refresh_batchnorm" in str(one.message)]) == 1
+
+
+class Taker(LightningModule):
+    """A BatchNorm of what `forward` computes; its subclasses say what that takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.norm, self.head = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 1)
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.layer(x)))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class ByName(Taker):
+    """As a transformer: what it takes by name, labels among them; what else is in a batch is not for it."""
+
+    def forward(
+        self, input_values: torch.Tensor, attention_mask: torch.Tensor | None = None, labels: Any = None
+    ) -> Any:
+        assert attention_mask is not None
+        return self.inner(input_values * attention_mask)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        named = {name: batch[name] for name in ("input_values", "attention_mask", "labels")}
+        return (self(**named) - batch["labels"]).square().mean()
+
+
+class OfAnyName(Taker):
+    def forward(self, **names: torch.Tensor) -> torch.Tensor:
+        return self.inner(names["a"] * names["b"])
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self(**batch).mean()
+
+
+class OfTwo(Taker):
+    """Two inputs, then a target."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.inner(x * mask)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return (self(batch[0], batch[1]) - batch[2]).square().mean()
+
+
+class OfAPair(OfTwo):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return (self(*batch[0]) - batch[1]).square().mean()
+
+
+class OneOfMany(Taker):
+    """A mapping of which no name is the input's: what it is called with cannot be known."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self(batch["image"]).mean()
+
+
+def items(kind: type) -> list[Any]:
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(BATCHES * 32, 8, generator=generator) * 3 + 1, torch.ones(BATCHES * 32, 1)
+    m = (torch.rand(x.shape, generator=generator) > 0.3).float()
+    names = {
+        ByName: lambda i: {"input_values": x[i], "attention_mask": m[i], "labels": y[i], "idx": i},
+        OfAnyName: lambda i: {"a": x[i], "b": m[i]},
+        OfTwo: lambda i: (x[i], m[i], y[i]),
+        OfAPair: lambda i: ((x[i], m[i]), y[i]),
+        OneOfMany: lambda i: {"image": x[i], "label": y[i]},
+    }
+    return [names[kind](i) for i in range(len(x))]
+
+
+@pytest.mark.parametrize("kind", [ByName, OfAnyName, OfTwo, OfAPair])
+def test_a_model_gets_what_its_signature_asks_of_a_batch(kind: type, tmp_path: Any):
+    loader, model = DataLoader(items(kind), 32), kind()
+    settings = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = Trainer(callbacks=[binary(100)], enable_checkpointing=False, max_epochs=1, **settings)
+    trainer.fit(model, loader)
+    x, m = (
+        torch.stack(part)
+        for part in zip(
+            *[
+                (list(one.values()) if isinstance(one, dict) else one)[:2]
+                for one in (item if kind is not OfAPair else item[0] for item in items(kind))
+            ]
+        )
+    )
+    with torch.no_grad():
+        mean = model.layer(x * m).mean(0)
+    torch.testing.assert_close(model.norm.running_mean, mean)
+    assert save(model, tmp_path / "model.psc").batchnorm_batches == BATCHES
+    model.norm.reset_running_stats()
+    assert refresh_batchnorm(model, loader) == BATCHES
+    torch.testing.assert_close(model.norm.running_mean, mean)
+
+
+def test_names_that_fit_none_of_a_models_are_told_not_guessed(tmp_path: Any):
+    loader, model = DataLoader(items(OneOfMany), 32), OneOfMany()
+    settings = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = Trainer(callbacks=[binary()], enable_checkpointing=False, max_epochs=1, **settings)
+    with pytest.warns(UserWarning, match=r"could not be taken anew \(forward takes x, a batch has image, label\)"):
+        trainer.fit(model, loader)
+    report = save(model, tmp_path / "model.psc")
+    assert report.batchnorm_batches == 0
+    assert "BatchNorm's statistics: running averages of training" in str(report)
+    with pytest.raises(ValueError, match=r"^batches: forward takes x, a batch has image, label: give forward="):
+        refresh_batchnorm(model, loader)
+    assert refresh_batchnorm(model, loader, forward=lambda net, batch: net(batch["image"])) == BATCHES
+    assert "taken anew from 6 training batches" in str(save(model, tmp_path / "model.psc"))
 
 
 def test_the_function_takes_them_from_any_batches():

@@ -43,7 +43,6 @@ from psc_lightning.artifact import to_bytes
 pytestmark = [
     *QUIET,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),  # peft of transformers
-    pytest.mark.filterwarnings("ignore:BatchNorm's statistics are"),  # these batches are mappings, which a user is told
 ]
 
 ROOT = Path(__file__).resolve().parents[2]

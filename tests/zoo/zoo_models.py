@@ -134,8 +134,15 @@ def unet() -> Entry:
     return Entry(entry.home, entry.build, {**entry.batch, "y": labels}, entry.output, entry.loss)
 
 
+class Volumes(nn.Sequential):
+    """A sequence whose input is called as the batch calls it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 def volumes() -> nn.Module:
-    return nn.Sequential(
+    return Volumes(
         nn.Conv3d(1, 8, 3, padding=1),
         nn.BatchNorm3d(8),
         nn.ReLU(),
