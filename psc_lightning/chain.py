@@ -39,6 +39,10 @@ class Chain(nn.Module):
         mask, _ = self._acting(at)
         return mask.keep if mask is not None and mask.threshold > 0 else None
 
+    def hold_zeros(self, core: Tensor) -> float:
+        """Let the mask keep the units that are zero already; the strength at which its share is theirs."""
+        return 0.0 if self.mask is None else self.mask.hold_zeros(core)
+
     def refresh(self, core: Tensor, at: Strengths, begin: bool, due: tuple[bool, bool]) -> None:
         """Choose the survivors, then scales and tables over them.
 

@@ -100,6 +100,17 @@ class Compressed:
         held = parameter.detach() if self.latent is None or self.lent else self.latent
         return gather(held).detach()
 
+    @torch.no_grad()
+    def hold_zeros(self, parameter: nn.Parameter) -> float | None:
+        """Let the mask keep the zeros of a latent weight that it has not begun on; the strength at which it does.
+
+        None where its cores are not there yet.
+        """
+        slots = self.slots
+        if slots.tying is not None and not slots.phase[0]:
+            return None
+        return min(slots.chain(name).hold_zeros(core) for name, core in slots.reduce(self.dense(parameter)).items())
+
     def set_strength(self, slot: str, value: float, parameter: nn.Parameter) -> None:
         """Set how hard a slot acts; `show` makes it so. What it begins with is the latent weight of now."""
         slots = self.slots

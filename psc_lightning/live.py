@@ -107,7 +107,7 @@ def under_names(module: nn.Module) -> dict[str, Compressed]:
 
 
 def detach(module: M) -> M:
-    """Bring all slots to full strength and forget them: the Parameters keep the hard weights, the model is plain for good.
+    """Bring all slots that have begun to full strength and forget all: the Parameters keep the hard weights, for good.
 
     What it computes in eval stays bit for bit the same, but where inputs were rounded (`activations`): their ranges are no
     part of the plain class, and go (`export_onnx` before).
@@ -121,12 +121,8 @@ def detach(module: M) -> M:
             "ranks, then psc_lightning.load(path) into a plain model"
         )
     for _, tensor, parameter in compressed(module):
-        tensor.harden(parameter)
-    return forget(module)
-
-
-def forget(module: M) -> M:
-    """Forget all slots; the Parameters keep what they hold, which slots that have not begun have not touched."""
+        tensor.end_ramp(parameter)
+        tensor.show_if_stale(parameter)
     for _, layer, name, _ in list(_holders(module)):
         let_go(layer, name)
     return module

@@ -97,47 +97,69 @@ class Schedule:
         except ValueError as error:
             raise ValueError(f"schedule: {error}") from None
 
-    def begins(self, total_steps: int | float) -> int:
+    @property
+    def counts_steps(self) -> bool:
+        """Whether it needs no length of the run: it begins at once or after so many steps, and ends after so many.
+
+        >>> Schedule(begin=0.0, end=500).counts_steps, Schedule(begin=0, end=0.7).counts_steps
+        (True, False)
+        """
+        positions = (self.begin,) if self.kind == "constant" else (self.begin, self.end)
+        return all(isinstance(position, int) or position == 0.0 for position in positions)
+
+    def begins(self, total_steps: int | float, since: int = 0) -> int:
         """The first step at which the slot is in force, though its strength may still be 0 there.
 
         Args:
             total_steps: optimizer steps of the whole run (≥ 0; infinite for an endless one).
+            since: the step from which shares count (≥ 0): they are shares of what is left from there.
 
         Raises:
             ValueError: `begin` is a share of an endless run.
 
-        >>> Schedule(begin=0.1).begins(25), Schedule(begin=7).begins(25)
-        (3, 7)
+        >>> Schedule(begin=0.1).begins(25), Schedule(begin=7).begins(25), Schedule(begin=0.1).begins(25, since=15)
+        (3, 7, 16)
         """
-        return _steps(self.begin, total_steps)
+        return _steps(self.begin, total_steps, since)
 
-    def strength(self, step: int, total_steps: int | float) -> float:
+    def ends(self, total_steps: int | float, since: int = 0) -> int:
+        """The first step at full strength; arguments and errors as of `begins`.
+
+        >>> Schedule(end=0.7).ends(100), Schedule("constant", begin=0.1).ends(100), Schedule(begin=9, end=3).ends(100)
+        (70, 10, 9)
+        """
+        begin = self.begins(total_steps, since)
+        return begin if self.kind == "constant" else max(begin, _steps(self.end, total_steps, since))
+
+    def strength(self, step: int, total_steps: int | float, since: int = 0) -> float:
         """The strength at `step`, 0.0 … 1.0.
 
         Args:
             step: optimizer steps done so far (≥ 0).
             total_steps: optimizer steps of the whole run (≥ 0; infinite for an endless one).
+            since: the step from which shares count (≥ 0): they are shares of what is left from there.
 
         Raises:
             ValueError: `begin` or `end` is a share of an endless run.
 
         >>> Schedule("linear", begin=0.2, end=0.6).strength(30, total_steps=100)
         0.25
+        >>> Schedule("linear", begin=0.2, end=0.6).strength(65, total_steps=100, since=50)
+        0.25
         """
-        begin = _steps(self.begin, total_steps)
-        end = begin if self.kind == "constant" else _steps(self.end, total_steps)
+        begin, end = self.begins(total_steps, since), self.ends(total_steps, since)
         if step < begin:
             return 0.0
         return 1.0 if step >= end else KINDS[self.kind]((step - begin) / (end - begin))
 
 
-def _steps(position: int | float, total_steps: int | float) -> int:
+def _steps(position: int | float, total_steps: int | float, since: int) -> int:
     if isinstance(position, int):
         return position
     if position == 0.0:  # the start of an endless run is known, too
-        return 0
+        return since
     if not 0 <= total_steps < math.inf:
         raise ValueError(
             f"{position!r} is a share of training, but how many steps this run has is not known: give begin/end in steps"
         )
-    return math.floor(position * total_steps + 0.5)
+    return since + math.floor(position * max(total_steps - since, 0) + 0.5)

@@ -37,6 +37,8 @@ SLOTS = ("tying", "mask", "levels")
 
 OFF, SOFT, HARD = 0, 1, 2
 
+_DETACH = "psc_lightning.detach(model) before this fit keeps the compressed weights and empties all slots"
+
 
 def _phase(strength: float) -> int:
     return OFF if strength <= 0 else HARD if strength >= 1 else SOFT
@@ -77,17 +79,21 @@ class Slots(nn.Module):
 
     # ---------------------------------------------------------------------------------------------- filling
 
-    @float32_by_default()
-    def fill(self, slot: str, spec: Spec) -> None:
-        """Put a method into an empty slot. Raises ValueError, naming both owners, where the slot is taken."""
+    def check_vacant(self, slot: str, spec: Spec) -> None:
+        """Raise a ValueError, naming both owners, where `fill` would find the slot taken, or a tying come too late."""
         taken = self.specs.get(slot)
         if taken is not None:
-            raise ValueError(f"its {slot} slot is filled by {taken.owner} and again by {spec.owner}; keep one")
+            cure = _DETACH if self.begun else f"keep one, or, where one is of another fit, {_DETACH}"
+            raise ValueError(f"its {slot} slot is filled by {taken.owner} and again by {spec.owner}: {cure}")
         if slot == "tying" and self.begun:
-            raise ValueError(f"{spec.owner} comes after another slot has begun; tie first, or detach(model) before")
+            raise ValueError(f"{spec.owner} comes after another slot has begun; tie first, or detach: {_DETACH}")
+
+    @float32_by_default()
+    def fill(self, slot: str, spec: Spec) -> None:
+        """Put a method into an empty slot; ValueError as `check_vacant`."""
+        self.check_vacant(slot, spec)
         specs = {**self.specs, slot: spec}
-        shape = self.layout.shape(self.stored_shape)
-        device = self.strength.device
+        shape, device = self.layout.shape(self.stored_shape), self.strength.device
         if slot == "tying":
             self.tying = TYINGS[spec.method].build(shape, **spec.options).to(device)
         folders: dict[str, Mapping[str, Callable[..., Any]]] = {"mask": MASKS, "levels": LEVELS}
@@ -100,8 +106,7 @@ class Slots(nn.Module):
                 if part == slot or getattr(old, part) is None
             }
             cores[name] = Chain(parts.get("mask", old.mask), parts.get("levels", old.levels)).to(device)
-        self.cores = nn.ModuleDict(cores)
-        self.specs = specs
+        self.cores, self.specs = nn.ModuleDict(cores), specs
         if spec.activations is not None:
             channels = shape[0] if len(shape) > 2 else None
             self.inputs = Activations(spec.activations, channels).to(device)
@@ -147,8 +152,7 @@ class Slots(nn.Module):
         index = SLOTS.index(slot)
         if slot != "tying" and self.tying is not None and self.phase[0] == OFF:
             value = 0.0  # its cores are not there: not yet, or, in a second fit, not any more
-        if slot == "tying" and value > 0:
-            value = 1.0  # a tying has no soft phase
+        value = 1.0 if slot == "tying" and value > 0 else value  # a tying has no soft phase
         if self.phase[index] == OFF and value > 0:
             self._begin(slot, latent)
         if 0 < value < 1 or _phase(value) != self.phase[index]:

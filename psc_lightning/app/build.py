@@ -167,8 +167,8 @@ def check_settings(cfg: DictConfig) -> None:
             raise UsageError(f"trainer.{key}=0: nothing would be trained, so nothing compressed")
     if value("trainer.fast_dev_run") and value("compression.callbacks"):
         raise UsageError(
-            "trainer.fast_dev_run: its few steps would compress nothing; for a quick try give trainer.max_epochs=1 and "
-            "trainer.limit_train_batches=20"
+            "trainer.fast_dev_run: its few steps leave no checkpoint and tell nothing; for a quick try give "
+            "trainer.max_epochs=1 and trainer.limit_train_batches=20"
         )
     if value("trainer.limit_test_batches") == 0:
         raise UsageError("trainer.limit_test_batches=0: the file would not be evaluated; expected 1 or more batches")

@@ -112,6 +112,12 @@ class GradientClipping(Callback):
         self.steps = 0
         self.clipped_steps = 0
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The limit and what shares it: what a resumed run may have otherwise."""
+        limits = {"max_norm": self.max_norm, "max_value": self.max_value, "adaptive": self.adaptive}
+        return {**{name: limit for name, limit in limits.items() if limit is not None}, "scope": self.scope}
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start counting (a checkpoint is restored after this), and take part in a fit."""
         if stage == "fit":

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from psc_lightning.checkpoint import read_tensors
-from psc_lightning.live import forget
+from psc_lightning.live import detach
 from psc_lightning.options import positive, share
 from psc_lightning.words import hinting
 
@@ -156,4 +156,4 @@ class Distillation(Callback):
 
 def _plain_copy(module: nn.Module) -> nn.Module:
     """As it is now, without slots."""
-    return forget(copy.deepcopy(module))
+    return detach(copy.deepcopy(module))

@@ -28,13 +28,14 @@ class MaskLearning(SlotCallback):
         block: units of `row` and `column` have this many entries; None: 4, for `row` the kernel's width.
         score_lr: `movement`: learning rate of the scores. None: 1e-2.
         calibration_steps: `saliency`: optimizer steps over which labels are summed; the mask begins after them.
-            None: 50.
+            None: 50, at most a third of the run.
         label: `saliency`: `gradient_weight` (|g·w|) or `fisher` (g²). None: gradient_weight.
         refresh: choose anew every n optimizer steps.
         targets: globs over tensor names, module names, `re:` expressions or layer types; None: every weight.
         ignore: the same, for what to leave out.
         min_size: fewest entries of a tensor.
-        schedule: a `Schedule`, its kind, or a mapping; the ramp scales the share. None: linear up to 70 % of training.
+        schedule: a `Schedule`, its kind, or a mapping; the ramp scales the share. None: linear up to 70 % of training. It
+            starts from the units that are zero when it begins, as in a weight that was pruned before; they stay zero.
 
         refresh_batchnorm: training batches from which BatchNorm's statistics are taken anew, before each validation and at
             the end (the last ones' inputs are kept, up to 4 MB of each); 0: none. None: 8 at the end, before a validation

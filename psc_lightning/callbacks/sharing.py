@@ -27,7 +27,8 @@ class WeightSharing(SlotCallback):
             or `magnitude`. None: saliency.
         block: `row`, `column`: n ≥ 1 neighbours. None: 4, for `row` the kernel's width.
         rank: `separable`, `low_rank`: R ≥ 1, or a share of the full rank in (0, 1). None: 1 and 0.25.
-        calibration_steps: `cross_channel` by saliency: optimizer steps over which labels are summed. None: 50.
+        calibration_steps: `cross_channel` by saliency: optimizer steps over which labels are summed. None: 50, at most
+            a third of the run.
         factor_lr: `separable`, `low_rank`: learning rate of the factors. None: 1e-3.
         targets: globs over tensor names, module names, `re:` expressions or layer types; None: every weight.
         ignore: the same, for what to leave out.

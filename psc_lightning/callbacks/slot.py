@@ -34,7 +34,8 @@ class SlotCallback(Callback):
         schedule: how hard it acts when.
         rate: learning rate of what the slot trains beside the weight; it follows the user's scheduler.
         refresh: recompute thresholds, scales and assignments every n optimizer steps.
-        calibration_steps: optimizer steps of labels to see before the slot begins, for methods that need them. None: 50.
+        calibration_steps: optimizer steps of labels to see before the slot begins, for methods that need them. None: 50, but
+            not more than a third of what is left of the run.
 
         refresh_batchnorm: training batches from which BatchNorm's statistics are taken anew before each validation and at
             the end; 0: none. None: 8 at the end, before a validation as many of them as take 2 % of an epoch's time.
@@ -79,6 +80,7 @@ class SlotCallback(Callback):
             raise ValueError(f"calibration_steps: {method!r} does not read it: it needs no labels before it begins")
         wanted = 50 if calibration_steps is None else whole("calibration_steps", calibration_steps, 1)
         self.calibration_steps = wanted if calibrates else 0
+        self.calibration_given = calibration_steps is not None
         self.refresh_batchnorm = None if refresh_batchnorm is None else whole("refresh_batchnorm", refresh_batchnorm, 0)
 
     @property
@@ -86,6 +88,17 @@ class SlotCallback(Callback):
         """Class, targets, method and what is ignored: what tells two of our callbacks in one model apart."""
         ignored = {"ignore": self.ignore} if self.ignore else {}
         return self._generate_state_key(targets=self.targets, method=self.method, **ignored)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How and when it acts, as primitives: what a resumed run may have otherwise."""
+        return {
+            "schedule": f"{self.schedule.kind} from {self.schedule.begin} to {self.schedule.end}",
+            self.rate[0]: self.lr,
+            "refresh": self.refresh,
+            "calibration_steps": self.calibration_steps,
+            "refresh_batchnorm": self.refresh_batchnorm,
+        }
 
     def spec(self) -> Spec:
         """What this callback puts into a slot."""
@@ -122,26 +135,37 @@ class SlotCallback(Callback):
                 tensor stays a shard while its layer runs.
         """
         gathered = {id(parameter) for unit in sharded_modules(model) for parameter in unit.parameters()}
-        places = []
+        found = []
         for target in self.choose(model).targets:
             if is_sharded(target.parameter):
                 self._check_shard(target, gathered)
             fresh = Compressed(Slots(target.layout, tuple(target.parameter.shape)), target.name)
-            tensor = held(*target.holders[0]) or fresh
-            taken = tensor.slots.specs.get(self.slot)
-            if taken is None or taken.owner != self.state_key:
+            found.append((target, held(*target.holders[0]) or fresh))
+        vacant = [self._vacant(target, tensor) for target, tensor in found]  # of all, before one is filled
+        for (target, tensor), empty in zip(found, vacant, strict=True):
+            if empty:
                 try:
                     tensor.slots.to(target.parameter.device).fill(self.slot, self.spec())
                 except ValueError as error:
                     raise ValueError(f"{target.name}: {error}") from None
-            elif taken != self.spec():
+            hold(target.holders, tensor)
+        return [Place(target.name, *target.holders[0], tensor) for target, tensor in found]
+
+    def _vacant(self, target: Target, tensor: Compressed) -> bool:
+        """Whether this callback has yet to fill the slot; ValueError where another one has, or itself with other options."""
+        taken = tensor.slots.specs.get(self.slot)
+        if taken is not None and taken.owner == self.state_key:
+            if taken != self.spec():
                 raise ValueError(
                     f"{target.name}: its {self.slot} slot holds {taken.owner} with {taken.given}, this callback has "
                     f"{self.spec().given}; call psc_lightning.detach(model) before training it with other options"
                 )
-            hold(target.holders, tensor)
-            places.append(Place(target.name, *target.holders[0], tensor))
-        return places
+            return False
+        try:
+            tensor.slots.check_vacant(self.slot, self.spec())
+        except ValueError as error:
+            raise ValueError(f"{target.name}: {error}") from None
+        return True
 
     def _check_shard(self, target: Target, gathered: set[int]) -> None:
         """Refuse what is sharded in another way than FSDP2 does."""

@@ -89,6 +89,15 @@ class Mask(nn.Module):
     def observe(self, core: Tensor, gradient: Tensor) -> None:
         """Take in the gradient of one step (label-driven methods)."""
 
+    def hold_zeros(self, core: Tensor) -> float:
+        """Keep the units of a core that are zero before the mask begins, for it has been pruned before.
+
+        Returns:
+            The strength at which the mask's share is theirs, 0 … 1; 0 where all are: so weights are initialised.
+        """
+        zeros, count = int((self.units.mean(core.abs()) == 0).sum()), prod(self.units.shape)
+        return min(zeros / count / self.threshold, 1.0) if self.threshold and zeros < count else 0.0
+
     def restart(self) -> None:
         """Forget the labels: another weight has taken the place of the one that they were of; |weight| decides again."""
 

@@ -12,6 +12,8 @@ from psc_lightning.strips import blank_
 
 __all__ = ["MovementMask"]
 
+_LAST = -(2.0**100)  # the score of what has been pruned before: a weight of zero has no gradient to raise it
+
 
 def _largest(weights: Tensor, scores: Tensor | None, zeros: int) -> Tensor:
     """All but the smallest in the order (score, |weight|, index); without scores by |weight|."""
@@ -34,6 +36,7 @@ class MovementMask(Mask):
     It grows where the loss moves w away from zero.
     Forward: ``w · m`` with m = 0 at the smallest s; s starts at 0 and ties fall back to |w|, so the first mask is the
     magnitude mask. Pseudo-gradient: ∂/∂w = g·m, ∂/∂s = g·w (straight through the top-k; a unit's is the sum).
+    What is zero before the mask begins stays so: its score is the lowest.
     Rows without a gradient so far (words that fine-tuning has not seen) are masked by |w| among themselves, the same share.
     Stored: one bit a unit, entropy-coded. The scores are training state only.
 
@@ -66,11 +69,16 @@ class MovementMask(Mask):
     @torch.no_grad()
     def refresh(self, core: Tensor, strength: float = 1.0) -> None:
         """Choose which entries are zero now; `strength` scales the share."""
-        seen = self.scores[:, 0] != 0  # few rows need more than a glance
+        first = self.scores[:, 0]
+        seen = (first != 0) & (first != _LAST)  # few rows need more than a glance
         rest = (~seen).nonzero().flatten()
         if len(rest):
             others = self.scores.index_select(0, rest)
-            seen[rest] = (others.amax(1) != 0) | (others.amin(1) != 0)  # `any` takes three times as long
+            lowest = others.amin(1)  # `any` takes three times as long
+            if bool((lowest == _LAST).any()):
+                others = others.masked_fill(others == _LAST, 0.0)
+                lowest = others.amin(1)
+            seen[rest] = (others.amax(1) != 0) | (lowest != 0)
         rows, columns = self.units.shape
         number = int(seen.sum())
         if self.threshold == 0 or self.group != "tensor" or number in (0, rows):
@@ -80,6 +88,10 @@ class MovementMask(Mask):
         zeros = zero_count(share, rows * columns)
         # The same share of both, and as many in all as ever.
         of_seen = min(max(zeros - round(share * (rows - number) * columns), 0), number * columns)
+        if float(self.scores.amin()) == _LAST:  # but none is dropped in one for what is zero in the other
+            held = (self.scores == _LAST).sum(1)
+            most, least = zeros - int(held[~seen].sum()), int(held[seen].sum())
+            of_seen = max(min(of_seen, most), min(least, zeros))
         weights = self.units.mean(core if self.units.granularity == "element" else core.abs())
         kept = torch.empty(rows, columns, dtype=torch.bool, device=core.device)
         for part, scores, count in ((seen, self.scores, of_seen), (~seen, None, zeros - of_seen)):
@@ -94,6 +106,14 @@ class MovementMask(Mask):
         """The core's gradient; the scores get theirs, a unit's is the sum of its entries'."""
         self.scores.grad = self.units.sum(gradient * core).to(self.scores.dtype)
         return blank_(gradient, self.keep)
+
+    @torch.no_grad()
+    def hold_zeros(self, core: Tensor) -> float:
+        """As every mask; their scores are the lowest."""
+        strength = super().hold_zeros(core)
+        if strength:
+            self.scores.masked_fill_(self.units.mean(core.abs()) == 0, _LAST)
+        return strength
 
     @torch.no_grad()
     def restart(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from psc_lightning.live import Place
 from psc_lightning.schedule import Schedule
 from psc_lightning.slots import SLOTS
 from psc_lightning.training.batchnorm import MOST, SHARE
+from psc_lightning.training.run.length import Length
 from psc_lightning.training.sidecars import Sidecars
 
 __all__ = ["Cast", "Clipper", "Penalty", "SlotFiller"]
@@ -27,6 +29,7 @@ class SlotFiller(Protocol):
     lr: float
     refresh: int
     calibration_steps: int
+    calibration_given: bool  # else it is a default, which short runs cut
     refresh_batchnorm: int | None
 
     @property
@@ -37,12 +40,20 @@ class SlotFiller(Protocol):
     def state_key(self) -> str:
         """What tells it from others."""
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How and when it acts, as primitives."""
+
     def attach(self, model: nn.Module) -> list[Place]:
         """Fill the slot of every tensor it chooses; what it has filled before is left alone."""
 
 
 class Clipper(Protocol):
     """A callback that limits the gradients that a step sees."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How, as primitives."""
 
     def check(self, trainer: Trainer) -> None:
         """Refuse, before training, what cannot work."""
@@ -86,7 +97,9 @@ class Cast:
         clippers, penalties: in the user's.
         places: where the tensors of each filler are, by its key.
         sidecars: the optimizer of what slots train.
-        total: optimizer steps of the run; None before they are known.
+        length: how long the run is.
+        reached: the strength of each filler so far, by its key: a ramp never goes down when the length is estimated anew.
+        zeros: by a tensor's name, where its mask's ramp starts, for the weight was sparse before: a strength.
         base_rate: the user's learning rate that training started with.
         trainer, module: of the run; None when there is none.
     """
@@ -96,7 +109,9 @@ class Cast:
     penalties: list[Penalty] = field(default_factory=list)
     places: dict[str, list[Place]] = field(default_factory=dict)
     sidecars: Sidecars = field(default_factory=lambda: Sidecars([]))
-    total: float | None = None
+    length: Length = field(default_factory=Length)
+    reached: dict[str, float] = field(default_factory=dict)
+    zeros: dict[str, float] = field(default_factory=dict)
     base_rate: float | None = None
     trainer: Trainer | None = None
     module: LightningModule | None = None
@@ -106,7 +121,13 @@ class Cast:
         self.fillers = [one for one in self.fillers if any(one is other for other in present)]
         self.clippers = [one for one in self.clippers if any(one is other for other in present)]
         self.penalties = [one for one in self.penalties if any(one is other for other in present)]
-        self.total = self.base_rate = None
+        self.length, self.reached, self.zeros, self.base_rate = Length(), {}, {}, None
+
+    @property
+    def total(self) -> float:
+        """Optimizer steps of the run, by the best estimate."""
+        assert self.length.total is not None
+        return self.length.total
 
     def add(self, filler: SlotFiller) -> None:
         """Take in a callback that fills a slot."""
@@ -144,10 +165,19 @@ class Cast:
         kept = max(known) if known else MOST
         return kept, kept if known else max(1, int(min(MOST, SHARE * epoch)))
 
-    def begins(self, filler: SlotFiller) -> int:
-        """The optimizer step at which a slot begins: not before its labels are in, which only a tied core can have."""
-        assert self.total is not None
-        begin = filler.schedule.begins(self.total)
+    def known(self, filler: SlotFiller) -> bool:
+        """Whether it is known at which steps a filler's schedule begins and ends."""
+        return self.length.known or filler.schedule.counts_steps
+
+    def begins(self, filler: SlotFiller) -> float:
+        """The optimizer step at which a slot begins: not before its labels are in, which only a tied core can have.
+
+        A default number of steps with labels, and one that a run is too short for, is a third of what is left at most.
+        Infinite while it is not known.
+        """
+        if not self.known(filler):
+            return math.inf
+        begin = filler.schedule.begins(self.total, self.length.since)
         if not filler.calibration_steps:
             return begin
         mine = {id(place.tensor) for place in self.of(filler)}
@@ -156,9 +186,27 @@ class Cast:
             for other in self.fillers
             if other.slot == "tying" != filler.slot and any(id(place.tensor) in mine for place in self.of(other))
         ]
-        return max(begin, max(tied, default=0) + filler.calibration_steps)
+        start = max(tied, default=self.length.since)
+        labelled = start + filler.calibration_steps
+        if not (filler.calibration_given and labelled < self.total) and math.isfinite(self.total):
+            labelled = min(labelled, start + max(self.total - start, 0) // 3)
+        return max(begin, labelled)
 
     def strength(self, filler: SlotFiller, step: int) -> float:
         """How hard a slot acts at an optimizer step."""
-        assert self.total is not None
-        return filler.schedule.strength(step, self.total) if step >= self.begins(filler) else 0.0
+        reached = self.reached.get(filler.state_key, 0.0)
+        if not self.known(filler) or step < self.begins(filler):
+            return reached
+        return max(reached, filler.schedule.strength(step, self.total, self.length.since))
+
+    def strength_in(self, place: Place, filler: SlotFiller, step: int) -> float:
+        """The same in one tensor: a mask's ramp starts from the zeros that a weight has when its schedule begins."""
+        strength = self.strength(filler, step)
+        if filler.slot != "mask" or not self.known(filler):
+            return strength
+        if place.name not in self.zeros and step >= filler.schedule.begins(self.total, self.length.since):
+            if (found := place.tensor.hold_zeros(place.parameter)) is None:
+                return strength
+            self.zeros[place.name] = found
+        start = self.zeros.get(place.name, 0.0)
+        return start + (1 - start) * strength

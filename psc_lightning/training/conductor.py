@@ -17,12 +17,12 @@ from torch import distributed
 
 from psc_lightning.live import compressed, hand_back
 from psc_lightning.sharding import sharded_modules
-from psc_lightning.slots import HARD, SLOTS
+from psc_lightning.slots import SLOTS
 from psc_lightning.training import entry
 from psc_lightning.training.averaging import Average
 from psc_lightning.training.batchnorm import Inputs, note_refreshed
 from psc_lightning.training.cast import Cast, Clipper, Penalty, SlotFiller
-from psc_lightning.training.run import builds_late, callbacks_of, insert, is_named, steps_of, user_rate
+from psc_lightning.training.run import builds_late, callbacks_of, insert, is_named, notices, user_rate
 from psc_lightning.training.stepping import Stepping
 
 __all__ = ["Conductor"]
@@ -38,6 +38,7 @@ class Conductor(Callback):
         self.stepping = Stepping(self.cast)
         self.averages: list[Average] = []
         self.inputs: Inputs | None = None  # of the last batches, to take BatchNorm's statistics anew from
+        self._loaded = self._resumed = False  # from a checkpoint; from one of ours
         self._restored: dict[str, Any] | None = None
         self._each = 0  # how many of them before each validation
         self._kept: list[Any] = []  # of a checkpoint, until there are inputs
@@ -92,7 +93,7 @@ class Conductor(Callback):
 
     def _start(self, trainer: Trainer) -> None:
         self.cast.start(callbacks_of(trainer))
-        self._restored = None
+        self._restored, self._loaded, self._resumed = None, False, False
 
     # -------------------------------------------------------------------------------------------- before training
 
@@ -127,12 +128,11 @@ class Conductor(Callback):
         """
         self._restore()
         cast = self.cast
-        cast.total = steps_of(trainer, pl_module) if cast.total is None else cast.total
+        taken_up = self._loaded and not self._resumed
+        cast.length.start(trainer, pl_module, taken_up)
         if cast.base_rate is None:  # not before: a finder may still change it
             cast.base_rate = user_rate(trainer.optimizers, initial=True)
-        for filler in cast.fillers:
-            filler.schedule.strength(0, cast.total)  # raises for a schedule in shares in an endless run
-            self._warn_without_labels(filler)
+        notices.at_start(cast, trainer, pl_module, taken_up, self._resumed)
         for penalty in cast.penalties:
             penalty.check(cast)
         self.stepping.listen(trainer.optimizers)
@@ -143,31 +143,16 @@ class Conductor(Callback):
             self.inputs.load_state_dict(self._kept)
         self._kept = []
 
-    def _warn_without_labels(self, filler: SlotFiller) -> None:
-        blind = [
-            place.name
-            for place in self.cast.of(filler)
-            if not place.parameter.requires_grad and not any(True for _ in place.tensor.slots.sidecars("tying"))
-        ]
-        if filler.calibration_steps and blind:
-            rank_zero_warn(
-                f"{type(filler).__name__}({filler.method!r}) gets no labels from frozen weights, and goes by their "
-                f"magnitude: {', '.join(blind)}"
-            )
-
     # ------------------------------------------------------------------------------------------------- a batch
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the scheduled strengths."""
+        # Not when an epoch starts: Lightning leaves that hook out after some resumes.
+        if batch_idx == 0 and (guess := self.cast.length.after_epoch(trainer, pl_module)) is not None:
+            notices.when_known(guess, self.cast)
         self.stepping.listen(trainer.optimizers)
         self.stepping.reshard()
-        for filler in self.cast.fillers:
-            strength = self.cast.strength(filler, trainer.global_step)
-            for place in self.cast.of(filler):
-                if strength > 0 and not place.tensor.slots.phase[SLOTS.index(filler.slot)]:
-                    for average in self.averages:
-                        average.begin(pl_module, place)
-                place.tensor.set_strength(filler.slot, strength, place.parameter)
+        self._act(trainer, pl_module)
         for place in self.cast.everywhere():
             if place.tensor.traced(place.parameter):  # written to since the last batch
                 place.tensor.absorb(place.parameter)
@@ -181,10 +166,24 @@ class Conductor(Callback):
         if self.inputs is not None and any(place.tensor.slots.begun for place in self.cast.everywhere()):
             self.inputs.see(batch)
 
+    def _act(self, trainer: Trainer, module: LightningModule) -> None:
+        """Set the strengths that the schedules have for the step that comes."""
+        for filler in self.cast.fillers:
+            for place in self.cast.of(filler):
+                strength = self.cast.strength_in(place, filler, trainer.global_step)
+                if strength > 0 and not place.tensor.slots.phase[SLOTS.index(filler.slot)]:
+                    for average in self.averages:
+                        average.begin(module, place)
+                place.tensor.set_strength(filler.slot, strength, place.parameter)
+            self.cast.reached[filler.state_key] = self.cast.strength(filler, trainer.global_step)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Harden all weights: from here to the next batch they are what a file would hold."""
+        self.cast.length.after_batch(trainer, pl_module, batch_idx)
+        if trainer.global_step >= self.cast.total:  # the last: what begins in the very end begins
+            self._act(trainer, pl_module)
         self._settle()
         self._agree_on_inputs()
         for average in self.averages:
@@ -235,9 +234,9 @@ class Conductor(Callback):
     def _refresh_batchnorm(self, trainer: Trainer) -> None:
         """Once after a step; from all inputs after the last one, so that what is validated then is what is saved."""
         inputs = self.inputs
-        last = self.cast.total is not None and trainer.global_step >= self.cast.total
         if inputs is None or inputs.fresh or not any(place.tensor.slots.begun for place in self.cast.everywhere()):
             return
+        last = trainer.global_step >= self.cast.total
         try:
             with trainer.precision_plugin.forward_context():
                 taken = inputs.replay(None if last else self._each)
@@ -274,7 +273,9 @@ class Conductor(Callback):
         self.stepping.reshard()
         for average in self.averages:
             average.adopt(self.cast.everywhere(), end=True)
+        self._act(trainer, pl_module)
         for place in self.cast.everywhere():
+            place.tensor.end_ramp(place.parameter)
             place.tensor.absorb(place.parameter)
             place.tensor.show_if_stale(place.parameter)
         self._refresh_batchnorm(trainer)
@@ -284,24 +285,7 @@ class Conductor(Callback):
             hand_back(pl_module)
         if bool(trainer.fast_dev_run):  # type: ignore[attr-defined]  # assigned, declared nowhere
             return
-        for filler in self.cast.fillers:
-            self._warn_cut_short(filler, trainer.global_step)
-
-    def _warn_cut_short(self, filler: SlotFiller, step: int) -> None:
-        index, who = SLOTS.index(filler.slot), f"{type(filler).__name__}({filler.method!r})"
-        places = self.cast.of(filler)
-        if not places:
-            return
-        if all(place.tensor.slots.phase[index] != HARD for place in places):
-            rank_zero_warn(
-                f"{who} never began: training ended at step {step}, the slot begins at step {self.cast.begins(filler)}. The "
-                "model is uncompressed in this slot; train longer, or give an earlier begin."
-            )
-        elif (strength := self.cast.strength(filler, step)) < 1 and filler.slot != "tying":  # which knows no ramp
-            rank_zero_warn(
-                f"{who} was hardened in mid-ramp: training ended at step {step}, at strength {strength:.2f}. What the rest "
-                "of the ramp would have brought in gently came at once; train longer, or give an earlier end."
-            )
+        notices.at_end(self.cast, trainer.global_step)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Drop all references to the run."""
@@ -328,7 +312,8 @@ class Conductor(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep our entry until the layers and optimizers exist."""
-        if entry.KEY in checkpoint:
+        self._loaded, self._resumed = True, entry.KEY in checkpoint
+        if self._resumed:
             self._restored = entry.check(checkpoint[entry.KEY])
 
     def _restore(self) -> None:

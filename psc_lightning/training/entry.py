@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from psc_lightning.slots import SLOTS, Slots
 from psc_lightning.training.averaging import Average
@@ -19,18 +22,22 @@ _CURE = "start from its weights: model.load_state_dict(torch.load(path)['state_d
 
 def write(cast: Cast, averages: list[Average]) -> dict[str, Any]:
     """What goes into a checkpoint."""
+    settings = _settings(cast)
     return {
         "version": VERSION,
         "tensors": {
             place.name: {
                 "slots": _methods(place.tensor.slots),
+                "settings": settings[place.name],
                 "state": place.tensor.training_state(place.parameter),
             }
             for place in cast.everywhere()
         },
         "optimizer": cast.sidecars.state_dict(),
-        "total_steps": cast.total if cast.total is not None and math.isfinite(cast.total) else None,
+        "total_steps": cast.length.total if cast.length.known else None,
+        "length": {**cast.length.state_dict(), "reached": dict(cast.reached), "zeros": dict(cast.zeros)},
         "base_rate": cast.base_rate,
+        "others": _others(cast, averages),
         "averages": [average.state_dict() for average in averages],
         "penalties": {penalty.state_key: penalty.penalty_state() for penalty in cast.penalties},
     }
@@ -50,20 +57,27 @@ def check(entry: Any) -> dict[str, Any]:
 
 
 def read(entry: dict[str, Any], cast: Cast, averages: list[Average]) -> None:
-    """Put it back.
+    """Put it back. What is set otherwise, but does not keep training from going on, is told.
 
     Raises:
         ValueError: it was trained with other methods.
     """
     tensors = entry["tensors"]
-    now = {place.name: _methods(place.tensor.slots) for place in cast.everywhere()}
-    then = {name: dict(found["slots"]) for name, found in tensors.items()}
-    for name in [*now, *then]:
-        if (has := now.get(name, {})) != (had := then.get(name, {})):
-            raise ValueError(
-                f"{name}: the checkpoint was trained with {_told(had)}, this run has {_told(has)}: resume with the same "
-                f"callbacks, or {_CURE}"
-            )
+    methods = {place.name: _methods(place.tensor.slots) for place in cast.everywhere()}
+    if other := _difference({name: dict(had["slots"]) for name, had in tensors.items()}, methods, _filled):
+        raise ValueError(f"{other}: resume with the same callbacks, or {_CURE}")
+    settings = {name: dict(had["settings"]) for name, had in tensors.items()}
+    had, has = Counter(entry["others"]), Counter(_others(cast, averages))
+    less, more = (" and ".join(sorted((one - two).elements())) for one, two in ((had, has), (has, had)))
+    for other in (
+        _difference(settings, _settings(cast), _set),
+        f"the checkpoint was trained {f'with {less}' if less else f'without {more}'}, this run is "
+        f"{f'with {more}' if more else f'without {less}'}"
+        if had != has
+        else "",
+    ):
+        if other:
+            rank_zero_warn(f"{other}: training goes on as this run says")
     for penalty in cast.penalties:  # first: what follows from a latent weight also follows from a threshold
         if (state := entry["penalties"].get(penalty.state_key)) is not None:
             penalty.load_penalty_state(cast, state)
@@ -71,7 +85,10 @@ def read(entry: dict[str, Any], cast: Cast, averages: list[Average]) -> None:
         place.tensor.load_training_state(place.parameter, tensors[place.name]["state"])
         place.tensor.reconcile(place.parameter)
     cast.sidecars.load_state_dict(entry["optimizer"])
-    cast.total, cast.base_rate = entry["total_steps"], entry["base_rate"]
+    length = dict(entry["length"])
+    cast.reached, cast.zeros = length.pop("reached"), length.pop("zeros")
+    cast.length.load_state_dict(length)
+    cast.base_rate = entry["base_rate"]
     for average, state in zip(averages, entry["averages"]):
         average.load_state_dict(state)
 
@@ -82,5 +99,41 @@ def _methods(slots: Slots) -> dict[str, str]:
     return {slot: ", ".join([spec.method, *(f"{k}={v}" for k, v in spec.given.items())]) for slot, spec in specs}
 
 
-def _told(methods: dict[str, str]) -> str:
+def _settings(cast: Cast) -> dict[str, dict[str, Any]]:
+    """How and when each tensor's slots act: what may be otherwise."""
+    found: dict[str, dict[str, Any]] = {place.name: {} for place in cast.everywhere()}
+    for filler in cast.fillers:
+        for place in cast.of(filler):
+            found[place.name] |= {f"{filler.slot}.{key}": value for key, value in filler.settings.items()}
+    return found
+
+
+def _others(cast: Cast, averages: list[Average]) -> list[str]:
+    """What else of a run bears on its weights here."""
+    clippers = [(type(one).__name__, one.settings) for one in cast.clippers]
+    told = [f"{name}({', '.join(f'{key}={value!r}' for key, value in given.items())})" for name, given in clippers]
+    told += [penalty.state_key for penalty in cast.penalties]
+    return sorted([*told, *(type(average.callback).__name__ for average in averages)])
+
+
+def _difference(
+    then: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]], told: Callable[[dict[str, Any]], str]
+) -> str:
+    """What the first tensor had that differs, what it has, and in how many others it is so; empty if none differs."""
+    pairs = [(name, then.get(name, {}), now.get(name, {})) for name in {**now, **then}]
+    differing = [pair for pair in pairs if pair[1] != pair[2]]
+    if not differing:
+        return ""
+    name, had, has = differing[0]
+    if had.keys() == has.keys():
+        had, has = ({key: one[key] for key in one if had[key] != has[key]} for one in (had, has))
+    also = f" (and so on in {len(differing) - 1} more)" if len(differing) > 1 else ""
+    return f"{name}: the checkpoint was trained with {told(had)}, this run has {told(has)}{also}"
+
+
+def _filled(methods: dict[str, Any]) -> str:
     return " + ".join(f"{slot} ({method})" for slot, method in methods.items()) or "no slots"
+
+
+def _set(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in settings.items())

@@ -168,8 +168,8 @@ def test_an_endless_run_needs_steps():
     ("callback", "step"),
     [
         (lambda: M(schedule={"kind": "constant", "begin": 99}), 99),
-        (lambda: M("saliency", schedule="constant"), 50),
-        (lambda: W("cross_channel", schedule="constant"), 50),
+        (lambda: M("saliency", schedule={"kind": "constant", "begin": 50}), 50),
+        (lambda: W("cross_channel", schedule={"kind": "constant", "begin": 50}), 50),
     ],
 )
 def test_a_slot_that_never_began_is_told(callback, step):
@@ -180,7 +180,8 @@ def test_a_slot_that_never_began_is_told(callback, step):
 
 def test_a_run_that_ends_in_mid_ramp_is_told():
     stop = EarlyStopping("val", mode="max", patience=1, min_delta=9.0)
-    with pytest.warns(UserWarning, match=r"MaskLearning.* hardened in mid-ramp: .* step 24, at strength 0\.57"):
+    told = r"MaskLearning.* hardened in mid-ramp: .* step 24, at strength 0\.57"
+    with pytest.warns(UserWarning, match="EarlyStopping may end"), pytest.warns(UserWarning, match=told):
         fit([M(schedule={"kind": "linear", "begin": 0.0, "end": 0.7}), stop], max_epochs=5, min_epochs=1)
     fit([M(schedule={"kind": "linear", "begin": 0.0, "end": 1.0})])  # a ramp to the very end is none of it
 

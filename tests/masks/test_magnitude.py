@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from psc_lightning.masks.magnitude import MagnitudeMask
@@ -32,3 +33,12 @@ def test_a_share_of_each_group():
     mask = MagnitudeMask((1, 6), threshold=0.5, group=2)
     mask.refresh(torch.tensor([[1.0, 2.0, 30.0, 20.0, 5.0, 5.0]]))
     assert mask.keep.tolist() == [[False, True, True, False, False, True]]
+
+
+@pytest.mark.parametrize(("options", "strength"), [({}, 0.5), ({"threshold": 0.25}, 1.0), ({"threshold": 0.0}, 0.0),
+                                                   ({"granularity": "channel"}, 0.0),
+                                                   ({"granularity": "row", "block": 2}, 0.5)])  # fmt: skip
+def test_the_strength_that_holds_the_zeros_of_a_pruned_core(options, strength):
+    """Two of eight entries, one of four blocks, none of two channels: in units of the threshold, at most 1."""
+    mask = MagnitudeMask((2, 4), **{"threshold": 0.5, **options})
+    assert mask.hold_zeros(torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 1.0, 2.0]])) == strength

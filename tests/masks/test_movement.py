@@ -65,3 +65,31 @@ def test_the_count_of_zeros_is_exact_however_many_rows_were_seen(share, rows):
     mask.refresh(torch.randn(10, 7, generator=torch.Generator().manual_seed(0)))
     assert int((~mask.keep).sum()) == min(int(share * 70 + 0.5), 69)
     assert abs(int((~mask.keep[rows:]).sum()) - share * 7 * (10 - rows)) <= 1
+
+
+def test_what_is_zero_before_it_begins_is_dropped_first_whatever_the_scores_become():
+    mask = MovementMask((1, 4), threshold=0.5)
+    core = torch.tensor([[0.0, -4.0, 2.0, 3.0]])
+    assert mask.hold_zeros(core) == 0.5  # a quarter of the units, half of the threshold
+    with torch.no_grad():
+        mask.scores[0, 1:] = torch.tensor([-7.0, -5.0, -6.0])
+    for strength, kept in ((0.5, [False, True, True, True]), (1.0, [False, False, True, True])):
+        mask.refresh(core, strength)
+        assert mask.keep.tolist() == [kept]
+
+
+def test_zeros_of_rows_without_a_gradient_are_kept_too():
+    """By hand: five of twelve are zero before, three of them in the first row; the others' shares do not push one out."""
+    mask = MovementMask((3, 4), threshold=0.5)
+    core = torch.tensor([[0.0, 0.0, 0.0, 9.0], [1.0, -4.0, 2.0, 3.0], [0.0, 0.0, 5.0, 6.0]])
+    assert mask.hold_zeros(core) == pytest.approx(5 / 6)
+    with torch.no_grad():
+        mask.scores[2, 2:] = torch.tensor([1.0, 2.0])  # the only row that has got gradients
+    mask.refresh(core)
+    assert mask.keep.tolist() == [[False, False, False, True], [False, True, True, True], [False, False, True, True]]
+
+
+def test_a_core_of_zeros_is_no_pruned_one():
+    mask = MovementMask((1, 4), threshold=0.5)
+    assert mask.hold_zeros(torch.zeros(1, 4)) == 0.0
+    assert mask.scores.tolist() == [[0.0] * 4]

@@ -1,14 +1,13 @@
-"""What is to be known of a run: its callbacks, its length. Some of it Lightning assigns and declares nowhere."""
+"""What is to be known of a run. Some of it Lightning assigns and declares nowhere."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-__all__ = ["builds_late", "callbacks_of", "insert", "is_named", "steps_of", "user_rate"]
+__all__ = ["builds_late", "callbacks_of", "insert", "is_named", "user_rate"]
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -32,23 +31,6 @@ def builds_late(module: LightningModule) -> bool:
     """Whether the user's class overrides `setup` or `configure_model`, where it may build layers."""
     hooks = (getattr(type(module), name) for name in ("setup", "configure_model"))
     return any(hook.__module__.split(".")[0] not in ("lightning", "pytorch_lightning") for hook in hooks)
-
-
-def steps_of(trainer: Trainer, module: LightningModule) -> float:
-    """How far `global_step` will go: under manual optimisation it counts each optimizer, taken to step once a batch."""
-    steps = trainer.estimated_stepping_batches
-    schedulers = [callback for callback in callbacks_of(trainer) if is_named(callback, "GradientAccumulationScheduler")]
-    batches, epochs = trainer.num_training_batches, trainer.max_epochs
-    if schedulers and epochs is not None and epochs >= 0 and math.isfinite(batches):
-        # Lightning takes the factor of now for that of every epoch. (Known by its name: pytorch_lightning's is another.)
-        scheduler: Any = schedulers[0]
-        factors = [scheduler.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
-        steps = sum(math.ceil(batches / factor) for factor in factors)
-        steps = min(steps, trainer.max_steps) if trainer.max_steps >= 0 else steps
-    if not module.automatic_optimization:
-        steps *= max(1, len(trainer.optimizers))
-        steps = min(steps, trainer.max_steps) if trainer.max_steps >= 0 else steps
-    return steps if steps >= 0 else math.inf  # Lightning has -1 for data without a length
 
 
 def user_rate(optimizers: list[Optimizer], initial: bool = False) -> float | None:
