@@ -17,7 +17,18 @@ from torch import Tensor, nn
 from psc_lightning.latent import Compressed
 from psc_lightning.sharding import sharded_modules
 
-__all__ = ["Place", "compressed", "detach", "hand_back", "held", "hold", "let_go", "takes_inputs", "under_names"]
+__all__ = [
+    "Place",
+    "compressed",
+    "detach",
+    "forget",
+    "hand_back",
+    "held",
+    "hold",
+    "let_go",
+    "takes_inputs",
+    "under_names",
+]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -71,6 +82,13 @@ def let_go(layer: nn.Module, name: str) -> None:
     if not tensors and PLACE in layer.__dict__:
         del layer.__dict__[PLACE]
         _unhook(layer, (_note_loading,))
+
+
+def forget(module: nn.Module, tensor: Compressed) -> None:
+    """Let all layers of a model that hold a compressed tensor forget its slots."""
+    for _, layer, name, held_there in list(_holders(module)):
+        if held_there is tensor:
+            let_go(layer, name)
 
 
 def _holders(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Compressed]]:

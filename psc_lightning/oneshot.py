@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -18,7 +19,7 @@ from psc_lightning.callbacks.slot import SlotCallback
 from psc_lightning.live import Place, compressed, held, let_go
 from psc_lightning.masks import MASKS
 from psc_lightning.report.numbers import Report
-from psc_lightning.targets import Target
+from psc_lightning.targets import Target, left_out
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -104,12 +105,16 @@ def compress(
             + (f"{driven} and needs both" if driven else "takes both or neither")
             + ": compress(model, …, batches=loader, loss=lambda model, batch: …)"
         )
-    chosen = [(callback, target) for callback in callbacks for target in callback.choose(model).targets]
+    selections = [callback.choose(model) for callback in callbacks]
+    chosen = [(callback, target) for callback, one in zip(callbacks, selections) for target in one.targets]
     for _, target in chosen:
         if any(held(*holder) is not None for holder in target.holders):
             raise ValueError(f"{target.name} is compressed already; call psc_lightning.detach(model) first")
+    if left := left_out(selections):
+        warnings.warn(left, stacklevel=2)
     with _undone_on_error(chosen):
-        places = [(callback, place) for callback in callbacks for place in callback.attach(model)]
+        filled = zip(callbacks, selections)
+        places = [(callback, place) for callback, one in filled for place in callback.attach(model, one)]
         if batches is not None and loss is not None and (driven or labelled):
             _calibrate(model, places, batches, loss)
         for _, place in places:
@@ -228,11 +233,14 @@ def plan(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> Plan:
     skipped: dict[str, list[str]] = {}
     for callback in ours:
         callback = deepcopy(callback)
-        callback.attach(copy)
-        for name, reason in callback.choose(copy).skipped.items():
+        chosen = callback.choose(copy)
+        callback.attach(copy, chosen)
+        for name, reason in chosen.skipped.items():
             reasons = skipped.setdefault(name, [])
             if reason not in reasons:
                 reasons.append(reason)
+    for callback in ours[:1]:
+        callback.check(copy)
     taken = {}
     for name, tensor, parameter in compressed(copy):
         taken[name] = tensor.slots.method

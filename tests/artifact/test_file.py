@@ -217,15 +217,6 @@ def test_a_tensor_that_cannot_be_stored_is_named() -> None:
         with pytest.raises(ValueError, match=r"a\.b: expected a dense tensor"):
             to_bytes(bag({"a.b": tensor}))
 
-    class Extra(nn.Linear):
-        def get_extra_state(self) -> object:
-            return {"x": 1}
-
-        def set_extra_state(self, state: object) -> None: ...
-
-    with pytest.raises(ValueError, match="_extra_state: expected a tensor, found dict"):
-        to_bytes(Extra(2, 2))
-
 
 # ------------------------------------------------------------------------------------------------ shared tensors
 
@@ -470,17 +461,26 @@ def test_reading_needs_no_lightning() -> None:
 class Extra(nn.Linear):
     """Has a state that is no tensor."""
 
+    kept = "own"
+
     def get_extra_state(self) -> str:
-        return "more"
+        return self.kept
 
     def set_extra_state(self, state: str) -> None:
-        pass
+        self.kept = state
 
 
-def test_a_model_with_other_state_is_named_on_loading(tmp_path: Path) -> None:
-    save(nn.Linear(2, 2), tmp_path / "model.psc")
-    with pytest.raises(ArtifactError, match="_extra_state is missing in the file"):
-        load_into(Extra(2, 2), tmp_path / "model.psc")
+def test_a_state_that_is_no_tensor_is_left_out_with_a_word(tmp_path: Path) -> None:
+    saved, other = nn.Sequential(Extra(2, 2)), nn.Sequential(Extra(2, 2))
+    saved[0].kept = "another"
+    with pytest.warns(
+        UserWarning, match=r"leaves out 0\._extra_state \(str\): load_into\(model, path\) leaves the model's"
+    ):
+        save(saved, tmp_path / "model.psc")
+    assert list(load(tmp_path / "model.psc")) == ["0.weight", "0.bias"]
+    load_into(other, tmp_path / "model.psc")
+    assert torch.equal(other[0].weight, saved[0].weight)
+    assert other[0].kept == "own"
 
 
 # ------------------------------------------------------------------------------------------------------ without names
