@@ -155,13 +155,14 @@ def _calibrate(
     try:
         for _, place in places:
             place.parameter.requires_grad_()  # a frozen weight has labels too
-            if place.tensor.slots.inputs is not None:
-                place.tensor.slots.inputs.observing = True
         for number, batch in enumerate(
             track(batches, description="calibrating", transient=True, disable=not sys.stdout.isatty())
         ):
             for parameter, _, _ in before:
                 parameter.grad = None
+            for _, place in places:
+                if place.tensor.slots.inputs is not None:
+                    place.tensor.slots.inputs.observe()
             with torch.enable_grad():
                 value = loss(model, batch)
                 if not bool(value.detach().isfinite().all()):

@@ -172,7 +172,7 @@ def _how(pattern: str, target: Target) -> str | None:
         return "tensor" if any(re.fullmatch(pattern[3:], name) for name in target.names) else None
     if any(fnmatchcase(name, pattern) for name in target.names):
         return "tensor"
-    if target.parameter.dim() < 2 and not isinstance(target.parameter, UninitializedParameter):
+    if not isinstance(target.parameter, UninitializedParameter) and target.parameter.dim() < 2:
         return None  # a module or a type means its weights
     if any(pattern == base.__name__ for layer, _ in target.holders for base in type(layer).__mro__[:-2]):
         return "type"

@@ -328,7 +328,11 @@ def _entries(state: Mapping[str, Tensor], snapshots: Mapping[str, Snapshot], pre
         shape = tuple(tensor.shape)
         # The same memory compressed and not is two tensors; an empty one has no address of its own.
         slots = snapshots[name][0] if name in snapshots else None
-        key = (slots, tensor.data_ptr(), tensor.dtype, shape, tensor.stride()) if tensor.numel() else name
+        key = (
+            (slots, tensor.data_ptr(), tensor.dtype, shape, tensor.stride(), tensor.is_conj())
+            if tensor.numel()
+            else name
+        )
         first = seen.setdefault(key, index)
         if first != index:
             entries.append(Entry(name, Kind.ALIAS, tensor.dtype, shape, first))

@@ -80,12 +80,12 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise ValueError(
             f"{name}: expected a dense tensor with values, of type {kinds}, found {tensor.dtype} ({tensor.layout}) on "
-            f"{tensor.device}: convert it first (torch.view_as_real of complex numbers), or register a buffer with "
-            "persistent=False"
+            f"{tensor.device}: convert it first, or register a buffer with persistent=False"
         )
     # Either is NaN where any entry is. A shard was whole when the model was built; all ranks would have to look at once.
-    if is_sharded(tensor) or not tensor.is_floating_point() or not tensor.numel():
+    if is_sharded(tensor) or not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
         return
+    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     if not all(map(math.isfinite, map(float, tensor.aminmax()))):
         raise ValueError(
             f"{name}: expected finite numbers, found NaN or infinity: look for a diverged training run; a buffer that masks "

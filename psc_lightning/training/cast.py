@@ -133,7 +133,7 @@ class Cast:
     def _let_go(self, module: LightningModule, chosen: Mapping[str, Selection]) -> None:
         """Forget slots that were filled before the optimizers were known, and are not to begin in this run."""
         wanted = {key: {id(target.parameter) for target in one.targets} for key, one in chosen.items()}
-        for _, tensor, parameter in compressed(module):
+        for _, tensor, parameter in list(compressed(module)):
             owners = {spec.owner for spec in tensor.slots.specs.values()} & wanted.keys()
             if not tensor.slots.begun and any(id(parameter) not in wanted[owner] for owner in owners):
                 forget(module, tensor)

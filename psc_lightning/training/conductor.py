@@ -177,7 +177,7 @@ class Conductor(Callback):
                 place.tensor.absorb(place.parameter)
             place.tensor.show_if_stale(place.parameter)
             if place.tensor.slots.inputs is not None:
-                place.tensor.slots.inputs.observing = True
+                place.tensor.slots.inputs.observe()
         for penalty in self.cast.penalties:
             penalty.control(self.cast, trainer.global_step)
         self.stepping.borrow()
@@ -210,7 +210,7 @@ class Conductor(Callback):
         """All processes go on with the mean of the ranges that they have seen."""
         seen = [slots.inputs for slots in (place.tensor.slots for place in self.cast.everywhere()) if slots.inputs]
         if seen and distributed.is_available() and distributed.is_initialized():
-            bounds = [bound for inputs in seen for bound in inputs.buffers()]
+            bounds = [bound for inputs in seen for one in inputs.ranges() for bound in (one.low, one.high)]
             sums = torch.cat([bound.reshape(-1) for bound in bounds])
             distributed.all_reduce(sums)
             means = sums / distributed.get_world_size()
