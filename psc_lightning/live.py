@@ -109,8 +109,13 @@ def compressed(module: nn.Module) -> Iterator[tuple[str, Compressed, nn.Paramete
 
 
 def under_names(module: nn.Module) -> dict[str, Compressed]:
-    """The compressed tensor under each name of the state dict that has one."""
-    return {full: tensor for full, _, _, tensor in _holders(module)}
+    """The compressed tensor under each name of the state dict that has one.
+
+    By their Parameter: a layer that came later, or that was given another Parameter, may hold one without knowing it, or not.
+    """
+    tensors = {id(parameter): tensor for _, tensor, parameter in compressed(module)}
+    every = module.named_parameters(remove_duplicate=False)
+    return {name: tensors[id(parameter)] for name, parameter in every if id(parameter) in tensors}
 
 
 def detach(module: M) -> M:

@@ -19,7 +19,7 @@ from psc_lightning.callbacks.slot import SlotCallback
 from psc_lightning.live import Place, compressed, held, let_go
 from psc_lightning.masks import MASKS
 from psc_lightning.report.numbers import Report
-from psc_lightning.targets import Target, left_out
+from psc_lightning.targets import Target, left_out, tensors
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -193,15 +193,22 @@ class Plan:
         left: tensor name → why no callback takes it.
         notes: tensor name → why some slot stays empty although others are filled.
         report: the sizes to expect, from compressing a copy now: an estimate, which training and `save`'s codings change.
+        tables: name of an embedding table → its share of the dense bytes, 0 … 1.
     """
 
     taken: dict[str, str]
     left: dict[str, str]
     notes: dict[str, str]
     report: Report
+    tables: dict[str, float]
 
     def __str__(self) -> str:
         lines = [str(self.report)]
+        stored = {row.name: row.stored_bytes / max(self.report.file_bytes, 1) for row in self.report.tensors}
+        if self.tables:
+            lines += ["", "embedding tables:"]
+        for name, share in self.tables.items():
+            lines += [f"  {name}: {share:.1%} of the dense bytes, {stored[name]:.1%} of the file"]
         if self.notes:
             lines += ["", "slots left empty:"] + [f"  {name}: {reason}" for name, reason in self.notes.items()]
         if self.left:
@@ -246,10 +253,13 @@ def plan(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> Plan:
     for name, tensor, parameter in compressed(copy):
         taken[name] = tensor.slots.method
         tensor.harden(parameter)
+    report = estimate(copy)
+    tables = [target.name for target in tensors(copy) if target.looked_up]
     why = {name: "; ".join(parts) for name, parts in skipped.items()}
     return Plan(
         taken=taken,
         left={name: reason for name, reason in why.items() if name not in taken},
         notes={name: reason for name, reason in why.items() if name in taken},
-        report=estimate(copy),
+        report=report,
+        tables={row.name: row.dense_bytes / max(report.dense_bytes, 1) for row in report.tensors if row.name in tables},
     )

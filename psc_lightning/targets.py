@@ -63,6 +63,11 @@ class Target:
         return next((one for one in every if one.padding is not None), every[0])
 
     @property
+    def looked_up(self) -> bool:
+        """Whether it is an embedding table: its rows are entries."""
+        return any(isinstance(layer, nn.Embedding | nn.EmbeddingBag) for layer, _ in self.holders)
+
+    @property
     def padding(self) -> int | None:
         """The row of a table that is zero and stays so."""
         return self.layout.padding

@@ -119,10 +119,9 @@ class SlotCallback(Callback):
             tying.build(target.matrix_shape, **self.options)
         except ValueError as error:
             return str(error)
-        table = any(isinstance(layer, nn.Embedding | nn.EmbeddingBag) for layer, _ in target.holders)
         if not tying.ties_rows or (target.named and target.padding is None):
             return None
-        if table:
+        if target.looked_up:
             return "entries of a table would become equal" + (
                 ", and its padding_idx would not stay zero" if target.padding is not None else ""
             )
@@ -143,12 +142,17 @@ class SlotCallback(Callback):
                 tensor stays a shard while its layer runs.
         """
         gathered = {id(parameter) for unit in sharded_modules(model) for parameter in unit.parameters()}
-        places = []
+        places: list[Place] = []
         for target in (self.choose(model) if chosen is None else chosen).targets:
             if is_sharded(target.parameter):
                 self._check_shard(target, gathered)
             fresh = Compressed(Slots(target.layout, tuple(target.parameter.shape)), target.name)
             tensor = held(*target.holders[0]) or fresh
+            if tensor.slots.stored_shape != target.parameter.shape:  # a table that has grown
+                tensor.absorb(target.parameter)
+                tensor = fresh if tensor.latent is None else tensor
+            if any(place.tensor is tensor for place in places):  # weights that were one, and are two now
+                tensor = fresh
             taken = tensor.slots.specs.get(self.slot)
             if taken is None or taken.owner != self.state_key:
                 try:
