@@ -208,7 +208,8 @@ def _refusal(target: Target) -> str | None:
 
 def _no_weight(target: Target, of_named_type: bool) -> str | None:
     """Why a tensor of two or more axes is none that a layer multiplies by; it is one if two of three signs say so."""
-    if any(type(layer).__name__ in ("LayerNorm", "RMSNorm") for layer, _ in target.holders):
+    bases = {base.__name__ for layer, _ in target.holders for base in type(layer).__mro__}
+    if bases & {"LayerNorm", "RMSNorm"}:  # transformers has its own
         return f"the scale of a {type(target.layer).__name__}"
     matrix = sum(length > 1 for length in target.parameter.shape) > 1
     known = of_named_type or target.layout.transposed or any(isinstance(one, _LAYERS) for one, _ in target.holders)
