@@ -52,23 +52,45 @@ def grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 class Range(nn.Module):
     """The smallest and largest number of a batch, as a moving average over batches; empty (low = high) before the first.
 
+    A layer that is called several times in a batch has one range in it, of all its calls.
+
     Args:
         shape: one range each.
     """
 
     low: Tensor
     high: Tensor
+    #: the average before this batch, and this batch's own bounds so far
+    low_before: Tensor
+    high_before: Tensor
+    low_here: Tensor
+    high_here: Tensor
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.register_buffer("low", torch.zeros(shape, dtype=torch.float32))
-        self.register_buffer("high", torch.zeros(shape, dtype=torch.float32))
+        for name in ("", "_before", "_here"):
+            for bound in ("low", "high"):
+                zeros = torch.zeros(shape, dtype=torch.float32)
+                self.register_buffer(f"{bound}{name}", zeros, persistent=not name)
+        self.begin()
+
+    def begin(self) -> None:
+        """A batch begins."""
+        self.low_before.copy_(self.low)
+        self.high_before.copy_(self.high)
+        self.low_here.fill_(torch.inf)
+        self.high_here.fill_(-torch.inf)
 
     def take(self, low: Tensor, high: Tensor) -> None:
-        """Take in the bounds of a batch, unless they are infinite or no numbers."""
-        new, known = self.low == self.high, (high - low).isfinite()
-        for old, bound in ((self.low, low.float()), (self.high, high.float())):
-            old.copy_(torch.where(known, torch.where(new, bound, old.lerp(bound, _MOMENTUM)), old))
+        """Take in the bounds of a call, unless they are infinite or no numbers."""
+        known, new = (high - low).isfinite(), self.low_before == self.high_before
+        self.low_here.copy_(torch.where(known, self.low_here.minimum(low.float()), self.low_here))
+        self.high_here.copy_(torch.where(known, self.high_here.maximum(high.float()), self.high_here))
+        for bound, before, here in (
+            (self.low, self.low_before, self.low_here),
+            (self.high, self.high_before, self.high_here),
+        ):
+            bound.copy_(torch.where(known, torch.where(new, here, before.lerp(here, _MOMENTUM)), bound))
 
 
 class Activations(nn.Module):
@@ -97,16 +119,26 @@ class Activations(nn.Module):
         self.input = Range()
         self.output = None if channels is None else Range(channels)
 
+    def observe(self) -> None:
+        """A batch begins, whose inputs and outputs are to be seen, until `observing` is False again."""
+        self.observing = True
+        for bounds in self.ranges():
+            bounds.begin()
+
+    def ranges(self) -> list[Range]:
+        """All that there are."""
+        return [self.input] if self.output is None else [self.input, self.output]
+
     @torch.no_grad()
     def see(self, x: Tensor) -> None:
-        """Take in a batch of inputs."""
+        """Take in the inputs of a call."""
         if x.numel():
             low, high = x.aminmax()
             self.input.take(low.clamp(max=0.0), high.clamp(min=0.0))
 
     @torch.no_grad()
     def see_output(self, y: Tensor, axis: int) -> None:
-        """Take in a batch of outputs, whose channels lie along an axis."""
+        """Take in the outputs of a call, whose channels lie along an axis."""
         if self.output is not None and y.numel():
             others = [i for i in range(y.dim()) if i != axis]
             self.output.take(y.amin(others), y.amax(others))

@@ -43,8 +43,15 @@ def _from_words(words: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def write_bits(writer: Writer, values: Tensor) -> None:
-    """Store a tensor's entries in memory order, bit for bit; bool as one array of size 2, all else a byte an array."""
+    """Store a tensor's entries in memory order, bit for bit; bool as one array of size 2, all else a byte an array.
+
+    Of complex numbers first all real parts, then all imaginary ones.
+    """
     values = values.detach().cpu().reshape(-1)
+    if values.is_complex():
+        for part in torch.view_as_real(values.resolve_conj()).unbind(1):
+            write_bits(writer, part.contiguous())
+        return
     if values.dtype == torch.bool:
         writer.symbols(values.view(torch.uint8), 2)
         return
@@ -61,6 +68,9 @@ def read_bits(reader: Reader, count: int, dtype: torch.dtype) -> Tensor:
     """Read `count` entries of `dtype` that `write_bits` stored."""
     if dtype == torch.bool:
         return reader.symbols(count, 2).view(torch.bool)
+    if dtype.is_complex:
+        real, imaginary = (read_bits(reader, count, dtype.to_real()) for _ in range(2))
+        return torch.complex(real, imaginary)
     planes = [reader.symbols(count, 256) for _ in range(dtype.itemsize)]
     out = torch.empty(count, dtype=dtype)
     for values, *parts in pieces(out, *planes):

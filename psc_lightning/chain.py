@@ -7,9 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from psc_lightning.bits import write_bits
 from psc_lightning.levels import Levels
 from psc_lightning.masks import Mask
+from psc_lightning.masks.units import Units
 from psc_lightning.strips import blank_
+from psc_lightning.symbols import Writer
 
 __all__ = ["Chain", "Strengths"]
 
@@ -22,14 +25,20 @@ class Strengths(NamedTuple):
 
 
 class Chain(nn.Module):
-    """Mask and levels of one core; either may be missing, and is then as if its strength were 0."""
+    """Mask and levels of one core; either may be missing, and is then as if its strength were 0.
+
+    Args:
+        mask: the mask.
+        levels: the levels.
+        padding: a row that no level may make other than zero, where the core has zeros there.
+    """
 
     mask: Mask | None
     levels: Levels | None
 
-    def __init__(self, mask: Mask | None, levels: Levels | None) -> None:
+    def __init__(self, mask: Mask | None, levels: Levels | None, padding: int | None = None) -> None:
         super().__init__()
-        self.mask, self.levels = mask, levels
+        self.mask, self.levels, self.padding = mask, levels, padding
 
     def _acting(self, at: Strengths) -> tuple[Mask | None, Levels | None]:
         return self.mask if at.mask else None, self.levels if at.levels else None
@@ -42,6 +51,15 @@ class Chain(nn.Module):
     def hold_zeros(self, core: Tensor) -> float:
         """Let the mask keep the units that are zero already; the strength at which its share is theirs."""
         return 0.0 if self.mask is None else self.mask.hold_zeros(core)
+
+    def survivors(self, core: Tensor, at: Strengths) -> Tensor | None:
+        """`keep` without the padding row, if that is zero."""
+        keep = self.keep(at)
+        if self.padding is None or bool(core[self.padding].any()):
+            return keep
+        keep = torch.ones_like(core, dtype=torch.bool) if keep is None else keep.clone()
+        keep[self.padding] = False
+        return keep
 
     def refresh(self, core: Tensor, at: Strengths, begin: bool, due: tuple[bool, bool]) -> None:
         """Choose the survivors, then scales and tables over them.
@@ -56,7 +74,7 @@ class Chain(nn.Module):
         if mask is not None and due[0]:
             mask.refresh(core, at.mask)
         if levels is not None and due[1]:
-            keep = self.keep(at)
+            keep = self.survivors(core, at)
             if begin:
                 levels.begin(core, keep)
             levels.refresh(core, keep)
@@ -76,11 +94,34 @@ class Chain(nn.Module):
         if levels is not None:
             soft = at.levels < 1
             value = levels.hard(core, out, None if soft else keep)
-            return blank_(value.add_((1 - at.levels) * (core - value)), keep) if soft else value
+            if soft:
+                value = blank_(value.add_((1 - at.levels) * (core - value)), keep)
+            if self.padding is not None:  # found without a question that a device would have to answer
+                value[self.padding].masked_fill_(~core[self.padding].any(), 0.0)
+            return value
         value = core.to(dtype).to(core.dtype) if core.dtype != dtype else core
         if mask is not None and keep is not None:
             return mask.hard(value, out)
         return value if out is None else out.copy_(value)
+
+    @torch.no_grad()
+    def encode(self, writer: Writer, core: Tensor, dtype: torch.dtype, at: Strengths) -> None:
+        """Store a core, as its value of this type is: which entries are not zero, and these."""
+        mask, levels = self._acting(at)
+        keep = self.survivors(core, at)
+        masks = keep is not None and not bool(keep.all())
+        writer.integer(int(masks))
+        if masks and keep is not None:
+            units = mask.units if mask is not None and mask.threshold > 0 else Units(tuple(core.shape), "channel")
+            if self.padding is not None and units.granularity == "column":
+                units = Units(tuple(core.shape))  # these blocks reach over the row
+            units.encode(writer, keep)
+        kept = torch.ones_like(core, dtype=torch.bool) if keep is None else keep
+        writer.integer(levels.code_number if levels is not None else 0)
+        if levels is not None:
+            levels.encode(writer, core, kept)
+        else:
+            write_bits(writer, core.masked_select(kept).to(dtype))
 
     # -------------------------------------------------------------------------------------------- gradients
 

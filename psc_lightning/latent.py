@@ -160,7 +160,8 @@ class Compressed:
         self._mark = _Mark.of(parameter)
 
     def harden(self, parameter: nn.Parameter) -> None:
-        """Bring every filled slot to full strength, and show it."""
+        """Bring every filled slot to full strength, and show it, with what others have written."""
+        self.absorb(parameter)
         for slot in SLOTS:
             self.set_strength(slot, 1.0, parameter)
         self.show_if_stale(parameter)

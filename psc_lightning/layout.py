@@ -25,6 +25,7 @@ class Layout:
     Args:
         transposed: the weight is stored ``(I, O/groups, *kernel)``, as ConvTranspose and Hugging Face's Conv1D do.
         groups: channel groups of a transposed convolution (≥ 1); each has its own outputs.
+        padding: the row of an embedding table that is zero and stays so (`padding_idx`), which no file says.
 
     >>> import torch
     >>> up = nn.ConvTranspose2d(4, 6, 3, groups=2)
@@ -37,10 +38,13 @@ class Layout:
 
     transposed: bool = False
     groups: int = 1
+    padding: int | None = None
 
     @classmethod
     def of(cls, layer: nn.Module) -> Layout:
         """The layout of `layer`'s weights."""
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+            return cls(padding=layer.padding_idx)
         if isinstance(layer, _ConvTransposeNd):
             return cls(transposed=True, groups=layer.groups)
         # Hugging Face's Conv1D is recognised by its name, so that transformers stays optional.

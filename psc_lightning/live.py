@@ -84,6 +84,13 @@ def let_go(layer: nn.Module, name: str) -> None:
         _unhook(layer, (_note_loading,))
 
 
+def forget(module: nn.Module, tensor: Compressed) -> None:
+    """Let all layers of a model that hold a compressed tensor forget its slots."""
+    for _, layer, name, held_there in list(_holders(module)):
+        if held_there is tensor:
+            let_go(layer, name)
+
+
 def _holders(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Compressed]]:
     """Every (full name, layer, tensor name, compressed tensor), tied holders and a layer's other names included."""
     for prefix, layer in module.named_modules(remove_duplicate=False):
@@ -102,8 +109,13 @@ def compressed(module: nn.Module) -> Iterator[tuple[str, Compressed, nn.Paramete
 
 
 def under_names(module: nn.Module) -> dict[str, Compressed]:
-    """The compressed tensor under each name of the state dict that has one."""
-    return {full: tensor for full, _, _, tensor in _holders(module)}
+    """The compressed tensor under each name of the state dict that has one.
+
+    By their Parameter: a layer that came later, or that was given another Parameter, may hold one without knowing it, or not.
+    """
+    tensors = {id(parameter): tensor for _, tensor, parameter in compressed(module)}
+    every = module.named_parameters(remove_duplicate=False)
+    return {name: tensors[id(parameter)] for name, parameter in every if id(parameter) in tensors}
 
 
 def detach(module: M) -> M:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -22,7 +23,7 @@ from psc_lightning.live import Place, compressed, held, let_go
 from psc_lightning.masks import MASKS, Mask
 from psc_lightning.report.numbers import Report
 from psc_lightning.sharding import is_sharded
-from psc_lightning.targets import Target
+from psc_lightning.targets import Target, left_out, tensors
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -108,12 +109,16 @@ def compress(
             + (f"{driven} and needs both" if driven else "takes both or neither")
             + ": compress(model, …, batches=loader, loss=lambda model, batch: …)"
         )
-    chosen = [(callback, target) for callback in callbacks for target in callback.choose(model).targets]
+    selections = [callback.choose(model) for callback in callbacks]
+    chosen = [(callback, target) for callback, one in zip(callbacks, selections) for target in one.targets]
     for _, target in chosen:
         if any(held(*holder) is not None for holder in target.holders):
             raise ValueError(f"{target.name} is compressed already; call psc_lightning.detach(model) first")
+    if left := left_out(selections):
+        warnings.warn(left, stacklevel=2)
     with _undone_on_error(chosen):
-        places = [(callback, place) for callback in callbacks for place in callback.attach(model)]
+        filled = zip(callbacks, selections)
+        places = [(callback, place) for callback, one in filled for place in callback.attach(model, one)]
         if batches is not None and loss is not None and (driven or labelled):
             _calibrate(model, places, batches, loss)
         for _, place in places:
@@ -156,13 +161,14 @@ def _calibrate(
     try:
         for _, place in places:
             place.parameter.requires_grad_()  # a frozen weight has labels too
-            if place.tensor.slots.inputs is not None:
-                place.tensor.slots.inputs.observing = True
         for number, batch in enumerate(
             track(batches, description="calibrating", transient=True, disable=not sys.stdout.isatty())
         ):
             for parameter, _, _ in before:
                 parameter.grad = None
+            for _, place in places:
+                if place.tensor.slots.inputs is not None:
+                    place.tensor.slots.inputs.observe()
             with torch.enable_grad():
                 value = loss(model, batch)
                 if not bool(value.detach().isfinite().all()):
@@ -195,15 +201,22 @@ class Plan:
         report: the file that compressing a copy now would give. Training changes it: by a few per cent where the model is
             trained already, by more from random weights. Labels are not known: random ones stand for them; parameters and
             statistics that are still all equal count as what training would make of them.
+        tables: name of an embedding table → its share of the dense bytes, 0 … 1.
     """
 
     taken: dict[str, str]
     left: dict[str, str]
     notes: dict[str, str]
     report: Report
+    tables: dict[str, float]
 
     def __str__(self) -> str:
         lines = [str(self.report)]
+        stored = {row.name: row.stored_bytes / max(self.report.file_bytes, 1) for row in self.report.tensors}
+        if self.tables:
+            lines += ["", "embedding tables:"]
+        for name, share in self.tables.items():
+            lines += [f"  {name}: {share:.1%} of the dense bytes, {stored[name]:.1%} of the file"]
         if self.notes:
             lines += ["", "slots left empty:"] + [f"  {name}: {reason}" for name, reason in self.notes.items()]
         if self.left:
@@ -236,18 +249,22 @@ def plan(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> Plan:
     labelled: list[tuple[str, Place]] = []
     for callback in ours:
         callback = deepcopy(callback)
-        places = callback.attach(copy)
+        chosen = callback.choose(copy)
+        places = callback.attach(copy, chosen)
         if callback.calibration_steps or (callback.slot == "mask" and MASKS[callback.method].labels != "none"):
             labelled += [(callback.slot, place) for place in places]
-        for name, reason in callback.choose(copy).skipped.items():
+        for name, reason in chosen.skipped.items():
             reasons = skipped.setdefault(name, [])
             if reason not in reasons:
                 reasons.append(reason)
+    for callback in ours[:1]:
+        callback.check(copy)
     _foresee(copy, labelled)
     taken = {}
     for name, tensor, parameter in compressed(copy):
         taken[name] = tensor.slots.method
         tensor.harden(parameter)
+    tables = [target.name for target in tensors(copy) if target.looked_up]
     why = {name: "; ".join(parts) for name, parts in skipped.items()}
     report = to_bytes(copy)[1]
     report.notes, report.batchnorm_batches = costly_masks(copy, report.file_bytes), None
@@ -262,6 +279,7 @@ def plan(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> Plan:
         left={name: reason for name, reason in why.items() if name not in taken},
         notes={name: reason for name, reason in why.items() if name in taken},
         report=report,
+        tables={row.name: row.dense_bytes / max(report.dense_bytes, 1) for row in report.tensors if row.name in tables},
     )
 
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
+from itertools import islice
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from psc_lightning.activations import Activations
-from psc_lightning.bits import write_bits
 from psc_lightning.chain import Chain, Strengths
 from psc_lightning.functional import float32_by_default
 from psc_lightning.layout import Layout, memory_format
@@ -98,14 +98,16 @@ class Slots(nn.Module):
             self.tying = TYINGS[spec.method].build(shape, **spec.options).to(device)
         folders: dict[str, Mapping[str, Callable[..., Any]]] = {"mask": MASKS, "levels": LEVELS}
         cores = {}
-        for name, size in self.core_shapes().items():
+        for index, (name, size) in enumerate(self.core_shapes().items()):
+            # The first core has the rows of the weight: the others of low_rank and separable have none.
+            padding = self.layout.padding if index == 0 and size[0] == shape[0] else None
             old = self.cores[name] if name in self.cores and slot != "tying" else Chain(None, None)
             parts = {
                 part: folders[part][specs[part].method](size, **specs[part].options) if part in specs else None
                 for part in folders
                 if part == slot or getattr(old, part) is None
             }
-            cores[name] = Chain(parts.get("mask", old.mask), parts.get("levels", old.levels)).to(device)
+            cores[name] = Chain(parts.get("mask", old.mask), parts.get("levels", old.levels), padding).to(device)
         self.cores, self.specs = nn.ModuleDict(cores), specs
         if spec.activations is not None:
             channels = shape[0] if len(shape) > 2 else None
@@ -177,7 +179,13 @@ class Slots(nn.Module):
     def _begin(self, slot: str, latent: Tensor) -> None:
         if slot == "tying":
             assert self.tying is not None
+            padding = self.layout.padding
+            blank = padding is not None and not bool(latent[padding].any())
             latent.copy_(self.layout.weight(self.tying.begin(self._matrix(latent)), self.stored_shape))
+            if blank:  # what a decomposition has made nearly zero is zero
+                latent[padding] = 0.0
+                for factor in islice(self.tying.parameters(), 1):
+                    factor[padding] = 0.0
         self.pending = self.pending or slot == "levels"
 
     def begin_again(self, latent: Tensor) -> None:
@@ -357,19 +365,7 @@ class Slots(nn.Module):
         if tying is not None:
             tying.encode(writer)
         for name, core in self.reduce(latent).items():
-            chain = self.chain(name)
-            keep = chain.keep(at)
-            masks = keep is not None and not bool(keep.all())
-            writer.integer(int(masks))
-            if masks and chain.mask is not None:
-                chain.mask.encode(writer)
-            kept = torch.ones_like(core, dtype=torch.bool) if keep is None else keep
-            if at.levels and chain.levels is not None:
-                writer.integer(chain.levels.code_number)
-                chain.levels.encode(writer, core, kept)
-            else:
-                writer.integer(0)
-                write_bits(writer, core.masked_select(kept).to(latent.dtype))
+            self.chain(name).encode(writer, core, latent.dtype, at)
 
     @torch.no_grad()
     def rescale(self, latent: Tensor, factor: Tensor) -> None:

@@ -9,22 +9,32 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
 from psc_lightning.layout import Layout
 from psc_lightning.sharding import is_sharded
 
-__all__ = ["Selection", "Target", "patterns", "select"]
+__all__ = ["Idle", "Selection", "Target", "frozen", "left_out", "patterns", "select", "tensors"]
 
 
 _NOT_AMONG = "not among the targets"
+_LARGE = 0.05  # share of a model's entries from which on a tensor is worth a word
+_SHOWN = 4  # tensors that a message names
+
+#: layers whose Parameters of two or more axes are multiplied by, or looked up in
+_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Bilinear, _ConvNd, nn.Embedding, nn.EmbeddingBag)
+_LAYERS += (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+#: what layers that give a model's outputs are called
+_HEADS = [["head"], ["classifier"], ["lm_head"], ["logits"], ["score"]]
 
 
 @dataclass(frozen=True)
@@ -36,8 +46,10 @@ class Target:
     holders: list[tuple[nn.Module, str]]
     #: a tied weight has several, and so has the weight of a layer that stands in two places
     names: list[str]
-    #: the pattern that names it and nothing else, if one does
+    #: whether a pattern names it and nothing else
     exact: bool = False
+    #: whether a pattern names it, alone or with others: its name, or a module that holds it, not only a layer type
+    named: bool = False
 
     @property
     def layer(self) -> nn.Module:
@@ -46,8 +58,19 @@ class Target:
 
     @property
     def layout(self) -> Layout:
-        """Where its output axis is."""
-        return Layout.of(self.layer)
+        """Where its output axis is; of a tied weight, what a table says of its rows counts."""
+        every = [Layout.of(layer) for layer, _ in self.holders]
+        return next((one for one in every if one.padding is not None), every[0])
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether it is an embedding table: its rows are entries."""
+        return any(isinstance(layer, nn.Embedding | nn.EmbeddingBag) for layer, _ in self.holders)
+
+    @property
+    def padding(self) -> int | None:
+        """The row of a table that is zero and stays so."""
+        return self.layout.padding
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
@@ -57,10 +80,37 @@ class Target:
 
 @dataclass
 class Selection:
-    """What was chosen, and for every other tensor why not."""
+    """What was chosen, and for every other tensor why not.
+
+    Attributes:
+        targets: what was chosen.
+        skipped: tensor name → why not.
+        left: those of some weight that only a default leaves out: naming them takes them.
+        outputs: the weights whose rows seem to be the model's outputs: its last layer's, and of layers called so.
+    """
 
     targets: list[Target] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    left: list[Target] = field(default_factory=list)
+    outputs: set[str] = field(default_factory=set)
+
+    def leave(self, target: Target, reason: str) -> None:
+        """Leave out a tensor that was chosen."""
+        self.targets = [other for other in self.targets if other is not target]
+        self.skipped[target.name] = reason
+
+
+#: why a default leaves a tensor out of a fit; None: it does not
+Idle = Callable[[Target], str | None]
+
+
+def frozen(target: Target) -> str | None:
+    """The `Idle` of a model by itself.
+
+    >>> [frozen(target) for target in tensors(nn.Linear(8, 16, bias=False).requires_grad_(False))]
+    ['frozen']
+    """
+    return None if target.parameter.requires_grad else "frozen"
 
 
 def patterns(name: str, value: str | type | Iterable[str | type] | None) -> list[str] | None:
@@ -118,16 +168,21 @@ def _names(pattern: str, target: Target) -> bool:
 
 
 def _matches(pattern: str, target: Target) -> bool:
+    return _how(pattern, target) is not None
+
+
+def _how(pattern: str, target: Target) -> str | None:
+    """How a pattern matches: by the `tensor`'s name, by that of a `module` that holds it, by a layer `type`, or not."""
     if pattern.startswith("re:"):
-        return any(re.fullmatch(pattern[3:], name) for name in target.names)
+        return "tensor" if any(re.fullmatch(pattern[3:], name) for name in target.names) else None
     if any(fnmatchcase(name, pattern) for name in target.names):
-        return True
-    if target.parameter.dim() < 2 and not isinstance(target.parameter, UninitializedParameter):
-        return False  # a module or a type means its weights
+        return "tensor"
+    if not isinstance(target.parameter, UninitializedParameter) and target.parameter.dim() < 2:
+        return None  # a module or a type means its weights
     if any(pattern == base.__name__ for layer, _ in target.holders for base in type(layer).__mro__[:-2]):
-        return True
+        return "type"
     paths = [name.split(".")[:-1] for name in target.names]
-    return any(fnmatchcase(".".join(path[: i + 1]), pattern) for path in paths for i in range(len(path)))
+    return "module" if any(fnmatchcase(".".join(p[: i + 1]), pattern) for p in paths for i in range(len(p))) else None
 
 
 def _refusal(target: Target) -> str | None:
@@ -146,7 +201,34 @@ def _refusal(target: Target) -> str | None:
         return f"it is a {type(parameter.data).__name__}, not a plain tensor: compress the plain model instead"
     if not parameter.is_floating_point():
         return f"it holds {parameter.dtype}, not floating-point numbers"
+    if any(getattr(layer, "max_norm", None) is not None for layer, _ in target.holders):
+        return "its layer's max_norm rewrites it in every forward pass: set max_norm to None"
     return None
+
+
+def _no_weight(target: Target, of_named_type: bool) -> str | None:
+    """Why a tensor of two or more axes is none that a layer multiplies by; it is one if two of three signs say so."""
+    bases = {base.__name__ for layer, _ in target.holders for base in type(layer).__mro__}
+    if bases & {"LayerNorm", "RMSNorm"}:  # transformers has its own
+        return f"the scale of a {type(target.layer).__name__}"
+    matrix = sum(length > 1 for length in target.parameter.shape) > 1
+    known = of_named_type or target.layout.transposed or any(isinstance(one, _LAYERS) for one, _ in target.holders)
+    called = any(re.search(r"(^|_)weight(_|$)", name) for _, name in target.holders)
+    if matrix + known + called > 1:
+        return None
+    if not matrix:
+        return "no matrix: at most one axis is longer than 1"
+    return f"no layer's weight: {type(target.layer).__name__} is no known layer type, nor is it called weight"
+
+
+def _outputs(model: nn.Module, everything: Sequence[Target], idle: Idle) -> set[str]:
+    place = {name: index for index, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
+    dense = [target for target in everything if _refusal(target) is None]
+    weights = [target for target in dense if target.parameter.dim() > 1 and _no_weight(target, False) is None]
+    trained = [t for t in weights if idle(t) is None] or weights
+    last = max(trained, key=lambda target: max(place[name] for name in target.names), default=None)
+    called = [t for t in trained if any(name.split(".")[-2:-1] in _HEADS for name in t.names)]
+    return {target.name for target in called + ([last] if last is not None else [])}
 
 
 def select(
@@ -154,16 +236,20 @@ def select(
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
     min_size: int = 64,
+    idle: Idle = frozen,
 ) -> Selection:
-    """The tensors that patterns choose; by default every weight of two or more axes and `min_size` entries.
+    """The tensors that patterns choose; by default every layer's weight of two or more axes and `min_size` entries.
 
-    A tensor (or its layer) that is named exactly is taken whatever its size and axes.
+    A tensor (or its layer) that is named exactly is taken whatever its size and axes. Left out unless a pattern matches
+    their names: Parameters that are no layer's weight (tokens, position tables, scales of norms), and, where other
+    weights are trained, those that are not: unless a pattern names them, or a module that holds them.
 
     Args:
         model: any module.
         targets: patterns; None: all weights.
         ignore: patterns of what to leave out; it wins over `targets`.
         min_size: fewest entries of a tensor.
+        idle: which tensors are not trained, and why.
 
     Raises:
         ValueError: a pattern matches nothing, all matches are excluded, or a chosen tensor cannot be compressed or holds an
@@ -180,21 +266,28 @@ def select(
         for pattern in wanted or ():
             if not any(_matches(pattern, target) for target in everything):
                 raise ValueError(_nothing(argument, pattern, model, everything))
-    chosen = Selection()
+    chosen, entries = Selection(), _entries(everything)
     for target in everything:
         exact = any(_names(pattern, target) for pattern in targets or ())
-        reason = _why_not(target, targets, ignore, min_size, exact)
+        how = {_how(pattern, target) for pattern in targets or ()}
+        target = replace(target, exact=exact, named=exact or bool(how & {"tensor", "module"}))
+        reason = _why_not(target, targets, ignore, min_size)
+        if reason is None and "tensor" not in how and not exact and not _refusal(target):
+            reason = _no_weight(target, "type" in how)
+            if reason is not None and target.parameter.numel() > _LARGE * entries:
+                chosen.left.append(target)
         if reason is None:
-            if refusal := _refusal(target):
-                raise ValueError(
-                    f"{target.name} cannot be compressed: {refusal}, or leave it out: ignore={target.name!r}"
-                )
-            # A shard was whole, and looked at, when its slots were attached.
-            if not is_sharded(target.parameter) and not bool(target.parameter.detach().isfinite().all()):
-                raise ValueError(f"{target.name} holds a value that is not a finite number")
-            chosen.targets.append(replace(target, exact=exact))
+            chosen.targets.append(target)
         else:
             chosen.skipped[target.name] = reason
+    _leave_idle(chosen, idle)
+    chosen.outputs = _outputs(model, everything, idle)
+    for target in chosen.targets:
+        if refusal := _refusal(target):
+            raise ValueError(f"{target.name} cannot be compressed: {refusal}, or leave it out: ignore={target.name!r}")
+        # A shard was whole, and looked at, when its slots were attached.
+        if not is_sharded(target.parameter) and not bool(target.parameter.detach().isfinite().all()):
+            raise ValueError(f"{target.name} holds a value that is not a finite number")
     if not chosen.targets:
         types = Counter(type(layer).__name__ for layer in model.modules() if layer._parameters)
         listed = ", ".join(f"{count} {name}" for name, count in types.most_common()) or "no layer with a parameter"
@@ -207,20 +300,50 @@ def select(
     return chosen
 
 
-def _why_not(
-    target: Target, targets: Sequence[str] | None, ignore: Sequence[str] | None, min_size: int, exact: bool
-) -> str | None:
+def _why_not(target: Target, targets: Sequence[str] | None, ignore: Sequence[str] | None, min_size: int) -> str | None:
     if targets and not any(_matches(pattern, target) for pattern in targets):
         return _NOT_AMONG
     if ignore and any(_matches(pattern, target) for pattern in ignore):
         return "ignored"
     if isinstance(target.parameter, UninitializedParameter):
         return None  # it has neither axes nor entries to go by
-    if not exact and target.parameter.dim() < 2:
+    if not target.exact and target.parameter.dim() < 2:
         return "one axis"
-    if not exact and target.parameter.numel() < min_size:
+    if not target.exact and target.parameter.numel() < min_size:
         return f"fewer than {min_size} entries"
+    if not target.exact and target.parameter.is_complex():
+        return "complex numbers"
     return "empty" if target.parameter.numel() == 0 else None
+
+
+def _leave_idle(chosen: Selection, idle: Idle) -> None:
+    """Leave out what is not trained, where something is."""
+    reasons = [(target, idle(target)) for target in chosen.targets]
+    if all(reason is not None for _, reason in reasons):
+        return
+    for target, reason in reasons:
+        if reason is not None and not target.named:
+            chosen.leave(target, f"{reason}, while others are trained")
+            chosen.left.append(target)
+
+
+def _entries(targets: Iterable[Target]) -> int:
+    """How many all of them have."""
+    return sum(t.parameter.numel() for t in targets if not isinstance(t.parameter, UninitializedParameter))
+
+
+def left_out(selections: Iterable[Selection]) -> str | None:
+    """What to say of tensors that only defaults leave out, where none of these selections takes them; None: nothing."""
+    selections = list(selections)
+    taken = {id(target.parameter) for one in selections for target in one.targets}
+    left = {t.name: one.skipped[t.name] for one in selections for t in one.left if id(t.parameter) not in taken}
+    if not left:
+        return None
+    shown = "; ".join(f"{name} ({reason})" for name, reason in islice(left.items(), _SHOWN))
+    more = f"; and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+    return (
+        f"not compressed: {shown}{more}. Name them in targets to compress them too, or in ignore to hear no more of it"
+    )
 
 
 def _nothing(argument: str, pattern: str, model: nn.Module, everything: list[Target]) -> str:

@@ -23,6 +23,8 @@ import numpy as np
 TOTAL = 1 << 24
 TYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
 WIDTHS = dict(zip(TYPES, (4, 2, 2, 8, 8, 4, 2, 1, 1, 1)))
+PARTS = {"complex64": "float32", "complex128": "float64"}
+TYPES = (*TYPES, *PARTS)
 MANTISSA = {"float32": 23, "float16": 10, "bfloat16": 7, "float64": 52}
 
 # The names of section 2's preset dictionary: `_DICTIONARY` of psc_lightning/artifact/directory.py.
@@ -283,6 +285,10 @@ class Ans:
 
     def entries(self, number: int, kind: str) -> np.ndarray[Any, Any]:
         """Entries of a type, bit for bit: a byte of their words an array, the highest first."""
+        if kind in PARTS:
+            out = np.empty(number, kind)
+            out.real, out.imag = (self.entries(number, PARTS[kind]) for _ in range(2))
+            return out
         words = np.zeros(number, np.uint64)
         for _ in range(WIDTHS[kind]):
             words = words << np.uint64(8) | np.array(self.array(number, 2 if kind == "bool" else 256), np.uint64)

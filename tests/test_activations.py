@@ -41,9 +41,23 @@ def test_the_grid(low: float, high: float, bits: int, expected: Grid):
 
 def test_a_range_is_a_moving_average():
     inputs = seen(-1.0, 2.0)
+    inputs.observe()
     inputs.see(torch.tensor([-2.0, 0.0, 1.0]))
     assert inputs.input.low.item() == pytest.approx(-1.1)
     assert inputs.input.high.item() == pytest.approx(1.9)
+
+
+def test_a_batch_has_one_range_of_all_its_calls():
+    """Whatever their order; and the average takes a tenth of it, not of each."""
+    for calls in ([-1.0, 2.0], [-8.0, 1.0], [0.0, 16.0]), ([0.0, 16.0], [-8.0, 1.0], [-1.0, 2.0]):
+        inputs = Activations(8)
+        for number, factor in enumerate((1.0, 2.0)):
+            inputs.observe()
+            for call in calls:
+                inputs.see(factor * torch.tensor(call))
+            low, high = (-8.0, 16.0) if number == 0 else (-8.8, 17.6)
+            assert inputs.input.low.item() == pytest.approx(low)
+            assert inputs.input.high.item() == pytest.approx(high)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])

@@ -114,7 +114,7 @@ def test_the_threshold_is_the_share_of_the_core_that_is_zero(preset: str):
 def test_what_a_sharing_preset_stores_has_8_bits(preset: str):
     """Rows of a thousand numbers: more levels than 7 bits have, and no more than 8 have."""
     torch.manual_seed(0)
-    report = compress(nn.Sequential(nn.Conv2d(1024, 8, 2)), preset, threshold=0.0)
+    report = compress(nn.Sequential(nn.Conv2d(1024, 8, 2)), preset, threshold=0.0, targets="0")
     row = report.tensors[0]
     assert row.method == f"{preset}+magnitude+uniform"
     assert row.levels is not None

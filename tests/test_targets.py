@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import psc_lightning
 from psc_lightning import MaskLearning, StraightThroughQuantization, WeightSharing
 from psc_lightning.live import held
 from psc_lightning.targets import patterns, select
@@ -264,3 +265,147 @@ def test_a_tying_is_skipped_where_it_does_not_apply_and_an_exact_name_is_an_erro
         WeightSharing("separable", targets="Linear").choose(model)
     with pytest.raises(ValueError, match="3 input channels are not divisible by groups=2"):
         WeightSharing("cross_channel", groups=2, targets="Conv2d").choose(nn.Sequential(nn.Conv2d(3, 8, 3)))
+
+
+# -------------------------------------------------------------------------------------------- what defaults leave out
+
+
+class Pupil(nn.Module):
+    """A network with a frozen teacher, and the Parameters that are nobody's weight of a vision transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+        self.teacher = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).requires_grad_(False)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, 64))
+        self.pos_embed = nn.Parameter(torch.randn(1, 9, 64))
+        self.relative_position_bias_table = nn.Parameter(torch.randn(49, 4))
+        self.layer_scale = nn.Parameter(torch.randn(96, 1, 1))
+        self.norm = nn.LayerNorm((8, 8))
+        self.spectrum = nn.Parameter(torch.randn(8, 8, dtype=torch.complex64))
+
+
+OWN = ["net.0.weight", "net.2.weight"]
+ALIEN = "no layer's weight: Pupil is no known layer type, nor is it called weight"
+NO_MATRIX = "no matrix: at most one axis is longer than 1"
+LEFT = {
+    "teacher.0.weight": "frozen, while others are trained",
+    "teacher.2.weight": "frozen, while others are trained",
+    "cls_token": NO_MATRIX,
+    "pos_embed": ALIEN,
+    "relative_position_bias_table": ALIEN,
+    "layer_scale": NO_MATRIX,
+    "norm.weight": "the scale of a LayerNorm",
+    "norm.bias": "the scale of a LayerNorm",
+    "spectrum": "complex numbers",
+}
+
+
+def test_what_is_not_trained_or_no_layers_weight_is_left_out_with_the_reason():
+    selection = select(Pupil())
+    assert [target.name for target in selection.targets] == OWN
+    assert {name: reason for name, reason in selection.skipped.items() if reason != "one axis"} == LEFT
+    plan = psc_lightning.plan(Pupil(), [StraightThroughQuantization("binary")])
+    assert list(plan.taken) == OWN
+    for name, reason in LEFT.items():
+        assert f"  {name}: {reason}\n" in f"{plan}\n"
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["teacher.*"], ["teacher.0.weight", "teacher.2.weight"]),
+        (["teacher"], ["teacher.0.weight", "teacher.2.weight"]),
+        (["teacher.2"], ["teacher.2.weight"]),
+        (["pos_embed"], ["pos_embed"]),
+        (["*_table", "re:cls.*"], ["cls_token", "relative_position_bias_table"]),
+        (["layer_scale"], ["layer_scale"]),
+        (["norm"], ["norm.weight", "norm.bias"]),
+        (["Linear"], OWN),  # a type names no tensor: the teacher's stay
+        (["Pupil"], ["pos_embed", "relative_position_bias_table"]),  # the type that owns them is known, then
+    ],
+)
+def test_what_is_named_is_taken(targets: list[str], expected: list[str]):
+    assert chosen(Pupil(), targets=targets) == expected
+
+
+def test_complex_weights_are_refused_where_they_are_named():
+    with pytest.raises(ValueError, match=r"spectrum cannot be compressed: it holds torch\.complex64"):
+        select(Pupil(), targets=["spectrum"])
+
+
+def test_a_frozen_model_is_compressed_whole():
+    """Where nothing is trained, or only what is no weight (biases), frozen is no reason."""
+    model = Pupil().requires_grad_(False)
+    assert chosen(model) == [*OWN, "teacher.0.weight", "teacher.2.weight"]
+    model.net[0].bias.requires_grad_(True)
+    assert chosen(model) == [*OWN, "teacher.0.weight", "teacher.2.weight"]
+    model.net[0].weight.requires_grad_(True)
+    assert chosen(model) == OWN[:1]
+
+
+def test_compress_says_what_large_weights_it_leaves():
+    model = Pupil()
+    with pytest.warns(
+        UserWarning, match=r"^not compressed: pos_embed \(no layer's weight.*; teacher\.0\.weight \(frozen"
+    ):
+        psc_lightning.compress(model, "binary")
+    assert model.teacher[0].weight.unique().numel() == 512
+    assert model.net[0].weight[0].unique().numel() == 2
+
+
+class Own(nn.Module):
+    """A layer of one's own; it calls its weight so, or not."""
+
+    def __init__(self, name: str, shape: tuple[int, ...] = (16, 16)) -> None:
+        super().__init__()
+        self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+
+
+@pytest.mark.parametrize("name", ["weight", "weight_mu", "qkv_weight"])
+def test_a_layer_of_ones_own_is_known_by_what_it_calls_its_weight(name: str):
+    assert chosen(Own(name)) == [name]
+    with pytest.raises(ValueError, match="no matrix"):
+        chosen(Own(name, (64, 1, 1)))
+    assert chosen(nn.Linear(64, 1)) == ["weight"]  # one output's
+
+
+@pytest.mark.parametrize("name", ["weights", "kernel", "unweighted"])
+def test_and_not_by_other_names(name: str):
+    with pytest.raises(ValueError, match=r"no layer's weight: Own is no known layer type"):
+        chosen(Own(name))
+    assert chosen(Own(name), targets=[name]) == [name]
+    assert chosen(Own(name), targets=["Own"]) == [name]
+
+
+# ------------------------------------------------------------------------------------------ outputs that would be equal
+
+
+class Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.body = nn.Embedding(32, 16), nn.Linear(16, 16)
+        self.head, self.tail = nn.Linear(16, 8), nn.Linear(16, 8)
+        self.teacher = nn.Linear(16, 8).requires_grad_(False)
+
+
+def test_outputs_and_entries_of_a_table_are_not_tied_to_each_other():
+    """The last layer that is trained, and one that is called head; neighbours in a column would be equal classes."""
+    selection = WeightSharing("column").choose(Tagger())
+    assert [target.name for target in selection.targets] == ["body.weight"]
+    equal = "column does not apply: the model's outputs would become equal"
+    assert selection.skipped["head.weight"] == selection.skipped["tail.weight"] == equal
+    assert selection.skipped["embed.weight"] == "column does not apply: entries of a table would become equal"
+    assert selection.skipped["teacher.weight"] == "frozen, while others are trained"
+    named = WeightSharing("column", targets=["head", "em*", "tail.weight"]).choose(Tagger())
+    assert [target.name for target in named.targets] == ["embed.weight", "head.weight", "tail.weight"]
+    for method in ("row", "cross_channel", "low_rank"):  # their outputs differ
+        taken = WeightSharing(method).choose(Tagger()).targets
+        assert [t.name for t in taken] == ["embed.weight", "body.weight", "head.weight", "tail.weight"]
+
+
+def test_a_small_last_layer_is_the_last_all_the_same():
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+    assert [target.name for target in WeightSharing("column").choose(model).targets] == ["0.weight"]
+    with pytest.raises(ValueError, match=r"can tie none of the chosen tensors.*outputs would become equal"):
+        WeightSharing("column").choose(nn.Linear(64, 8))

@@ -42,6 +42,8 @@ DTYPES: tuple[torch.dtype, ...] = (
     torch.int8,
     torch.uint8,
     torch.bool,
+    torch.complex64,
+    torch.complex128,
 )
 _AXES = 32
 _INFLATED = 1 << 24
@@ -156,7 +158,7 @@ def _decode_nameless(data: bytes, model: Sequence[Entry] | None) -> list[Entry]:
         entries.append(replace(entry, kind=Kind(code), alias=alias))
     if not cursor.done or any(codes[len(model) :]):
         raise _damaged("the end", "more bytes")
-    return entries
+    return _checked(entries)
 
 
 def decode(tag: int, data: bytes, model: Sequence[Entry] | None = None) -> list[Entry]:
@@ -200,6 +202,13 @@ def decode(tag: int, data: bytes, model: Sequence[Entry] | None = None) -> list[
         entries.append(_shape(cursor, name, Kind(kind), DTYPES[dtype], entries))
     if not cursor.done:
         raise _damaged("the end", "more bytes")
+    return _checked(entries)
+
+
+def _checked(entries: list[Entry]) -> list[Entry]:
+    for entry in entries:
+        if entry.dtype.is_complex and entry.kind not in (Kind.LEFTOVER, Kind.ALIAS):
+            raise _damaged("complex numbers stored as they are", entry.kind.name)
     return entries
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from psc_lightning import folding
 from psc_lightning.artifact import container, directory, leftovers
 from psc_lightning.artifact.ans import Coded
-from psc_lightning.artifact.directory import DTYPES, Entry, Kind
+from psc_lightning.artifact.directory import Entry, Kind
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
 from psc_lightning.artifact.leftovers import Precisions
-from psc_lightning.artifact.snapshots import Snapshot, plain_name, plain_state, snapshots_of
+from psc_lightning.artifact.snapshots import Snapshot, check_tensor, plain_name, plain_state, snapshots_of, tell_extras
 from psc_lightning.artifact.streams import Stream, SymbolReader, SymbolWriter
 from psc_lightning.artifact.summary import Summary, batchnorm_batches, layer_types, report_of, summarise
 from psc_lightning.files import write_atomic
@@ -64,6 +64,7 @@ def save(
         OSError: the folder is missing or not writable, or the disk is full; nothing is left behind.
     """
     data, report = to_bytes(model, leftovers, names, fold_batchnorm)
+    tell_extras(model)
     by_rank_zero(lambda: write_atomic(path, data), together=bool(sharded_modules(model)))
     return report
 
@@ -134,9 +135,9 @@ def _put(
     """Hand a model's tensors to a writer: what each is, what it cost in bits, what the report says of it."""
     state = plain_state(model)
     for name in snapshots:
-        _check(name, snapshots[name][1])  # levels would make a number of an infinity
+        check_tensor(name, snapshots[name][1])  # levels would make a number of an infinity
     for name, value in state.items():
-        _check(name, value)
+        check_tensor(name, value)
     leftovers.check(precisions, [name for name in state if name not in snapshots])
     entries = _entries(state, snapshots, precisions)
     repeated = {entry.alias for entry in entries}
@@ -149,7 +150,7 @@ def _put(
         if entry.kind is Kind.SLOTS:
             slots, latent = snapshots[entry.name]
             stored = slots.stored(latent)
-            _check(entry.name, stored.weight)
+            check_tensor(entry.name, stored.weight)
             held[group[0]] = summarise(list(stored.cores.values()), stored.method)
             if group[0] in repeated:
                 plain[group[0]] = summarise([stored.weight])
@@ -232,7 +233,8 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if sharded_modules(model):
         raise ValueError("load_into: the model is sharded already: load into it before fully_shard")
     tensors = _read_for(model, path).tensors
-    model.load_state_dict({name: tensors[plain_name(name)] for name in model.state_dict()})
+    own = model.state_dict().items()  # which has what no file holds
+    model.load_state_dict({name: tensors.get(plain_name(name), value) for name, value in own})
 
 
 @dataclass(frozen=True)
@@ -264,11 +266,10 @@ def _read(path: str | os.PathLike[str], max_bytes: int, keep: bool = False) -> _
 def _read_for(model: nn.Module, path: str | os.PathLike[str], keep: bool = False) -> _Content:
     """Read a file that must go into a model, which says what one without names leaves out."""
     state = plain_state(model)
-    expected = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
+    expected = {name: tuple(value.shape) for name, value in state.items()}
     # The file's types may be wider than the model's, but no more than eight bytes an entry.
     limit = 8 * sum(map(_room, expected.values()))
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    like = [Entry(name, Kind.SLOTS, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
+    like = [Entry(name, Kind.SLOTS, value.dtype, tuple(value.shape)) for name, value in state.items()]
     entries, coded = _open(container.read(path, limit + _SLACK), like)
     _compare({entry.name: entry.shape for entry in entries}, expected)
     return _decode(entries, coded, limit, keep)
@@ -311,20 +312,6 @@ def _room(shape: Sequence[int]) -> int:
     return math.prod(max(length, 1) for length in shape)
 
 
-def _check(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name}: expected a tensor, found {type(tensor).__name__}: extra state cannot be stored")
-    if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.dtype not in DTYPES:
-        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise ValueError(
-            f"{name}: expected a dense tensor with values, of type {kinds}, found {tensor.dtype} ({tensor.layout}) on "
-            f"{tensor.device}: convert it first"
-        )
-    # Either is NaN where any entry is.
-    if tensor.is_floating_point() and tensor.numel() and not all(map(math.isfinite, map(float, tensor.aminmax()))):
-        raise ValueError(f"{name}: expected finite numbers, found NaN or infinity: look for a diverged training run")
-
-
 def _entries(state: Mapping[str, Tensor], snapshots: Mapping[str, Snapshot], precisions: Precisions) -> list[Entry]:
     entries: list[Entry] = []
     seen: dict[object, int] = {}
@@ -332,7 +319,11 @@ def _entries(state: Mapping[str, Tensor], snapshots: Mapping[str, Snapshot], pre
         shape = tuple(tensor.shape)
         # The same memory compressed and not is two tensors; an empty one has no address of its own.
         slots = snapshots[name][0] if name in snapshots else None
-        key = (slots, tensor.data_ptr(), tensor.dtype, shape, tensor.stride()) if tensor.numel() else name
+        key = (
+            (slots, tensor.data_ptr(), tensor.dtype, shape, tensor.stride(), tensor.is_conj())
+            if tensor.numel()
+            else name
+        )
         first = seen.setdefault(key, index)
         if first != index:
             entries.append(Entry(name, Kind.ALIAS, tensor.dtype, shape, first))

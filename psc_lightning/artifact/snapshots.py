@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import warnings
 
+import torch
 from torch import Tensor, nn
 
+from psc_lightning.artifact.directory import DTYPES
 from psc_lightning.live import compressed, under_names
-from psc_lightning.sharding import reshard
+from psc_lightning.sharding import is_sharded, reshard
 from psc_lightning.slots import Slots
 
-__all__ = ["Snapshot", "plain_name", "plain_state", "snapshots_of"]
+__all__ = ["Snapshot", "check", "check_tensor", "plain_name", "plain_state", "snapshots_of", "tell_extras"]
 
 #: slots at full strength, and the latent weight they are of
 Snapshot = tuple[Slots, Tensor]
@@ -33,6 +36,58 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def plain_state(model: nn.Module) -> dict[str, Any]:
-    """The model's state under plain names."""
-    return {plain_name(name): value for name, value in model.state_dict().items()}
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors under plain names."""
+    return {plain_name(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def extras(model: nn.Module) -> dict[str, str]:
+    """What else its state dict holds (extra state, a metric's lists), which no file does: plain name → type."""
+    state = model.state_dict().items()
+    return {plain_name(name): type(value).__name__ for name, value in state if not isinstance(value, Tensor)}
+
+
+def check(model: nn.Module) -> None:
+    """Refuse what no file holds, as far as it can be known before training; warn of what it leaves out.
+
+    Raises:
+        ValueError: as `save`; the tensor is named.
+    """
+    with torch.no_grad():
+        for name, value in plain_state(model).items():
+            check_tensor(name, value)
+    tell_extras(model)
+
+
+def tell_extras(model: nn.Module) -> None:
+    """Warn of what a file leaves out."""
+    if found := extras(model):
+        listed = ", ".join(f"{name} ({kind})" for name, kind in found.items())
+        warnings.warn(
+            f"a .psc file holds tensors only, and leaves out {listed}: load_into(model, path) leaves the model's own there, "
+            "load_state_dict needs strict=False",
+            stacklevel=3,
+        )
+
+
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that cannot be stored.
+
+    Raises:
+        ValueError: its type, its kind, or a number that is not finite.
+    """
+    if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.dtype not in DTYPES:
+        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(
+            f"{name}: expected a dense tensor with values, of type {kinds}, found {tensor.dtype} ({tensor.layout}) on "
+            f"{tensor.device}: convert it first, or register a buffer with persistent=False"
+        )
+    # Either is NaN where any entry is. A shard was whole when the model was built; all ranks would have to look at once.
+    if is_sharded(tensor) or not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
+        return
+    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    if not all(map(math.isfinite, map(float, tensor.aminmax()))):
+        raise ValueError(
+            f"{name}: expected finite numbers, found NaN or infinity: look for a diverged training run; a buffer that masks "
+            "may hold torch.finfo(dtype).min, or be registered with persistent=False"
+        )

@@ -17,6 +17,7 @@ from psc_lightning.words import hinting
 
 __all__ = ["Clipped", "GradientClipping"]
 
+_ODD = "GradientClipping needs dense real gradients, but that of {} is sparse or complex"
 _SCOPES = ("global", "layer", "weight")
 # Adaptive clipping lets a weight that is still zero move: a unit's norm counts as at least this (Brock et al., ε).
 _SMALLEST_NORM = 1e-3
@@ -68,8 +69,8 @@ class GradientClipping(Callback):
     Raises:
         ValueError: not exactly one limit is given, a limit is not a positive number, or the scope is unknown or has no
             meaning; when training starts: the Trainer clips, too (``gradient_clip_val``), a fused optimizer runs under
-            a gradient scaler, or the strategy keeps gradients where their norm cannot be had; at a step: a gradient
-            is sparse or complex.
+            a gradient scaler, the strategy keeps gradients where their norm cannot be had, or a gradient will be sparse
+            or complex; at a step: one is.
 
     >>> layer = nn.Linear(2, 1)
     >>> layer.weight.grad, layer.bias.grad = torch.tensor([[3.0, 0.0]]), torch.tensor([4.0])
@@ -140,6 +141,14 @@ class GradientClipping(Callback):
                         " (precision='16-mixed'): it unscales the gradients inside its step, after they were clipped;"
                         " use fused=False or precision='bf16-mixed'"
                     )
+        held = {
+            id(one) for optimizer in trainer.optimizers for group in optimizer.param_groups for one in group["params"]
+        }
+        for prefix, layer in trainer.lightning_module.named_modules():
+            for name, parameter in layer._parameters.items():
+                odd = parameter is not None and (parameter.is_complex() or getattr(layer, "sparse", False) is True)
+                if odd and parameter.requires_grad and id(parameter) in held:
+                    raise ValueError(_ODD.format(f"{prefix}.{name}" if prefix else name))
         # Both hold flattened shards as plain tensors, so that each rank would see a norm of its own.
         for base in type(trainer.strategy).__mro__:
             if base.__name__ in ("FSDPStrategy", "DeepSpeedStrategy"):
@@ -177,9 +186,7 @@ class GradientClipping(Callback):
         for parameter, gradient in found.items():
             if gradient.layout is not torch.strided or gradient.is_complex():
                 name = next((name for name, known in module.named_parameters() if known is parameter), "a parameter")
-                raise ValueError(
-                    f"GradientClipping needs dense real gradients, but that of {name} is sparse or complex"
-                )
+                raise ValueError(_ODD.format(name))
         gradients = list(found.values())
         if self.adaptive is not None:
             return _clip_rows(found, _owners(module), self.adaptive)

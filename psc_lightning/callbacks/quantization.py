@@ -12,7 +12,7 @@ from psc_lightning.live import takes_inputs
 from psc_lightning.options import one_of, whole
 from psc_lightning.schedule import Schedule
 from psc_lightning.slots import Spec
-from psc_lightning.targets import Selection
+from psc_lightning.targets import Idle, Selection, frozen
 from psc_lightning.words import hinting
 
 __all__ = ["StraightThroughQuantization"]
@@ -100,9 +100,9 @@ class StraightThroughQuantization(SlotCallback):
         """What this callback puts into a slot."""
         return Spec(self.method, self.options, self.state_key, self.activations)
 
-    def choose(self, model: nn.Module) -> Selection:
+    def choose(self, model: nn.Module, idle: Idle = frozen) -> Selection:
         """The tensors it takes, and why it leaves the others."""
-        chosen = super().choose(model)
+        chosen = super().choose(model, idle)
         if self.activations and not any(takes_inputs(layer) for t in chosen.targets for layer, _ in t.holders):
             found = ", ".join(sorted({type(target.layer).__name__ for target in chosen.targets}))
             raise ValueError(

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from psc_lightning.artifact.snapshots import check
 from psc_lightning.latent import Compressed
 from psc_lightning.levels import Levels
 from psc_lightning.live import Place, held, hold
@@ -17,7 +18,7 @@ from psc_lightning.options import checked, one_of, positive, whole
 from psc_lightning.schedule import Schedule
 from psc_lightning.sharding import is_sharded, sharded_modules
 from psc_lightning.slots import Slots, Spec
-from psc_lightning.targets import Selection, Target, patterns, select
+from psc_lightning.targets import Idle, Selection, Target, frozen, patterns, select
 from psc_lightning.training.conductor import Conductor
 from psc_lightning.tying import TYINGS, Tying
 
@@ -104,28 +105,47 @@ class SlotCallback(Callback):
         """What this callback puts into a slot."""
         return Spec(self.method, self.options, self.state_key)
 
-    def choose(self, model: nn.Module) -> Selection:
-        """The tensors it takes, and why it leaves the others."""
-        chosen = select(model, self.targets, self.ignore, self.min_size)
+    def choose(self, model: nn.Module, idle: Idle = frozen) -> Selection:
+        """The tensors it takes, and why it leaves the others; what has begun to be compressed is not left as `idle`."""
+
+        def idle_still(target: Target) -> str | None:
+            tensor = held(*target.holders[0])
+            return None if tensor is not None and tensor.slots.begun else idle(target)
+
+        chosen = select(model, self.targets, self.ignore, self.min_size, idle_still)
         if self.slot != "tying":
             return chosen
-        fitting: list[Target] = []
         for target in chosen.targets:
-            try:
-                TYINGS[self.method].build(target.matrix_shape, **self.options)
-                fitting.append(target)
-            except ValueError as error:
+            if reason := self._cannot_tie(target, chosen):
                 if target.exact:
-                    raise ValueError(f"targets: {target.name} cannot be tied by {self.method!r}: {error}") from None
-                chosen.skipped[target.name] = f"{self.method} does not apply: {error}"
-        if not fitting:
-            reasons = "; ".join(f"{target.name}: {chosen.skipped[target.name]}" for target in chosen.targets[:5])
+                    raise ValueError(f"targets: {target.name} cannot be tied by {self.method!r}: {reason}")
+                chosen.leave(target, f"{self.method} does not apply: {reason}")
+        if not chosen.targets:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in chosen.skipped.items() if "not apply" in reason)
             raise ValueError(f"method={self.method!r} can tie none of the chosen tensors. {reasons}")
-        chosen.targets = fitting
         return chosen
 
-    def attach(self, model: nn.Module) -> list[Place]:
+    def _cannot_tie(self, target: Target, chosen: Selection) -> str | None:
+        """Why the tying does not apply to a tensor, or would make outputs, or entries of a table, equal."""
+        tying = TYINGS[self.method]
+        try:
+            tying.build(target.matrix_shape, **self.options)
+        except ValueError as error:
+            return str(error)
+        if not tying.ties_rows or (target.named and target.padding is None):
+            return None
+        if target.looked_up:
+            return "entries of a table would become equal" + (
+                ", and its padding_idx would not stay zero" if target.padding is not None else ""
+            )
+        return "the model's outputs would become equal" if target.name in chosen.outputs else None
+
+    def attach(self, model: nn.Module, chosen: Selection | None = None) -> list[Place]:
         """Fill the slot of every chosen tensor; what this callback has filled before is left alone.
+
+        Args:
+            model: the model.
+            chosen: of `choose`; None: what it chooses now.
 
         Returns:
             Where these tensors are.
@@ -135,12 +155,18 @@ class SlotCallback(Callback):
                 tensor stays a shard while its layer runs.
         """
         gathered = {id(parameter) for unit in sharded_modules(model) for parameter in unit.parameters()}
-        found = []
-        for target in self.choose(model).targets:
+        found: list[tuple[Target, Compressed]] = []
+        for target in (self.choose(model) if chosen is None else chosen).targets:
             if is_sharded(target.parameter):
                 self._check_shard(target, gathered)
             fresh = Compressed(Slots(target.layout, tuple(target.parameter.shape)), target.name)
-            found.append((target, held(*target.holders[0]) or fresh))
+            tensor = held(*target.holders[0]) or fresh
+            if tensor.slots.stored_shape != target.parameter.shape:  # a table that has grown
+                tensor.absorb(target.parameter)
+                tensor = fresh if tensor.latent is None else tensor
+            if any(other is tensor for _, other in found):  # weights that were one, and are two now
+                tensor = fresh
+            found.append((target, tensor))
         vacant = [self._vacant(target, tensor) for target, tensor in found]  # of all, before one is filled
         for (target, tensor), empty in zip(found, vacant, strict=True):
             if empty:
@@ -166,6 +192,17 @@ class SlotCallback(Callback):
         except ValueError as error:
             raise ValueError(f"{target.name}: {error}") from None
         return True
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse, before training, what cannot be trained or saved; warn of what a file leaves out."""
+        for name, layer in model.named_modules():
+            sparse = getattr(layer, "sparse", False) is True and held(layer, "weight") is not None
+            if sparse and layer._parameters["weight"].requires_grad:
+                raise ValueError(
+                    f"{name}.weight: its gradients are sparse, and its slots need dense ones: set sparse=False in its "
+                    f"{type(layer).__name__}, or leave it out: ignore={name!r}"
+                )
+        check(model)
 
     def _check_shard(self, target: Target, gathered: set[int]) -> None:
         """Refuse what is sharded in another way than FSDP2 does."""

@@ -15,7 +15,6 @@ from psc_lightning.masks.units import GRANULARITIES, Units
 from psc_lightning.options import grouping, one_of, share, whole
 from psc_lightning.selection import largest, magnitudes, mark_largest, numbers
 from psc_lightning.strips import blank_, strips
-from psc_lightning.symbols import Writer
 
 __all__ = ["Mask"]
 
@@ -161,7 +160,3 @@ class Mask(nn.Module):
     def pull(self, core: Tensor, gradient: Tensor) -> Tensor:
         """The core's gradient, from that of what the mask leaves, which may be overwritten."""
         return gradient if self.straight or self.threshold == 0 else blank_(gradient, self.keep)
-
-    def encode(self, writer: Writer) -> None:
-        """Store the granularity, the block and one bit a unit."""
-        self.units.encode(writer, self.keep)

@@ -130,7 +130,8 @@ def _compare(name: str, first: Tensor | None, second: Tensor | None) -> Differen
 
 def _by_entry(first: Tensor, second: Tensor) -> tuple[int, float | None]:
     differing, largest = 0, 0.0
-    flat = [tensor.detach().cpu().contiguous().reshape(-1) for tensor in (first, second)]
+    both = [torch.view_as_real(one.resolve_conj()) if one.is_complex() else one for one in (first, second)]
+    flat = [tensor.detach().cpu().contiguous().reshape(-1) for tensor in both]
     for a, b in zip(*(torch.split(tensor, _BLOCK) for tensor in flat), strict=True):
         words = _WORDS[a.dtype.itemsize]
         other = a.view(words) != b.view(words)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,9 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
-from psc_lightning.live import Place
+from psc_lightning.live import Place, compressed, forget
 from psc_lightning.schedule import Schedule
 from psc_lightning.slots import SLOTS
+from psc_lightning.targets import Idle, Selection, left_out
 from psc_lightning.training.batchnorm import MOST, SHARE
 from psc_lightning.training.run.length import Length
 from psc_lightning.training.sidecars import Sidecars
@@ -44,8 +45,14 @@ class SlotFiller(Protocol):
     def settings(self) -> dict[str, Any]:
         """How and when it acts, as primitives."""
 
-    def attach(self, model: nn.Module) -> list[Place]:
-        """Fill the slot of every tensor it chooses; what it has filled before is left alone."""
+    def choose(self, model: nn.Module, idle: Idle) -> Selection:
+        """The tensors it takes, and why it leaves the others."""
+
+    def attach(self, model: nn.Module, chosen: Selection) -> list[Place]:
+        """Fill the slot of every chosen tensor; what it has filled before is left alone."""
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse, before training, what cannot be trained or saved."""
 
 
 class Clipper(Protocol):
@@ -96,6 +103,7 @@ class Cast:
         fillers: in the order of the slots, whatever the user's.
         clippers, penalties: in the user's.
         places: where the tensors of each filler are, by its key.
+        left: what to say of tensors that only defaults leave out.
         sidecars: the optimizer of what slots train.
         length: how long the run is.
         reached: the strength of each filler so far, by its key: a ramp never goes down when the length is estimated anew.
@@ -108,6 +116,7 @@ class Cast:
     clippers: list[Clipper] = field(default_factory=list)
     penalties: list[Penalty] = field(default_factory=list)
     places: dict[str, list[Place]] = field(default_factory=dict)
+    left: str | None = None
     sidecars: Sidecars = field(default_factory=lambda: Sidecars([]))
     length: Length = field(default_factory=Length)
     reached: dict[str, float] = field(default_factory=dict)
@@ -134,10 +143,21 @@ class Cast:
         if filler not in self.fillers:
             self.fillers = sorted([*self.fillers, filler], key=lambda one: SLOTS.index(one.slot))
 
-    def attach(self, module: LightningModule) -> None:
+    def attach(self, module: LightningModule, idle: Idle) -> None:
         """Attach all, also in layers that were built since; a new optimizer for what they train."""
-        self.places = {filler.state_key: filler.attach(module) for filler in self.fillers}
+        chosen = {filler.state_key: filler.choose(module, idle) for filler in self.fillers}
+        self._let_go(module, chosen)
+        self.places = {filler.state_key: filler.attach(module, chosen[filler.state_key]) for filler in self.fillers}
+        self.left = left_out(chosen.values())
         self.sidecars = Sidecars([(filler.lr, self._trained(filler)) for filler in self.fillers])
+
+    def _let_go(self, module: LightningModule, chosen: Mapping[str, Selection]) -> None:
+        """Forget slots that were filled before the optimizers were known, and are not to begin in this run."""
+        wanted = {key: {id(target.parameter) for target in one.targets} for key, one in chosen.items()}
+        for _, tensor, parameter in list(compressed(module)):
+            owners = {spec.owner for spec in tensor.slots.specs.values()} & wanted.keys()
+            if not tensor.slots.begun and any(id(parameter) not in wanted[owner] for owner in owners):
+                forget(module, tensor)
 
     def _trained(self, filler: SlotFiller) -> list[nn.Parameter]:
         found = [p for place in self.of(filler) for p in place.tensor.slots.sidecars(filler.slot)]

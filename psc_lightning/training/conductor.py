@@ -22,7 +22,7 @@ from psc_lightning.training import entry
 from psc_lightning.training.averaging import Average
 from psc_lightning.training.batchnorm import Inputs, note_refreshed
 from psc_lightning.training.cast import Cast, Clipper, Penalty, SlotFiller
-from psc_lightning.training.run import builds_late, callbacks_of, insert, is_named, notices, user_rate
+from psc_lightning.training.run import builds_late, callbacks_of, idle_in, insert, is_named, notices, user_rate
 from psc_lightning.training.stepping import Stepping
 
 __all__ = ["Conductor"]
@@ -74,7 +74,7 @@ class Conductor(Callback):
         self._start(trainer)
         self.cast.add(filler)
         try:
-            filler.attach(module)
+            filler.attach(module, filler.choose(module, idle_in(trainer, [])))  # those of an older run do not count
         except ValueError:
             if not builds_late(module):
                 raise
@@ -103,8 +103,10 @@ class Conductor(Callback):
         self.stepping.units = sharded_modules(pl_module)
         for clipper in self.cast.clippers:
             clipper.check(trainer)
-        self.cast.attach(pl_module)
+        self.cast.attach(pl_module, idle_in(trainer, trainer.optimizers))
         self._refuse_pruning(trainer)
+        for filler in self.cast.fillers[:1]:
+            filler.check(pl_module)
         for place in self.cast.everywhere() if _spawns(trainer) else ():
             place.tensor.unshare()
         self.averages = [Average(one) for one in callbacks_of(trainer) if is_named(one, *_AVERAGING)]
@@ -135,6 +137,8 @@ class Conductor(Callback):
         notices.at_start(cast, trainer, pl_module, taken_up, self._resumed)
         for penalty in cast.penalties:
             penalty.check(cast)
+        if cast.left is not None:
+            rank_zero_warn(cast.left)
         self.stepping.listen(trainer.optimizers)
         kept, self._each = cast.batchnorm_batches(trainer.num_training_batches)
         # Averages have statistics of their own: Lightning's SWA takes them anew, EMA follows them.
@@ -159,7 +163,7 @@ class Conductor(Callback):
             place.tensor.show_if_stale(place.parameter)
             place.tensor.refreshed = 0
             if place.tensor.slots.inputs is not None:
-                place.tensor.slots.inputs.observing = True
+                place.tensor.slots.inputs.observe()
         for penalty in self.cast.penalties:
             penalty.control(self.cast, trainer.global_step)
         self.stepping.borrow()
@@ -206,7 +210,7 @@ class Conductor(Callback):
         """All processes go on with the mean of the ranges that they have seen."""
         seen = [slots.inputs for slots in (place.tensor.slots for place in self.cast.everywhere()) if slots.inputs]
         if seen and distributed.is_available() and distributed.is_initialized():
-            bounds = [bound for inputs in seen for bound in inputs.buffers()]
+            bounds = [bound for inputs in seen for one in inputs.ranges() for bound in (one.low, one.high)]
             sums = torch.cat([bound.reshape(-1) for bound in bounds])
             distributed.all_reduce(sums)
             means = sums / distributed.get_world_size()

@@ -23,10 +23,12 @@ class Tying(nn.Module):
 
     Attributes:
         code_number: the method's number in a file; never reused.
+        ties_rows: whether several outputs (or entries of a table) become one.
         labelled: whether the method wants `observe` called with gradients before it begins.
     """
 
     code_number: ClassVar[int]
+    ties_rows: ClassVar[bool] = False
     labelled: bool = False
 
     @classmethod

@@ -39,6 +39,7 @@ class ColumnSharing(Tying):
     """
 
     code_number = 3
+    ties_rows = True
 
     def __init__(self, shape: Shape, block: int) -> None:
         super().__init__()

@@ -212,19 +212,30 @@ def test_a_number_that_is_none_is_found_in_every_type(dtype: torch.dtype) -> Non
     assert to_bytes(bag({"a.b": torch.zeros(0, dtype=dtype)}))
 
 
+@pytest.mark.parametrize("names", [True, False])
+def test_complex_numbers_are_two_planes(tmp_path: Path, names: bool) -> None:
+    """Parameters and buffers, a conjugate view, a scalar, zeros of both signs: bit for bit, beside compressed weights."""
+    values = torch.randn(6, 5, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    values[0, 0] = complex(-0.0, 0.0)
+    tensors = {"a": values, "b": values.t().conj(), "c": torch.tensor(1 + 2j, dtype=torch.complex128)}
+    tensors["d"] = values.conj()  # the same memory, but not the same numbers
+    model = nn.ModuleList([compressed(levels="binary"), bag(tensors)])
+    plain = nn.ModuleList([net(), bag({name: torch.zeros_like(value) for name, value in tensors.items()})])
+    for leftovers in ("float32", "float16", "log8"):
+        report = save(model, tmp_path / "model.psc", leftovers, names)
+        load_into(plain, tmp_path / "model.psc")
+        for name, value in tensors.items():
+            assert torch.equal(plain[1].state_dict()[name].resolve_conj(), value)
+        assert plain[1].state_dict()["a"].real.signbit()[0, 0]
+        assert [row.dense_bytes for row in report.tensors[-4:]] == [240, 240, 16, 240]
+    with pytest.raises(ValueError, match=r"a: expected finite numbers"):
+        to_bytes(bag({"a": torch.tensor([1.0, complex(0.0, torch.inf)])}))
+
+
 def test_a_tensor_that_cannot_be_stored_is_named() -> None:
-    for tensor in (torch.zeros(2, dtype=torch.complex64), torch.eye(2).to_sparse(), torch.zeros(2, device="meta")):
+    for tensor in (torch.zeros(2, dtype=torch.uint16), torch.eye(2).to_sparse(), torch.zeros(2, device="meta")):
         with pytest.raises(ValueError, match=r"a\.b: expected a dense tensor"):
             to_bytes(bag({"a.b": tensor}))
-
-    class Extra(nn.Linear):
-        def get_extra_state(self) -> object:
-            return {"x": 1}
-
-        def set_extra_state(self, state: object) -> None: ...
-
-    with pytest.raises(ValueError, match="_extra_state: expected a tensor, found dict"):
-        to_bytes(Extra(2, 2))
 
 
 # ------------------------------------------------------------------------------------------------ shared tensors
@@ -470,17 +481,26 @@ def test_reading_needs_no_lightning() -> None:
 class Extra(nn.Linear):
     """Has a state that is no tensor."""
 
+    kept = "own"
+
     def get_extra_state(self) -> str:
-        return "more"
+        return self.kept
 
     def set_extra_state(self, state: str) -> None:
-        pass
+        self.kept = state
 
 
-def test_a_model_with_other_state_is_named_on_loading(tmp_path: Path) -> None:
-    save(nn.Linear(2, 2), tmp_path / "model.psc")
-    with pytest.raises(ArtifactError, match="_extra_state is missing in the file"):
-        load_into(Extra(2, 2), tmp_path / "model.psc")
+def test_a_state_that_is_no_tensor_is_left_out_with_a_word(tmp_path: Path) -> None:
+    saved, other = nn.Sequential(Extra(2, 2)), nn.Sequential(Extra(2, 2))
+    saved[0].kept = "another"
+    with pytest.warns(
+        UserWarning, match=r"leaves out 0\._extra_state \(str\): load_into\(model, path\) leaves the model's"
+    ):
+        save(saved, tmp_path / "model.psc")
+    assert list(load(tmp_path / "model.psc")) == ["0.weight", "0.bias"]
+    load_into(other, tmp_path / "model.psc")
+    assert torch.equal(other[0].weight, saved[0].weight)
+    assert other[0].kept == "own"
 
 
 # ------------------------------------------------------------------------------------------------------ without names

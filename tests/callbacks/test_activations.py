@@ -207,3 +207,32 @@ def test_it_goes_with_other_slots_in_any_order():
     for (_, one, _), (_, other, _) in zip(slotted(first), slotted(second), strict=True):
         assert differences(dict(one.state_dict()), dict(other.state_dict())) == []
     assert nn.functional.cross_entropy(first(INPUTS), LABELS).isfinite()
+
+
+def test_a_layer_with_two_inputs_has_a_range_of_both():
+    """Called twice in a forward, with inputs a hundred times as wide the second time, or the first."""
+
+    class Shared(Net):
+        def __init__(self, wide_first):
+            super().__init__("sgd")
+            self.wide_first = wide_first
+            self.shared = nn.Linear(72, 4)
+
+        def training_step(self, batch, batch_idx):
+            x = batch[0].flatten(1)
+            first, second = (100 * x, x) if self.wide_first else (x, 100 * x)
+            return nn.functional.cross_entropy((self.shared(first) + self.shared(second)) / 100, batch[1])
+
+    found = []
+    for wide_first in (True, False):
+        model, _ = fit([rounding(targets="shared")], Shared(wide_first), max_steps=6, limit_val_batches=0)
+        grid = slots_at(model, "shared.weight").inputs.grid()
+        seen = torch.stack([100 * INPUTS[i : i + 8] for i in range(0, 48, 8)]).flatten(1)
+        low, high = seen.amin(1), seen.amax(1)
+        for bound, each in ((grid.low, low), (grid.high, high)):
+            average = each[0]
+            for one in each[1:]:
+                average = average.lerp(one, 0.1)
+            assert bound == pytest.approx(float(average), abs=grid.scale)
+        found.append(grid)
+    assert found[0] == found[1]

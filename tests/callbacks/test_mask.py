@@ -120,7 +120,9 @@ def test_labels_find_what_matters_where_magnitude_misses_it(method, options, fou
     assert int(kept[:, :4].sum()) == found
 
 
-@pytest.mark.parametrize("callback", [MaskLearning("saliency"), WeightSharing("cross_channel")])
+@pytest.mark.parametrize(
+    "callback", [MaskLearning("saliency", targets="net.*"), WeightSharing("cross_channel", targets="net.*")]
+)
 @pytest.mark.filterwarnings("ignore:.*never began")
 def test_frozen_weights_without_labels_are_told(callback):
     model = Net()

@@ -147,7 +147,7 @@ def test_sidecars_of_weights_frozen_for_good_learn_beside_two_optimizers():
     """Although an optimizer holds the weight: that it is frozen now is no toggling."""
     model = Adversaries(second=2.0)
     model.net[2].weight.requires_grad_(False)
-    callback = M("movement", schedule="constant")
+    callback = M("movement", schedule="constant", targets="net.*")
     before = model.net[2].weight.clone()
     _, made = fit([callback], model, max_epochs=1, limit_val_batches=0)
     learned = conductor(made).cast.sidecars.parameters

@@ -96,7 +96,7 @@ def test_a_tying_that_cannot_be():
     [
         lambda: [M("magnitude"), M("movement", targets="net.3")],
         lambda: [Q("binary", targets="net.*"), Q("uniform", targets="net.7.weight")],
-        lambda: [W("row"), W("column", targets="Linear")],
+        lambda: [W("row"), W("column", targets="net.7")],
     ],
 )
 @pytest.mark.parametrize("turned", [False, True])

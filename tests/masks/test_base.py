@@ -70,7 +70,7 @@ def test_stored_as_one_bit_a_unit(granularity: str, block: int | None, tape):
         mask = MagnitudeMask(shape, threshold=0.4, granularity=granularity, block=block)
         mask.refresh(torch.randn(shape))
         written = tape()
-        mask.encode(written)
+        mask.units.encode(written, mask.keep)
         bits, size = written.items[-1]
         assert (len(bits), size) == (math.prod(mask.units.shape), 2)
         assert torch.equal(read_keep(written, shape), mask.keep)

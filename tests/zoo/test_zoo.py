@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -71,9 +71,10 @@ class Task(LightningModule):
             return self.entry.output(self.net.eval(), self.entry.batch)
 
 
-def callbacks(ignore: tuple[str, str] | None) -> list[Callback]:
+def callbacks(entry: Entry) -> list[Callback]:
     """One of each slot, and clipping; cross-channel sharing takes what has an even number of inputs."""
-    which = {"ignore": ignore[0] if ignore else None, "schedule": "constant"}
+    ignore = entry.ignore[0] if entry.ignore else None
+    which = {"targets": entry.targets, "ignore": ignore, "schedule": "constant"}
     return [
         GradientClipping(adaptive=0.1, log=False),
         StraightThroughQuantization("uniform", bits=4, **which),
@@ -86,7 +87,7 @@ def run(entry: Entry, folder: Path, resume: Path | None = None) -> tuple[Task, T
     """Two epochs of two steps, a checkpoint after each."""
     seed_everything(0, verbose=False)
     saver = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)
-    model, made = Task(entry), trainer([*callbacks(entry.ignore), saver], max_epochs=2)
+    model, made = Task(entry), trainer([*callbacks(entry), saver], max_epochs=2)
     made.fit(
         model,
         DataLoader([entry.batch] * 2, batch_size=None),
@@ -273,8 +274,8 @@ def test_what_cannot_be_compressed_is_refused_by_name(name: str) -> None:
     assert entry.ignore is not None
     pattern, reason = entry.ignore
     with pytest.raises(ValueError, match=r"cannot be compressed: .*weight_norm.*or leave it out: ignore="):
-        plan(entry.build(), callbacks(None))
-    found = plan(entry.build(), callbacks(entry.ignore))
+        plan(entry.build(), callbacks(replace(entry, ignore=None)))
+    found = plan(entry.build(), callbacks(entry))
     assert [why for tensor, why in found.left.items() if "parametrizations" in tensor] == ["ignored"] * 2
     ROWS.setdefault(name, {})["refused"] = f"{reason}: `{pattern}`"
 
@@ -304,6 +305,23 @@ def test_conv1d_is_seen_with_its_outputs_first() -> None:
     dropped = (weight == 0).all(0)
     assert int(dropped.sum()) == 48
     assert bool((weight[:, ~dropped] != 0).all())
+
+
+@pytest.mark.parametrize("name", ["BERT", "GPT-2"])
+@pytest.mark.filterwarnings("ignore:.*mean_resizing")
+def test_token_embeddings_are_resized_while_compressed(name: str, tmp_path: Path) -> None:
+    """The longer table is compressed, its old rows are as they were, and a tied head has it too."""
+    net = MODELS[name].build().eval()
+    compress(net, "ternary")
+    before = net.get_input_embeddings().weight.detach().clone()
+    net.resize_token_embeddings(len(before) + 8)
+    save(net, tmp_path / "model.psc")
+    detach(net)
+    state, found = net.state_dict(), load(tmp_path / "model.psc")
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+    weight = net.get_input_embeddings().weight
+    assert torch.equal(weight[: len(before)], before)
+    assert all(row.unique().numel() <= 3 for row in weight)
 
 
 def rows(*columns: str) -> str:

@@ -33,6 +33,7 @@ class Entry:
         output: network, batch → logits.
         loss: network, batch → a scalar.
         ignore: what cannot be compressed, and why the table says so.
+        targets: patterns, where a default would leave out what it holds frozen.
     """
 
     home: str
@@ -41,6 +42,7 @@ class Entry:
     output: Callable[[nn.Module, Batch], Tensor]
     loss: Callable[[nn.Module, Batch], Tensor]
     ignore: tuple[str, str] | None = None
+    targets: str | None = None
 
 
 def _numbers(*shape: int) -> Tensor:
@@ -242,7 +244,9 @@ MODELS: dict[str, Entry] = {
         input_values=_numbers(2, 400),
         labels=torch.tensor([0, 3]),
     ),
-    "LoRA on GPT-2": Entry("peft", adapted, TEXT, lambda net, b: net(**b).logits, lambda net, b: net(**b).loss),
+    "LoRA on GPT-2": Entry(
+        "peft", adapted, TEXT, lambda net, b: net(**b).logits, lambda net, b: net(**b).loss, targets="*"
+    ),
     "LSTM": classifier("torch", partial(Recurrent, nn.LSTM), 2, 7, 12),
     "GRU": classifier("torch", partial(Recurrent, nn.GRU), 2, 7, 12),
     "U-Net": unet(),

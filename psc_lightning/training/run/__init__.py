@@ -7,7 +7,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-__all__ = ["builds_late", "callbacks_of", "insert", "is_named", "user_rate"]
+from psc_lightning.targets import Idle, Target, frozen
+
+__all__ = ["builds_late", "callbacks_of", "idle_in", "insert", "is_named", "user_rate"]
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -25,6 +27,23 @@ def insert(trainer: Trainer, place: int, callback: Callback) -> None:
 def is_named(thing: object, *names: str) -> bool:
     """Whether it is of a class so named: `lightning` and `pytorch_lightning` have one each."""
     return any(base.__name__ in names for base in type(thing).__mro__)
+
+
+def idle_in(trainer: Trainer, optimizers: list[Optimizer]) -> Idle:
+    """Which tensors a run does not train: frozen ones, and, once its optimizers are known, those that none holds.
+
+    What a fine-tuning callback has frozen it will unfreeze, and hand to an optimizer then.
+    """
+    held = {id(parameter) for one in optimizers for group in one.param_groups for parameter in group["params"]}
+    thaws = any(is_named(callback, "BaseFinetuning") for callback in callbacks_of(trainer))
+
+    def idle(target: Target) -> str | None:
+        if thaws:
+            return None
+        unheld = held and id(target.parameter) not in held
+        return frozen(target) or ("in no optimizer" if unheld else None)
+
+    return idle
 
 
 def builds_late(module: LightningModule) -> bool:
