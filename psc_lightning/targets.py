@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -21,7 +21,7 @@ from torch.nn.parameter import UninitializedParameter
 from psc_lightning.layout import Layout
 from psc_lightning.sharding import is_sharded
 
-__all__ = ["Selection", "Target", "patterns", "select"]
+__all__ = ["Selection", "Target", "matches_name", "named", "patterns", "select"]
 
 
 _NOT_AMONG = "not among the targets"
@@ -118,16 +118,53 @@ def _names(pattern: str, target: Target) -> bool:
 
 
 def _matches(pattern: str, target: Target) -> bool:
-    if pattern.startswith("re:"):
-        return any(re.fullmatch(pattern[3:], name) for name in target.names)
-    if any(fnmatchcase(name, pattern) for name in target.names):
-        return True
+    if pattern.startswith("re:") or any(fnmatchcase(name, pattern) for name in target.names):
+        return any(matches_name(pattern, name) for name in target.names)
     if target.parameter.dim() < 2 and not isinstance(target.parameter, UninitializedParameter):
         return False  # a module or a type means its weights
+    return _matches_any(pattern, target)
+
+
+def _matches_any(pattern: str, target: Target) -> bool:
+    """Where a module, or a type, means all its parameters."""
     if any(pattern == base.__name__ for layer, _ in target.holders for base in type(layer).__mro__[:-2]):
         return True
-    paths = [name.split(".")[:-1] for name in target.names]
-    return any(fnmatchcase(".".join(path[: i + 1]), pattern) for path in paths for i in range(len(path)))
+    return any(matches_name(pattern, name) for name in target.names)
+
+
+def matches_name(pattern: str, name: str) -> bool:
+    """Whether a pattern means this tensor, or a module that it lies in.
+
+    >>> [matches_name(pattern, "net.head.bias") for pattern in ("*.bias", "net.head", "re:net.*", "head")]
+    [True, True, True, False]
+    """
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    path = name.split(".")
+    return any(fnmatchcase(".".join(path[: i + 1]), pattern) for i in range(len(path)))
+
+
+def named(model: nn.Module, targets: Sequence[str] | None, ignore: Sequence[str] | None) -> list[Target]:
+    """All Parameters that patterns choose, whatever they are; a module's name, or a type, means its biases too.
+
+    Args:
+        model: any module.
+        targets: patterns; None: all.
+        ignore: patterns of what to leave out; it wins over `targets`.
+
+    Raises:
+        ValueError: a pattern matches nothing, or all is left out.
+
+    >>> [target.name for target in named(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), ["Linear"], ["0"])]
+    ['1.weight', '1.bias']
+    """
+    everything = list(tensors(model))
+    _check_patterns(model, everything, _matches_any, targets, ignore)
+    found = [target for target in everything if targets is None or any(_matches_any(p, target) for p in targets)]
+    found = [target for target in found if not any(_matches_any(pattern, target) for pattern in ignore or ())]
+    if not found:
+        raise ValueError(f"ignore={ignore} leaves nothing of targets={targets}")
+    return found
 
 
 def _refusal(target: Target) -> str | None:
@@ -176,10 +213,7 @@ def select(
     ['1.weight']
     """
     everything = list(tensors(model))
-    for argument, wanted in (("targets", targets), ("ignore", ignore)):
-        for pattern in wanted or ():
-            if not any(_matches(pattern, target) for target in everything):
-                raise ValueError(_nothing(argument, pattern, model, everything))
+    _check_patterns(model, everything, _matches, targets, ignore)
     chosen = Selection()
     for target in everything:
         exact = any(_names(pattern, target) for pattern in targets or ())
@@ -221,6 +255,20 @@ def _why_not(
     if not exact and target.parameter.numel() < min_size:
         return f"fewer than {min_size} entries"
     return "empty" if target.parameter.numel() == 0 else None
+
+
+def _check_patterns(
+    model: nn.Module,
+    everything: list[Target],
+    matches: Callable[[str, Target], bool],
+    targets: Sequence[str] | None,
+    ignore: Sequence[str] | None,
+) -> None:
+    """Refuse a pattern that matches nothing."""
+    for argument, wanted in (("targets", targets), ("ignore", ignore)):
+        for pattern in wanted or ():
+            if not any(matches(pattern, target) for target in everything):
+                raise ValueError(_nothing(argument, pattern, model, everything))
 
 
 def _nothing(argument: str, pattern: str, model: nn.Module, everything: list[Target]) -> str:
