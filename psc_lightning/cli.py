@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from psc_lightning.artifact import ArtifactError, NamelessError, inspect, load, 
 from psc_lightning.checkpoint import bare, read_tensors
 from psc_lightning.export import EXPORTERS
 from psc_lightning.report.difference import difference_dict, difference_table, differences
+from psc_lightning.strict_json import json_text
 
 __all__ = ["main"]
 
@@ -159,7 +159,7 @@ def _digest(text: str) -> str:
 def _inspect(options: argparse.Namespace) -> None:
     report = inspect(options.file)
     if options.json:
-        print(json.dumps(report.to_dict(), indent=2))
+        print(json_text(report.to_dict()))
     else:
         print(report.table(all_tensors=options.all), f"sha256 {report.sha256}", sep="\n")
 
@@ -214,7 +214,7 @@ def _diff(options: argparse.Namespace) -> int:
     found = differences(first, second)
     equal = all(difference.equal for difference in found)
     if options.json:
-        print(json.dumps(difference_dict(found, (one, other)), indent=2))
+        print(json_text(difference_dict(found, (one, other))))
     else:
         print(difference_table(found, (one, other), paths, all_tensors=options.all))
     return int(not equal)

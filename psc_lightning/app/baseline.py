@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
 import shutil
 import tempfile
@@ -27,6 +26,7 @@ from psc_lightning.app.errors import UsageError, check_finite
 from psc_lightning.app.resume import ResumePoint
 from psc_lightning.checkpoint import bare, read_tensors
 from psc_lightning.files import write_atomic
+from psc_lightning.strict_json import json_text
 
 __all__ = ["baseline", "cached", "fingerprint", "make_cache", "read_checkpoint"]
 
@@ -92,7 +92,7 @@ def fingerprint(settings: Mapping[str, Any], module: LightningModule) -> str:
         "lightning": version("lightning"),
         "threads": torch.get_num_threads(),
     }
-    digest.update(json.dumps(facts, sort_keys=True).encode())
+    digest.update(json_text(facts, indent=None, sort_keys=True).encode())
     for name, value in module.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
