@@ -13,7 +13,7 @@ from torch import nn
 
 import psc_lightning
 from psc_lightning import Report, save
-from psc_lightning.app.runs import Run
+from psc_lightning.app.run_folder import Run
 from psc_lightning.app.sweep import summarise
 from psc_lightning.cli import main
 from psc_lightning.strict_json import json_text

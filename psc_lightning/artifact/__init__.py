@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from psc_lightning.artifact.errors import ArtifactError, NamelessError
-from psc_lightning.artifact.file import estimate, inspect, load, load_into, load_stored, measure, save, to_bytes, verify
+from psc_lightning.artifact.file import (
+    estimate,
+    inspect,
+    is_part,
+    load,
+    load_into,
+    load_stored,
+    measure,
+    save,
+    to_bytes,
+    verify,
+)
 
 __all__ = [
     "ArtifactError",
     "NamelessError",
     "estimate",
     "inspect",
+    "is_part",
     "load",
     "load_into",
     "load_stored",

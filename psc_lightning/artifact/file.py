@@ -26,7 +26,7 @@ from psc_lightning.report.numbers import Report
 from psc_lightning.sharding import by_rank_zero, sharded_modules, whole
 from psc_lightning.stored import Stored, decode
 
-__all__ = ["inspect", "load", "load_into", "load_stored", "measure", "save", "to_bytes", "verify"]
+__all__ = ["inspect", "is_part", "load", "load_into", "load_stored", "measure", "save", "to_bytes", "verify"]
 
 MAX_BYTES = 2**31
 _SHOWN = 6  # differences that a message names
@@ -36,7 +36,7 @@ _PARTIAL = 128  # empty; says that a model has more than the file holds
 _CONTENTS = (directory.PLAIN, directory.DEFLATED, directory.NAMELESS)
 _SHELL = 20  # bytes of a file around its sections' contents
 _KNOWN = frozenset({*_CONTENTS, _SYMBOLS, _PLAIN, _PARTIAL})
-_SLACK = 1 << 20  # a file may be this much longer than the tensors in it: names, and weights that do not compress
+SLACK = 1 << 20  # a file may be this much longer than the tensors in it: names, and weights that do not compress
 
 
 def save(
@@ -237,13 +237,22 @@ def verify(path: Source, max_bytes: int = MAX_BYTES) -> None:
     _read(path, max_bytes)
 
 
+def is_part(path: Source, max_bytes: int = MAX_BYTES) -> bool:
+    """Whether a file holds a part of its model only: `save(…, only=…)`.
+
+    Raises:
+        ArtifactError: as `load`.
+    """
+    return _PARTIAL in container.unpack(container.read(path, max_bytes + SLACK), _KNOWN)
+
+
 def inspect(path: Source, max_bytes: int = MAX_BYTES) -> Report:
     """The report of a file, as far as the file alone tells: layer types are empty.
 
     Raises:
         ArtifactError: as `load`.
     """
-    data = container.read(path, max_bytes + _SLACK)
+    data = container.read(path, max_bytes + SLACK)
     content = _decode(*_open(data)[:2], max_bytes, keep=True)
     held = {}
     for index, entry in enumerate(content.entries):
@@ -311,7 +320,7 @@ def _open(data: bytes, model: Sequence[Entry] | None = None) -> tuple[list[Entry
 
 
 def _read(path: Source, max_bytes: int, keep: bool = False) -> _Content:
-    return _decode(*_open(container.read(path, max_bytes + _SLACK))[:2], max_bytes, keep)
+    return _decode(*_open(container.read(path, max_bytes + SLACK))[:2], max_bytes, keep)
 
 
 def _read_for(model: nn.Module, path: Source, max_bytes: int | None = None, keep: bool = False) -> _Content:
@@ -323,7 +332,7 @@ def _read_for(model: nn.Module, path: Source, max_bytes: int | None = None, keep
     limit = limit if max_bytes is None else min(limit, max_bytes)
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     like = [Entry(name, Kind.SLOTS, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
-    entries, coded, partial = _open(container.read(path, limit + _SLACK), like)
+    entries, coded, partial = _open(container.read(path, limit + SLACK), like)
     found = {entry.name: entry.shape for entry in entries}
     _compare(found, {name: shape for name, shape in expected.items() if name in found or not partial})
     return _decode(entries, coded, limit, keep)
