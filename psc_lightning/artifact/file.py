@@ -253,7 +253,7 @@ def inspect(path: Source, max_bytes: int = MAX_BYTES) -> Report:
         ArtifactError: as `load`.
     """
     data = container.read(path, max_bytes + SLACK)
-    content = _decode(*_open(data)[:2], max_bytes, keep=True)
+    content = _decode(*_open(data), max_bytes, keep=True)
     held = {}
     for index, entry in enumerate(content.entries):
         one = content.stored.get(entry.name)
@@ -287,11 +287,12 @@ def load_into(
     state = model.state_dict()
     if any(isinstance(value, Tensor) and value.is_meta for value in state.values()):
         raise ValueError("load_into: the model is on the meta device, without memory: model.to_empty(device=…) first")
-    tensors = moved(_read_for(model, path, max_bytes).tensors, map_location)
+    device = moved({"": torch.empty(0)}, map_location)[""].device
+    tensors = _read_for(model, path, max_bytes).tensors
     given = {name: tensors[plain_name(name)] for name in state if plain_name(name) in tensors}
     model.load_state_dict(given, strict=len(given) == len(state))
-    if map_location is not None and given:
-        model.to(next(iter(given.values())).device)
+    if map_location is not None:
+        model.to(device)
     filled = {state[name].data_ptr() for name in given if state[name].numel()}  # a tied one under another name, too
     return [name for name, value in state.items() if name not in given and _address(value) not in filled]
 
@@ -307,8 +308,7 @@ class _Content:
     streams: list[Stream]
 
 
-def _open(data: bytes, model: Sequence[Entry] | None = None) -> tuple[list[Entry], Coded, bool]:
-    """The table of contents, the symbols, and whether the file is a part of its model."""
+def _open(data: bytes, model: Sequence[Entry] | None = None) -> tuple[list[Entry], Coded]:
     sections = container.unpack(data, _KNOWN)
     contents = [tag for tag in _CONTENTS if tag in sections]
     if len(contents) != 1 or _SYMBOLS not in sections:
@@ -316,11 +316,11 @@ def _open(data: bytes, model: Sequence[Entry] | None = None) -> tuple[list[Entry
             f"expected a table of contents and the symbols, found sections {sorted(sections)}: {ADVICE}"
         )
     coded = Coded(sections[_SYMBOLS], sections.get(_PLAIN, b""))
-    return directory.decode(contents[0], sections[contents[0]], model), coded, _PARTIAL in sections
+    return directory.decode(contents[0], sections[contents[0]], model), coded
 
 
 def _read(path: Source, max_bytes: int, keep: bool = False) -> _Content:
-    return _decode(*_open(container.read(path, max_bytes + SLACK))[:2], max_bytes, keep)
+    return _decode(*_open(container.read(path, max_bytes + SLACK)), max_bytes, keep)
 
 
 def _read_for(model: nn.Module, path: Source, max_bytes: int | None = None, keep: bool = False) -> _Content:
@@ -332,9 +332,12 @@ def _read_for(model: nn.Module, path: Source, max_bytes: int | None = None, keep
     limit = limit if max_bytes is None else min(limit, max_bytes)
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     like = [Entry(name, Kind.SLOTS, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
-    entries, coded, partial = _open(container.read(path, limit + SLACK), like)
+    data = container.read(path, limit + SLACK)
+    entries, coded = _open(data, like)
     found = {entry.name: entry.shape for entry in entries}
-    _compare(found, {name: shape for name, shape in expected.items() if name in found or not partial})
+    if is_part(data, limit):
+        expected = {name: shape for name, shape in expected.items() if name in found}
+    _compare(found, expected)
     return _decode(entries, coded, limit, keep)
 
 

@@ -194,9 +194,13 @@ def test_names_of_tensors_may_be_long(length: int) -> None:
 
 
 def test_pipes_and_devices_are_no_files_to_replace(model: nn.Module, tmp_path: Path) -> None:
-    save(model, "/dev/null")
-    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
-    data = to_bytes(model)[0]
+    data, pipe = to_bytes(model)[0], tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with open(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb") as other:
+        save(model, pipe)
+        assert other.read() == data
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert os.listdir(tmp_path) == ["pipe"]
     code = "from psc_lightning import files; files.write_atomic('/dev/stdout', files.read_bytes('/dev/stdin', 9999))"
     made = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=True, timeout=120)
     assert made.stdout == data
@@ -304,12 +308,14 @@ def test_a_map_location_may_leave_tensors_on_the_cpu(where: Any) -> None:
 def test_a_whole_model_goes_where_map_location_says() -> None:
     model = nn.BatchNorm1d(3)
     load_into(model, to_bytes(nn.BatchNorm1d(3))[0], map_location="cpu")
-    assert model.weight.device.type == "cpu"
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
     with pytest.raises(RuntimeError, match="nosuch"):
         load_into(model, to_bytes(nn.BatchNorm1d(3))[0], map_location="nosuch")
     # Into tensors without memory nothing can be copied, and torch itself only warns.
+    load_into(model, to_bytes(nn.BatchNorm1d(3))[0], map_location={"cpu": "meta"})
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
     with pytest.raises(ValueError, match="the model is on the meta device"):
-        load_into(model.to("meta"), to_bytes(nn.BatchNorm1d(3))[0])
+        load_into(model, to_bytes(nn.BatchNorm1d(3))[0])
 
 
 # -------------------------------------------------------------------------------------------------- part of a model

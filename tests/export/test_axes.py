@@ -160,6 +160,12 @@ PAIR = (torch.zeros(2, 6), torch.zeros(2, 3))
             {"output_names": ["a", "b"]},
             "output_names: the model returns an input, or a value twice",
         ),
+        (
+            Beside(),
+            (torch.zeros(2, 8),),
+            {"output_names": ["x"]},
+            "output_names: expected 1 different names, none of them an input's",
+        ),
     ],
 )
 def test_what_cannot_be_open_or_named_is_told(

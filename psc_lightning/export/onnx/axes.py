@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from itertools import count
 from typing import Any
 
 import torch
@@ -122,7 +121,7 @@ def check_open(graph: GraphProto, axes: Sequence[Mapping[int, str]], dynamic_bat
 
 
 def set_names(graph: Any, what: str, values: Sequence[Any], names: Sequence[str] | None) -> None:
-    """Give inputs or outputs of torch's graph other names; who has one of them already gets another.
+    """Give inputs, or then outputs, of torch's graph other names; values within that have one get another by torch.
 
     Args:
         graph: in torch's own form.
@@ -136,30 +135,16 @@ def set_names(graph: Any, what: str, values: Sequence[Any], names: Sequence[str]
     if names is None:
         return
     texts = [] if isinstance(names, str) else [name for name in names if isinstance(name, str) and name]
-    if not len(values) == len(texts) == len({*texts}) == len(list(names)):
-        raise ValueError(f"{what}: expected {len(values)} different names, found {names!r}")
+    inputs = () if values is graph.inputs else graph.inputs
+    if not len(values) == len(texts) == len({*texts}) == len(list(names)) or {*texts} & {
+        value.name for value in inputs
+    }:
+        of = ", none of them an input's," * bool(inputs)
+        raise ValueError(f"{what}: expected {len(values)} different names{of or ','} found {names!r}")
     own = {id(value) for value in values}
-    if len(own) < len(values) or any(id(value) in own for value in graph.inputs if values is not graph.inputs):
-        raise ValueError(f"{what}: the model returns an input, or a value twice, which has one name only: leave this out")
-    others = [value for value in _values(graph) if id(value) not in own]
-    free = (f"{what.partition('_')[0]}_{i}" for i in count())
-    taken = {value.name for value in others} | {*texts}
-    for other in others:
-        if other.name in texts:
-            _rename(graph, other, next(name for name in free if name not in taken))
+    if len(own) < len(values) or any(id(value) in own for value in inputs):
+        raise ValueError(
+            f"{what}: the model returns an input, or a value twice, which has one name only: leave this out"
+        )
     for value, name in zip(values, texts):
         value.name = name
-
-
-def _values(graph: Any) -> Iterable[Any]:
-    yield from graph.inputs
-    yield from list(graph.initializers.values())
-    for node in graph:
-        yield from node.outputs
-
-
-def _rename(graph: Any, value: Any, name: str) -> None:
-    constant = graph.initializers.pop(value.name, None) is value
-    value.name = name
-    if constant:
-        graph.initializers[name] = value
