@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["bare", "read_tensors"]
+__all__ = ["bare", "matched", "read_tensors"]
 
 PREFIXES = ("module.", "model.", "net.")
 
@@ -54,3 +54,37 @@ def bare(state: Mapping[str, Any]) -> list[str]:
     while prefix := next((p for p in PREFIXES if names and all(name.startswith(p) for name in names)), None):
         names = [name.removeprefix(prefix) for name in names]
     return names
+
+
+def matched(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint under a model's names, whatever wrappers put in front of either.
+
+    BatchNorm's `num_batches_tracked`, which old checkpoints lack, is the model's.
+
+    Raises:
+        ValueError: another architecture (the keys that differ are listed), or a value that is not finite.
+    """
+    by_name = dict(zip(bare(found), found.values(), strict=True))
+    state: dict[str, Tensor] = {}
+    wrong: list[str] = []
+    for name, plain in zip(wanted, bare(wanted), strict=True):
+        value = by_name.pop(plain, None)
+        if value is None and plain.endswith("num_batches_tracked"):
+            value = wanted[name]
+        if value is None:
+            wrong.append(f"missing {plain}")
+        elif value.shape != wanted[name].shape:
+            wrong.append(f"{plain} is {tuple(value.shape)}, not {tuple(wanted[name].shape)}")
+        else:
+            state[name] = value
+    wrong += [f"unexpected {plain}" for plain in by_name]
+    if wrong:
+        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        raise ValueError(
+            f"another architecture than the model: {'; '.join(wrong[:6])}{more}; give a checkpoint of this model, or choose "
+            "the model that it is of"
+        )
+    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise ValueError(f"NaN or infinity in {', '.join(broken)}; give one from before training diverged")
+    return state

@@ -5,18 +5,28 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
-import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from psc_lightning.artifact import ArtifactError, NamelessError, inspect, load, load_into, load_stored
-from psc_lightning.checkpoint import bare, read_tensors
+from psc_lightning.artifact import (
+    ArtifactError,
+    NamelessError,
+    container,
+    inspect,
+    is_part,
+    load,
+    load_into,
+    load_stored,
+)
+from psc_lightning.artifact.file import MAX_BYTES, SLACK
+from psc_lightning.checkpoint import bare, matched, read_tensors
 from psc_lightning.export import EXPORTERS
 from psc_lightning.files import closed_pipes
 from psc_lightning.report.difference import difference_dict, difference_table, differences
+from psc_lightning.strict_json import json_text
 
 __all__ = ["main"]
 
@@ -45,6 +55,7 @@ _EXAMPLES = {
     "export": """\
   psc export runs/RUN --onnx model.onnx --example 1,1,8,8
   psc export model.psc --onnx model.onnx --model package.module:factory --example 1,3,32,32 --dynamic-batch
+  psc export last.ckpt --onnx model.onnx --model package.module:factory --example 1,128:int64 --dynamic 1=length
   psc export model.psc --safetensors model.safetensors
 """,
 }
@@ -96,13 +107,20 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, what: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
+        one = commands.add_parser(
             name,
             help=what,
             description=f"{what[0].upper()}{what[1:]}.",
             epilog=f"examples:\n{_EXAMPLES[name]}{_STATUS}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        one.add_argument(
+            "--max-bytes",
+            metavar="N",
+            type=_bytes,
+            help=f"refuse, before taking memory, a file whose tensors need more than this ({MAX_BYTES}, or what --model may)",
+        )
+        return one
 
     one = command("inspect", "list the tensors of a file, with shapes and bytes")
     one.add_argument("file", metavar="FILE", type=_file, help="a .psc file, or the folder of a run")
@@ -130,7 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     one.set_defaults(run=_diff)
 
     one = command("export", f"write a file's model in another format: {', '.join(EXPORTERS)}")
-    one.add_argument("file", metavar="FILE", help="a .psc file, or the folder of a run, which knows its own model")
+    one.add_argument(
+        "file", metavar="FILE", help="a .psc file, a checkpoint, or the folder of a run, which knows its own model"
+    )
     for name, exporter in EXPORTERS.items():
         one.add_argument(f"--{name}", metavar="OUT", help=f"the file to write: {exporter.what}")
     one.add_argument("--model", metavar=_FACTORY, help=_FACTORY_HELP)
@@ -142,6 +162,16 @@ def _parser() -> argparse.ArgumentParser:
         help="an input: 1,3,32,32; 1,128:int64 where it is whole numbers; once for each input, in their order",
     )
     one.add_argument("--dynamic-batch", action="store_true", help="leave the first axis of all inputs of a graph open")
+    one.add_argument(
+        "--dynamic",
+        metavar="[INPUT:]AXIS=NAME",
+        type=_open_axis,
+        action="append",
+        default=[],
+        help="leave an axis of a graph's input (of all inputs) open and name its length: 1=length, ids:1=length",
+    )
+    for which in ("input", "output"):
+        one.add_argument(f"--{which}-names", metavar="A,B", type=_names, help=f"what the graph's {which}s are called")
     one.set_defaults(run=_export)
     return parser
 
@@ -162,6 +192,26 @@ def _example(text: str) -> tuple[tuple[int, ...], str]:
     return tuple(map(int, shape.split(","))), dtype
 
 
+def _open_axis(text: str) -> tuple[str, int, str]:
+    """An input (``*``: all), an axis of it, and what its length is called."""
+    found = re.fullmatch(r"(?:([^:=]+):)?(-?\d+)=(\w+)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"expected an axis and a name as in 1=length or ids:1=length, found {text!r}")
+    return found[1] or "*", int(found[2]), found[3]
+
+
+def _names(text: str) -> list[str]:
+    """Names between commas."""
+    return text.split(",")
+
+
+def _bytes(text: str) -> int:
+    """A number of bytes."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number of bytes, found {text!r}")
+    return int(text)
+
+
 def _digest(text: str) -> str:
     """A SHA-256 in hexadecimal digits."""
     if not re.fullmatch("[0-9a-fA-F]{64}", text):
@@ -169,21 +219,28 @@ def _digest(text: str) -> str:
     return text.lower()
 
 
+def _limit(options: argparse.Namespace) -> dict[str, Any]:
+    """What a reader of files is told of their size."""
+    return {} if options.max_bytes is None else {"max_bytes": options.max_bytes}
+
+
 def _inspect(options: argparse.Namespace) -> None:
-    report = inspect(options.file)
+    report = inspect(options.file, **_limit(options))
     if options.json:
-        print(json.dumps(report.to_dict(), indent=2))
+        print(json_text(report.to_dict()))
     else:
         print(report.table(all_tensors=options.all), f"sha256 {report.sha256}", sep="\n")
 
 
 def _verify(options: argparse.Namespace) -> None:
     if options.sha256:
-        found = hashlib.sha256(Path(options.file).read_bytes()).hexdigest()
+        found = hashlib.sha256(
+            container.read(options.file, _limit(options).get("max_bytes", MAX_BYTES) + SLACK)
+        ).hexdigest()
         if found != options.sha256:
             raise ArtifactError(f"expected SHA-256 {options.sha256}, found {found}: another file, or a damaged one")
     try:
-        tensors = _tensors(options.file, options.model)
+        tensors = _tensors(options.file, options)
     except NamelessError:
         if options.against:
             raise
@@ -201,6 +258,8 @@ def _verify(options: argparse.Namespace) -> None:
         raise ArtifactError(f"--against {options.against}: {error}") from error
     # The file's own names, less what wrappers put in front of all of them, as in the checkpoint.
     held, wanted = (dict(zip(bare(state), state.values())) for state in (tensors, checkpoint))
+    if is_part(options.file, **_limit(options)):
+        wanted = {name: value for name, value in wanted.items() if name in held}
     unequal = [one.text("the file", "the checkpoint") for one in differences(held, wanted) if not one.equal]
     if unequal:
         more = f"; and {len(unequal) - _NAMED} more" * (len(unequal) > _NAMED)
@@ -209,61 +268,98 @@ def _verify(options: argparse.Namespace) -> None:
         )
 
 
-def _tensors(file: str, factory: str | None) -> dict[str, Any]:
+def _tensors(file: str, options: argparse.Namespace) -> dict[str, Any]:
     """The tensors of a file, read from end to end, by a model where one is named."""
-    if factory is None:
-        return load(file)
-    model = _made(factory)
-    load_into(model, file)
-    return dict(model.state_dict())
+    if options.model is None:
+        return load(file, **_limit(options))
+    model = _made(options.model)
+    left = load_into(model, file, options.max_bytes)
+    return {name: value for name, value in model.state_dict().items() if name not in left}
 
 
 def _diff(options: argparse.Namespace) -> int:
     paths = (options.file, options.other)
     contents = []
     for options.file in paths:  # an error names the file that was being read
-        contents.append((load(options.file), inspect(options.file)))
+        contents.append((load(options.file, **_limit(options)), inspect(options.file, **_limit(options))))
     (first, one), (second, other) = contents
     found = differences(first, second)
     equal = all(difference.equal for difference in found)
     if options.json:
-        print(json.dumps(difference_dict(found, (one, other)), indent=2))
+        print(json_text(difference_dict(found, (one, other))))
     else:
         print(difference_table(found, (one, other), paths, all_tensors=options.all))
     return int(not equal)
 
 
 def _export(options: argparse.Namespace) -> None:
-    Path(options.file).stat()  # where nothing is, the other arguments are not what is wrong
-    folder = Path(options.file) if Path(options.file).is_dir() else None
-    file = folder / "model.psc" if folder else Path(options.file)
+    run = Path(options.file) if Path(options.file).is_dir() else None
+    file = str(run / "model.psc") if run else options.file
+    if run and not Path(file).is_file():
+        raise _UsageError(f"{run} is a folder without a model.psc: give a run's, or a file")
+    checkpoint = _is_checkpoint(file)
     chosen = {name: out for name in EXPORTERS if (out := getattr(options, name))}
     if not chosen:
         raise _UsageError(f"nothing to write: give at least one of {', '.join(f'--{name} OUT' for name in EXPORTERS)}")
     if graphs := [name for name in chosen if EXPORTERS[name].graph]:
         if options.example is None:
             raise _UsageError(f"--{graphs[0]} needs --example, the shape of an input, as in --example 1,3,32,32")
-        if (options.model is None) == (folder is None):
-            raise _UsageError(f"a .psc file holds no graph: give --model {_FACTORY}, or a run's folder instead")
+        if options.model is None and run is None:
+            what = "checkpoint" if checkpoint else ".psc file"
+            raise _UsageError(f"a {what} holds no graph: give --model {_FACTORY}, or a run's folder instead")
+    shapes: dict[str, dict[int, str]] = {}
+    for which, axis, length in options.dynamic:
+        shapes.setdefault(which, {})[axis] = length
+    asked = {"dynamic_shapes": shapes, "input_names": options.input_names, "output_names": options.output_names}
     writers = {name: EXPORTERS[name].write for name in chosen}  # where one lacks a package, none writes
     for name, out in chosen.items():
         if name not in graphs:
-            writers[name](_tensors(str(file), options.model), out)
+            writers[name](_checkpoint(file) if checkpoint else _tensors(file, options), out)
             continue
-        model = _of_run(folder) if folder else _made(options.model)
-        example = _example_of(model, file, options.example)
-        stored = load_stored(file, model=model)
+        model = _made(options.model) if options.model else _of_run(Path(options.file))
+        stored = _fill(model, file, checkpoint, options.max_bytes)
+        example = _example_of(model, options.example)
         try:
-            writers[name](model, stored, out, example, dynamic_batch=options.dynamic_batch)
+            writers[name](model, stored, out, example, dynamic_batch=options.dynamic_batch, **asked)
         except ValueError as error:
             raise _UsageError(str(error)) from error
 
 
-def _example_of(model: Any, file: Path, inputs: Sequence[tuple[tuple[int, ...], str]]) -> tuple[Any, ...]:
-    """Inputs of these shapes and types, which the model takes with the weights of the file."""
+def _is_checkpoint(file: str) -> bool:
+    """Whether a file is another's; where there is none, the other arguments are not what is wrong."""
+    if "://" in file:
+        return False
+    path = Path(file).expanduser()
+    path.stat()
+    if path.suffix == ".psc" or not path.is_file():
+        return False
+    with path.open("rb") as content:
+        return content.read(len(container.MAGIC)) != container.MAGIC
+
+
+def _checkpoint(file: str) -> dict[str, Any]:
+    try:
+        return read_tensors(Path(file).expanduser())
+    except ValueError as error:
+        raise ArtifactError(f"neither a .psc file nor a checkpoint: {error}") from error
+
+
+def _fill(model: Any, file: str, checkpoint: bool, max_bytes: int | None) -> dict[str, Any]:
+    """Put a file's weights, or a checkpoint's, into a model; how those that are compressed are stored."""
+    if not checkpoint:
+        load_into(model, file, max_bytes)
+        return dict(load_stored(file, max_bytes, model))
+    try:
+        model.load_state_dict(matched(_checkpoint(file), model.state_dict()))
+    except ValueError as error:
+        raise ArtifactError(str(error)) from error
+    return {}
+
+
+def _example_of(model: Any, inputs: Sequence[tuple[tuple[int, ...], str]]) -> tuple[Any, ...]:
+    """Inputs of these shapes and types, which the model takes."""
     import torch
 
-    load_into(model, file)
     example = tuple(torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in inputs)
     try:
         with torch.no_grad():
@@ -292,6 +388,8 @@ def _of_run(folder: Path) -> Any:
     from psc_lightning.app.build import build_module
 
     sys.path.insert(0, "")  # where the run's own command found it
+    if not (folder / "config.yaml").is_file():
+        raise _UsageError(f"{folder} holds no config.yaml, which says what a run's model is: give --model {_FACTORY}")
     cfg = OmegaConf.load(folder / "config.yaml")
     assert isinstance(cfg, DictConfig)
     return build_module(cfg)

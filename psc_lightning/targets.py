@@ -23,7 +23,18 @@ from torch.nn.parameter import UninitializedParameter
 from psc_lightning.layout import Layout
 from psc_lightning.sharding import is_sharded
 
-__all__ = ["Idle", "Selection", "Target", "frozen", "left_out", "patterns", "select", "tensors"]
+__all__ = [
+    "Idle",
+    "Selection",
+    "Target",
+    "frozen",
+    "left_out",
+    "matches_name",
+    "named",
+    "patterns",
+    "select",
+    "tensors",
+]
 
 
 _NOT_AMONG = "not among the targets"
@@ -185,6 +196,48 @@ def _how(pattern: str, target: Target) -> str | None:
     return "module" if any(fnmatchcase(".".join(p[: i + 1]), pattern) for p in paths for i in range(len(p))) else None
 
 
+def _matches_any(pattern: str, target: Target) -> bool:
+    """Where a module, or a type, means all its parameters."""
+    if any(pattern == base.__name__ for layer, _ in target.holders for base in type(layer).__mro__[:-2]):
+        return True
+    return any(matches_name(pattern, name) for name in target.names)
+
+
+def matches_name(pattern: str, name: str) -> bool:
+    """Whether a pattern means this tensor, or a module that it lies in.
+
+    >>> [matches_name(pattern, "net.head.bias") for pattern in ("*.bias", "net.head", "re:net.*", "head")]
+    [True, True, True, False]
+    """
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    path = name.split(".")
+    return any(fnmatchcase(".".join(path[: i + 1]), pattern) for i in range(len(path)))
+
+
+def named(model: nn.Module, targets: Sequence[str] | None, ignore: Sequence[str] | None) -> list[Target]:
+    """All Parameters that patterns choose, whatever they are; a module's name, or a type, means its biases too.
+
+    Args:
+        model: any module.
+        targets: patterns; None: all.
+        ignore: patterns of what to leave out; it wins over `targets`.
+
+    Raises:
+        ValueError: a pattern matches nothing, or all is left out.
+
+    >>> [target.name for target in named(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), ["Linear"], ["0"])]
+    ['1.weight', '1.bias']
+    """
+    everything = list(tensors(model))
+    _check_patterns(model, everything, _matches_any, targets, ignore)
+    found = [target for target in everything if targets is None or any(_matches_any(p, target) for p in targets)]
+    found = [target for target in found if not any(_matches_any(pattern, target) for pattern in ignore or ())]
+    if not found:
+        raise ValueError(f"ignore={ignore} leaves nothing of targets={targets}")
+    return found
+
+
 def _refusal(target: Target) -> str | None:
     """Why a tensor cannot be compressed, or None."""
     parameter = target.parameter
@@ -262,10 +315,7 @@ def select(
     ['1.weight']
     """
     everything = list(tensors(model))
-    for argument, wanted in (("targets", targets), ("ignore", ignore)):
-        for pattern in wanted or ():
-            if not any(_matches(pattern, target) for target in everything):
-                raise ValueError(_nothing(argument, pattern, model, everything))
+    _check_patterns(model, everything, _matches, targets, ignore)
     chosen, entries = Selection(), _entries(everything)
     for target in everything:
         exact = any(_names(pattern, target) for pattern in targets or ())
@@ -344,6 +394,20 @@ def left_out(selections: Iterable[Selection]) -> str | None:
     return (
         f"not compressed: {shown}{more}. Name them in targets to compress them too, or in ignore to hear no more of it"
     )
+
+
+def _check_patterns(
+    model: nn.Module,
+    everything: list[Target],
+    matches: Callable[[str, Target], bool],
+    targets: Sequence[str] | None,
+    ignore: Sequence[str] | None,
+) -> None:
+    """Refuse a pattern that matches nothing."""
+    for argument, wanted in (("targets", targets), ("ignore", ignore)):
+        for pattern in wanted or ():
+            if not any(matches(pattern, target) for target in everything):
+                raise ValueError(_nothing(argument, pattern, model, everything))
 
 
 def _nothing(argument: str, pattern: str, model: nn.Module, everything: list[Target]) -> str:

@@ -4,12 +4,14 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from inspect import getsource
 from pathlib import Path
 
 import onnxruntime
 import pytest
 import torch
+from lightning import LightningModule, Trainer
 from models import bag, compressed, net
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -418,3 +420,175 @@ def test_export_leaves_the_batch_open(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main([*arguments, "test_cli:Fixed"]) == 2
     assert "psc export: dynamic_batch: the model's code fixes" in capsys.readouterr().err
     assert not out.exists()
+
+
+# -------------------------------------------------------------------------------------------- sources, lengths, names
+
+
+class Tagger(nn.Module):
+    """A label for each word, of sentences of any length up to twelve."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.places, self.labels = nn.Embedding(20, 8), nn.Embedding(12, 8), nn.Linear(8, 4)
+
+    def forward(self, words: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return self.labels((self.words(words) + self.places.weight[: words.shape[1]]) * weights.unsqueeze(-1))
+
+
+class Module(LightningModule):
+    """As a user's own is: the model under a name, and a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Tagger()
+
+
+def checkpointed(folder: Path) -> Path:
+    """A checkpoint of Lightning's."""
+    trainer = Trainer(logger=False, enable_checkpointing=False, enable_model_summary=False, accelerator="cpu")
+    trainer.strategy.connect(Module())
+    trainer.save_checkpoint(folder / "last.ckpt", weights_only=True)
+    return folder / "last.ckpt"
+
+
+def saved(folder: Path) -> Path:
+    """A file of ours."""
+    save(Tagger(), folder / "tagger.psc")
+    return folder / "tagger.psc"
+
+
+def as_run(folder: Path) -> Path:
+    """A folder with a model.psc."""
+    save(Tagger(), folder / "model.psc")
+    return folder
+
+
+def as_state_dict(folder: Path) -> Path:
+    """A plain state dict, in the form that others read, too."""
+    save_file(Tagger().state_dict(), folder / "weights.safetensors")
+    return folder / "weights.safetensors"
+
+
+@pytest.mark.parametrize("make", [checkpointed, as_run])
+def test_export_of_any_source_with_open_lengths_and_names(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    source, out, dense = make(tmp_path), tmp_path / "m.onnx", tmp_path / "m.safetensors"
+    arguments = ["export", str(source), "--onnx", str(out), "--safetensors", str(dense), "--model", "test_cli:Tagger"]
+    arguments += ["--example", "1,5:int64", "--example", "1,5", "--dynamic-batch", "--dynamic", "1=length"]
+    assert main([*arguments, "--input-names", "ids,share", "--output-names", "label"]) == 0
+    made, model = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"]), Tagger()
+    assert [(one.name, one.shape) for one in made.get_inputs()] == [
+        ("ids", ["batch", "length"]),
+        ("share", ["batch", "length"]),
+    ]
+    assert [(one.name, one.shape) for one in made.get_outputs()] == [("label", ["batch", "length", 4])]
+    for batch, length in ((1, 5), (3, 12), (2, 1)):
+        words, weights = torch.arange(batch * length).reshape(batch, length) % 20, torch.rand(batch, length)
+        (found,) = made.run(None, {"ids": words.numpy(), "share": weights.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), model(words, weights), rtol=1e-5, atol=1e-6)
+    state = {name.removeprefix("net."): tensor for name, tensor in load_file(dense).items()}
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--dynamic", "nobody:1=length"], "dynamic_shapes: 'nobody' is none of the inputs, which are words, weights"),
+        (["--dynamic", "2=length"], "dynamic_shapes: words has 2 axes in the example, found axis 2"),
+        (["--input-names", "a"], "input_names: expected 2 different names, found ['a']"),
+    ],
+)
+def test_export_says_what_does_not_fit_the_model(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = saved(tmp_path)
+    asked = ["export", str(source), "--onnx", str(tmp_path / "m.onnx"), "--model", "test_cli:Tagger"]
+    assert main([*asked, "--example", "1,5:int64", "--example", "1,5", *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("wrong", ["length", "x=length", "1=", "1=a-b", ":1=length"])
+def test_an_open_axis_that_is_none_is_wrong_usage(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["export", "m.psc", "--dynamic", wrong])
+    assert caught.value.code == 2
+    assert "expected an axis and a name as in 1=length or ids:1=length" in capsys.readouterr().err
+
+
+def test_export_of_what_does_not_belong_together_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx = ["--onnx", str(tmp_path / "m.onnx"), "--example", "1,6"]
+    source = str(as_state_dict(tmp_path))
+    assert main(["export", source, *onnx]) == 2
+    assert "a checkpoint holds no graph: give --model" in capsys.readouterr().err
+    assert main(["export", source, *onnx, "--model", "test_cli:small"]) == 1
+    assert "another architecture than the model: missing 0.weight" in capsys.readouterr().err
+    assert main(["export", str(tmp_path), *onnx]) == 2
+    assert "is a folder without a model.psc" in capsys.readouterr().err
+    assert main(["export", str(as_run(tmp_path)), *onnx]) == 2
+    assert "holds no config.yaml, which says what a run's model is: give --model" in capsys.readouterr().err
+    (tmp_path / "noise.ckpt").write_bytes(b"no")
+    assert main(["export", str(tmp_path / "noise.ckpt"), *onnx, "--model", "test_cli:small"]) == 1
+    assert "neither a .psc file nor a checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["inspect", "FILE"],
+        ["verify", "FILE"],
+        ["verify", "FILE", "--model", "test_cli:large"],
+        ["verify", "FILE", "--sha256", "0" * 64],
+        ["diff", "FILE", "FILE"],
+        ["export", "FILE", "--safetensors", "OUT"],
+        ["export", "FILE", "--onnx", "OUT", "--example", "1,600", "--model", "test_cli:large"],
+    ],
+    ids=" ".join,
+)
+def test_every_command_keeps_to_its_limit(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of memory for tensors, 1.44 MB of them here, and of the file, which may be a mebibyte longer than these."""
+    file, out = tmp_path / "model.psc", tmp_path / "out"
+    save(large(), file)
+    arguments = [{"FILE": str(file), "OUT": str(out)}.get(word, word) for word in command]
+    for limit in (100, 1_000_000):
+        if limit == 100 or "--sha256" not in command:
+            assert main([*arguments, "--max-bytes", str(limit)]) == 1
+            assert "max_bytes" in capsys.readouterr().err
+            assert not out.exists()
+    if "--onnx" not in command:
+        assert main([*arguments, "--max-bytes", "1440000"]) == ("--sha256" in command)
+    with pytest.raises(SystemExit):
+        main([*arguments, "--max-bytes", "1e6"])
+    assert "expected a whole number of bytes, found '1e6'" in capsys.readouterr().err
+
+
+def large() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(600, 600, bias=False)
+
+
+def test_a_command_reads_a_url(capsys: pytest.CaptureFixture[str]) -> None:
+    save(small(), "memory://model.psc")
+    assert main(["inspect", "memory://model.psc"]) == main(["verify", "memory://model.psc"]) == 0
+    assert main(["inspect", "memory://nowhere.psc"]) == 1
+    assert capsys.readouterr().err == "psc inspect: memory://nowhere.psc: No such file or directory\n"
+    assert main(["inspect", "nosuch://model.psc"]) == 1
+    assert "not a URL that can be opened" in capsys.readouterr().err
+
+
+def test_a_part_is_verified_for_what_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, part, whole = Tagger(), str(tmp_path / "part.psc"), tmp_path / "whole.safetensors"
+    save(model, part, only="labels")
+    save_file(model.state_dict(), whole)
+    for more in (["--model", "test_cli:Tagger"], ["--against", str(whole)]):
+        assert main(["verify", part, *more]) == 0, more
+    model.labels.bias.data[0] += 1
+    save_file(model.state_dict(), whole)
+    assert main(["verify", part, "--against", str(whole)]) == 1
+    assert "in 1 of 2 tensors: labels.bias" in capsys.readouterr().err
+    assert main(["export", part, "--safetensors", str(tmp_path / "out"), "--model", "test_cli:Tagger"]) == 0
+    assert sorted(load_file(tmp_path / "out")) == ["labels.bias", "labels.weight"]

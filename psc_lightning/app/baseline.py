@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
 import shutil
 import tempfile
@@ -25,8 +24,9 @@ from torch import Tensor, nn
 from psc_lightning.app.build import build_module, build_trainer, seed
 from psc_lightning.app.errors import UsageError, check_finite
 from psc_lightning.app.resume import ResumePoint
-from psc_lightning.checkpoint import bare, read_tensors
+from psc_lightning.checkpoint import matched, read_tensors
 from psc_lightning.files import write_atomic
+from psc_lightning.strict_json import json_text
 
 __all__ = ["baseline", "cached", "fingerprint", "make_cache", "read_checkpoint"]
 
@@ -43,40 +43,10 @@ def read_checkpoint(path: Path, module: nn.Module) -> dict[str, Tensor]:
         UsageError: no such file, not tensors, another architecture (the keys that differ are listed), a value that is not
             finite.
     """
-    key = f"model.checkpoint={path}"
     try:
-        content = read_tensors(path)
+        return matched(read_tensors(path), module.state_dict())
     except ValueError as error:
-        raise UsageError(f"{key}: {error}") from error
-    return match(content, module.state_dict(), key)
-
-
-def match(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], key: str) -> dict[str, Tensor]:
-    """Return the tensors of `found` under the names of `wanted`."""
-    by_name = dict(zip(bare(found), found.values(), strict=True))
-    state: dict[str, Tensor] = {}
-    wrong: list[str] = []
-    for name, plain in zip(wanted, bare(wanted), strict=True):
-        value = by_name.pop(plain, None)
-        if value is None and plain.endswith("num_batches_tracked"):
-            value = wanted[name]
-        if value is None:
-            wrong.append(f"missing {plain}")
-        elif value.shape != wanted[name].shape:
-            wrong.append(f"{plain} is {tuple(value.shape)}, not {tuple(wanted[name].shape)}")
-        else:
-            state[name] = value
-    wrong += [f"unexpected {plain}" for plain in by_name]
-    if wrong:
-        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise UsageError(
-            f"{key}: another architecture than the model: {'; '.join(wrong[:6])}{more}; "
-            "give a checkpoint of this model, or choose the model it is of (model=…)"
-        )
-    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise UsageError(f"{key}: NaN or infinity in {', '.join(broken)}; give one from before training diverged")
-    return state
+        raise UsageError(f"model.checkpoint={path}: {error}") from error
 
 
 def fingerprint(settings: Mapping[str, Any], module: LightningModule) -> str:
@@ -92,7 +62,7 @@ def fingerprint(settings: Mapping[str, Any], module: LightningModule) -> str:
         "lightning": version("lightning"),
         "threads": torch.get_num_threads(),
     }
-    digest.update(json.dumps(facts, sort_keys=True).encode())
+    digest.update(json_text(facts, indent=None, sort_keys=True).encode())
     for name, value in module.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from psc_lightning.app.errors import UsageError
 from psc_lightning.files import write_atomic
+from psc_lightning.strict_json import json_text
 
 __all__ = ["Run", "register_resolvers"]
 
@@ -88,7 +89,7 @@ class Run:
     def note(self, **entries: Any) -> None:
         """Add entries to run.json."""
         record = json.loads(self.record.read_text()) if self.record.is_file() else {}
-        write_atomic(self.record, (json.dumps(record | entries, indent=2) + "\n").encode())
+        write_atomic(self.record, f"{json_text(record | entries)}\n".encode())
 
 
 def plain(cfg: DictConfig) -> DictConfig:

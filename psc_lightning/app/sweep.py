@@ -16,6 +16,7 @@ from psc_lightning.app.errors import UsageError
 from psc_lightning.app.run_folder import Run
 from psc_lightning.files import write_atomic
 from psc_lightning.report.notes import main_metric
+from psc_lightning.strict_json import json_text
 
 __all__ = ["SweepFolder", "check_sweeper", "summarise"]
 
@@ -34,7 +35,7 @@ def summarise(folder: Path) -> list[dict[str, Any]]:
     """Write `sweep.json`, print the table, and return the jobs: those that left a run.json in a folder of `folder`."""
     jobs = [entry(Run(path.parent)) for path in sorted(folder.glob("*/run.json"), key=job_order)]
     if jobs:
-        write_atomic(folder / "sweep.json", (json.dumps({"jobs": jobs}, indent=2) + "\n").encode())
+        write_atomic(folder / "sweep.json", f"{json_text({'jobs': jobs})}\n".encode())
         console = Console()
         console.width = console.width if console.is_terminal else 120
         console.print(table(jobs))

@@ -6,6 +6,7 @@ from psc_lightning.artifact.errors import ArtifactError, NamelessError
 from psc_lightning.artifact.file import (
     dense_bytes,
     inspect,
+    is_part,
     load,
     load_into,
     load_stored,
@@ -20,6 +21,7 @@ __all__ = [
     "NamelessError",
     "dense_bytes",
     "inspect",
+    "is_part",
     "load",
     "load_into",
     "load_stored",

@@ -11,11 +11,11 @@ a reader skips those it does not know and refuses other unknown ones.
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Mapping
 
 from psc_lightning.artifact.errors import ArtifactError
+from psc_lightning.files import OversizeError, Source, read_bytes
 
 __all__ = ["MAGIC", "VERSION", "Cursor", "pack", "read", "unpack", "varint"]
 
@@ -144,18 +144,19 @@ def unpack(data: bytes, known: frozenset[int]) -> dict[int, bytes]:
     return sections
 
 
-def read(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+def read(source: Source, max_bytes: int) -> bytes:
     """The bytes of a file, unless there are more than `max_bytes`.
 
     Raises:
         ArtifactError: it is longer.
-        OSError: it cannot be opened.
+        OSError, TypeError, ValueError: it cannot be opened; see `files.read_bytes`.
     """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > max_bytes:
-            raise ArtifactError(f"expected a file of at most max_bytes = {max_bytes} bytes, found {size}: {_OVERSIZE}")
-        return file.read(size)  # not max_bytes: Python takes memory for as many bytes as it is asked to read
+    try:
+        return read_bytes(source, max_bytes)
+    except OversizeError as error:
+        raise ArtifactError(
+            f"expected a file of at most max_bytes = {max_bytes} bytes, found {error}: {_OVERSIZE}"
+        ) from None
 
 
 _ADVICE = "the file is truncated or damaged; get a fresh copy, or save the model again"

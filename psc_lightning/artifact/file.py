@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,31 +16,42 @@ from psc_lightning.artifact.ans import Coded
 from psc_lightning.artifact.directory import Entry, Kind
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
 from psc_lightning.artifact.leftovers import Precisions
-from psc_lightning.artifact.snapshots import Snapshot, check_tensor, plain_name, plain_state, snapshots_of, tell_extras
+from psc_lightning.artifact.moving import MapLocation, moved
+from psc_lightning.artifact.snapshots import (
+    Snapshot,
+    check_tensor,
+    part_of,
+    plain_name,
+    plain_state,
+    snapshots_of,
+    tell_extras,
+)
 from psc_lightning.artifact.streams import Stream, SymbolReader, SymbolWriter
 from psc_lightning.artifact.summary import Summary, batchnorm_batches, layer_types, report_of, summarise
-from psc_lightning.files import write_atomic
+from psc_lightning.files import Place, Source, write_atomic
 from psc_lightning.report.numbers import Report
 from psc_lightning.sharding import by_rank_zero, sharded_modules, whole
 from psc_lightning.stored import Stored, decode
 
-__all__ = ["inspect", "load", "load_into", "load_stored", "measure", "save", "to_bytes", "verify"]
+__all__ = ["inspect", "is_part", "load", "load_into", "load_stored", "measure", "save", "to_bytes", "verify"]
 
 MAX_BYTES = 2**31
 _SHOWN = 6  # differences that a message names
 
 _SYMBOLS, _PLAIN = 3, 5
+_PARTIAL = 128  # empty; says that a model has more than the file holds
 _CONTENTS = (directory.PLAIN, directory.DEFLATED, directory.NAMELESS)
-_KNOWN = frozenset({*_CONTENTS, _SYMBOLS, _PLAIN})
-_SLACK = 1 << 20  # a file may be this much longer than the tensors in it: names, and weights that do not compress
+_KNOWN = frozenset({*_CONTENTS, _SYMBOLS, _PLAIN, _PARTIAL})
+SLACK = 1 << 20  # a file may be this much longer than the tensors in it: names, and weights that do not compress
 
 
 def save(
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: Place,
     leftovers: Precisions = "float32",
     names: bool = True,
     fold_batchnorm: bool | Mapping[str, str] = False,
+    only: str | Iterable[str] | None = None,
 ) -> Report:
     """Write a model's weights as they are used: compressed tensors through their slots, all others losslessly.
 
@@ -49,21 +59,26 @@ def save(
 
     Args:
         model: any module; what was attached to it by psc_lightning's callbacks or `compress` is stored compactly.
-        path: the file to write; one that exists is replaced only when the new one is complete.
+        path: the file to write; one that exists is replaced only when the new one is complete. ``~`` is the home folder.
+            Or a URL that fsspec knows, or a binary stream (`io.BytesIO`), which is written from where it stands.
         leftovers: how tensors outside the slots are stored: `float32`, as they are; `float16`, floating ones rounded
             (reading gives `x.to(float16).to(x.dtype)`); `log8`, 8 bits on a logarithmic grid, within 4.5 %. Or a mapping
             from globs over tensor names: ``{"*.running_*": "log8", "*": "float16"}``; the first that matches counts.
         names: False leaves names and shapes out: only `load_into`, with the same model, reads such a file.
         fold_batchnorm: store what `psc_lightning.fold_batchnorm` makes of the model; a mapping names the pairs.
+        only: the entries of the state dict to write, as globs over their names, modules' names or ``re:…`` (``"*lora_*"``).
+            The file says that it is a part, so that `load_into` leaves the others as they are. None: all.
 
     Returns:
         What was stored, and in how many bytes.
 
     Raises:
         ValueError: a non-finite weight, a value beyond float16, or a tensor that cannot be stored or folded; it is named.
+            A pattern of `only` that matches nothing. A stream that is closed or not open for writing.
+        TypeError: the place is no path and no binary stream.
         OSError: the folder is missing or not writable, or the disk is full; nothing is left behind.
     """
-    data, report = to_bytes(model, leftovers, names, fold_batchnorm)
+    data, report = to_bytes(model, leftovers, names, fold_batchnorm, only)
     tell_extras(model)
     by_rank_zero(lambda: write_atomic(path, data), together=bool(sharded_modules(model)))
     return report
@@ -74,13 +89,14 @@ def measure(
     leftovers: Precisions = "float32",
     names: bool = True,
     fold_batchnorm: bool | Mapping[str, str] = False,
+    only: str | Iterable[str] | None = None,
 ) -> Report:
     """What `save` would write now, with each slot that has begun at full strength; nothing is written, nothing changes.
 
     At any time, in training too: in a step, in a ramp, on any rank (of a sharded model on all of them).
 
     Args:
-        model, leftovers, names, fold_batchnorm: as for `save`.
+        model, leftovers, names, fold_batchnorm, only: as for `save`.
 
     Raises:
         ValueError: as `save`.
@@ -92,7 +108,7 @@ def measure(
     >>> compress(model, "binary").file_bytes == measure(model).file_bytes < 600
     True
     """
-    return to_bytes(model, leftovers, names, fold_batchnorm)[1]
+    return to_bytes(model, leftovers, names, fold_batchnorm, only)[1]
 
 
 def to_bytes(
@@ -100,12 +116,17 @@ def to_bytes(
     leftovers: Precisions = "float32",
     names: bool = True,
     fold_batchnorm: bool | Mapping[str, str] = False,
+    only: str | Iterable[str] | None = None,
 ) -> tuple[bytes, Report]:
     """What `save` would write, and its report; the model is not changed.
 
     Raises:
         ValueError: as `save`.
     """
+    if only is not None and (fold_batchnorm or not names):
+        raise ValueError(
+            "only: expected a file with names, of weights as they are, found names=False or fold_batchnorm"
+        )
     refreshed = batchnorm_batches(model)
     if fold_batchnorm:
         model = folding.fold_batchnorm(model, None if fold_batchnorm is True else fold_batchnorm)
@@ -113,11 +134,13 @@ def to_bytes(
         snapshots = snapshots_of(model)
         with whole(model):
             writer = SymbolWriter()
-            entries, bits, held = _put(writer, model, snapshots, leftovers)
+            entries, bits, held = _put(writer, model, snapshots, leftovers, only)
             tag, content = directory.encode(entries) if names else directory.encode_nameless(entries)
             coded = writer.finish()
-            sections = {tag: content, _SYMBOLS: coded.stack, _PLAIN: coded.plain}
-            data = container.pack({tag: section for tag, section in sections.items() if section or tag != _PLAIN})
+            sections = {tag: content, _SYMBOLS: coded.stack}
+            sections |= {_PLAIN: coded.plain} if coded.plain else {}
+            sections |= {_PARTIAL: b""} if len(entries) < len(plain_state(model)) else {}
+            data = container.pack(sections)
             digest = hashlib.sha256(data).hexdigest()
             report = report_of(entries, bits, writer.streams, len(data), digest, held, layer_types(model))
             report.batchnorm_batches = refreshed
@@ -130,10 +153,15 @@ def dense_bytes(model: nn.Module) -> int:
 
 
 def _put(
-    writer: SymbolWriter, model: nn.Module, snapshots: Mapping[str, Snapshot], precisions: Precisions
+    writer: SymbolWriter,
+    model: nn.Module,
+    snapshots: Mapping[str, Snapshot],
+    precisions: Precisions,
+    only: str | Iterable[str] | None = None,
 ) -> tuple[list[Entry], list[float], dict[int, Summary]]:
     """Hand a model's tensors to a writer: what each is, what it cost in bits, what the report says of it."""
-    state = plain_state(model)
+    state = part_of(plain_state(model), only)
+    snapshots = {name: snapshot for name, snapshot in snapshots.items() if name in state}
     for name in snapshots:
         check_tensor(name, snapshots[name][1])  # levels would make a number of an infinity
     for name, value in state.items():
@@ -165,53 +193,66 @@ def _put(
     return entries, bits, held
 
 
-def load(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> dict[str, Tensor]:
-    """Read a file: the plain state dict of the model's own class, on the CPU.
+def load(path: Source, max_bytes: int = MAX_BYTES, map_location: MapLocation = None) -> dict[str, Tensor]:
+    """Read a file: the plain state dict of the model's own class; of a file that is a part, its entries.
 
     Args:
-        path: the file.
+        path: the file: a path, a URL that fsspec knows, a binary stream (from where it stands to its end), or its bytes.
         max_bytes: refuse, before taking memory, a file whose tensors need more than this.
+        map_location: where the tensors are put, as in `torch.load`. None: on the CPU.
 
     Raises:
         ArtifactError: not a whole and undamaged .psc file, or too large; the message says what to do.
         OSError: it cannot be opened.
+        TypeError, ValueError: neither a path nor bytes, nor a binary stream that is open for reading.
     """
-    return _read(path, max_bytes).tensors
+    return moved(_read(path, max_bytes).tensors, map_location)
 
 
-def load_stored(
-    path: str | os.PathLike[str], max_bytes: int = MAX_BYTES, model: nn.Module | None = None
-) -> dict[str, Stored]:
+def load_stored(path: Source, max_bytes: int | None = None, model: nn.Module | None = None) -> dict[str, Stored]:
     """The compressed tensors of a file by name, each as its cores and what makes the weight from them.
 
     Args:
-        path: the file.
-        max_bytes: as for `load`.
-        model: what the file goes into, for one without names; its size is the limit then.
+        path: the file; see `load`.
+        max_bytes: as for `load`; with a model as for `load_into`.
+        model: what the file goes into, for one without names.
 
     Raises:
         ArtifactError: as `load`, or as `load_into`.
     """
-    content = _read(path, max_bytes, keep=True) if model is None else _read_for(model, path, keep=True)
-    return content.stored
+    if model is not None:
+        return _read_for(model, path, max_bytes, keep=True).stored
+    return _read(path, MAX_BYTES if max_bytes is None else max_bytes, keep=True).stored
 
 
-def verify(path: str | os.PathLike[str]) -> None:
+def verify(path: Source, max_bytes: int = MAX_BYTES) -> None:
     """Check a file from end to end: checksum, structure, every symbol.
 
+    Args:
+        path, max_bytes: as for `load`.
+
     Raises:
-        ArtifactError: it is not whole and undamaged.
+        ArtifactError: it is not whole and undamaged, or too large.
     """
-    _read(path, MAX_BYTES)
+    _read(path, max_bytes)
 
 
-def inspect(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Report:
+def is_part(path: Source, max_bytes: int = MAX_BYTES) -> bool:
+    """Whether a file holds a part of its model only: `save(…, only=…)`.
+
+    Raises:
+        ArtifactError: as `load`.
+    """
+    return _PARTIAL in container.unpack(container.read(path, max_bytes + SLACK), _KNOWN)
+
+
+def inspect(path: Source, max_bytes: int = MAX_BYTES) -> Report:
     """The report of a file, as far as the file alone tells: layer types are empty.
 
     Raises:
         ArtifactError: as `load`.
     """
-    data = container.read(path, max_bytes + _SLACK)
+    data = container.read(path, max_bytes + SLACK)
     content = _decode(*_open(data), max_bytes, keep=True)
     held = {}
     for index, entry in enumerate(content.entries):
@@ -223,18 +264,39 @@ def inspect(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Report:
 
 
 @torch.no_grad()
-def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def load_into(
+    model: nn.Module, path: Source, max_bytes: int | None = None, map_location: MapLocation = None
+) -> list[str]:
     """Put a file's weights into a model of the same class, plain or live; all of them, or none on an error.
+
+    Args:
+        model: the model.
+        path: the file; see `load`.
+        max_bytes: as for `load`. None: what the model's own tensors can take.
+        map_location: where the whole model is put then. None: it stays where it is.
+
+    Returns:
+        The names of the model's tensors that a file which is a part (`save(…, only=…)`) has left as they were.
 
     Raises:
         ArtifactError: as `load`, or names or shapes differ; the message lists them.
-        ValueError: the model is sharded.
+        ValueError: the model is sharded, or on the meta device.
     """
     if sharded_modules(model):
         raise ValueError("load_into: the model is sharded already: load into it before fully_shard")
-    tensors = _read_for(model, path).tensors
-    own = model.state_dict().items()  # which has what no file holds
-    model.load_state_dict({name: tensors.get(plain_name(name), value) for name, value in own})
+    state = model.state_dict()
+    if any(isinstance(value, Tensor) and value.is_meta for value in state.values()):
+        raise ValueError("load_into: the model is on the meta device, without memory: model.to_empty(device=…) first")
+    device = moved({"": torch.empty(0)}, map_location)[""].device
+    tensors = _read_for(model, path, max_bytes).tensors
+    given = {name: tensors[plain_name(name)] for name in state if plain_name(name) in tensors}
+    own = {name: value for name, value in state.items() if not isinstance(value, Tensor)}  # which no file holds
+    model.load_state_dict({**given, **own}, strict=len(given) + len(own) == len(state))
+    if map_location is not None:
+        model.to(device)
+    filled = {state[name].data_ptr() for name in given if state[name].numel()}  # a tied one under another name, too
+    left = [(name, value) for name, value in state.items() if name not in given and name not in own]
+    return [name for name, value in left if _address(value) not in filled]
 
 
 @dataclass(frozen=True)
@@ -259,19 +321,24 @@ def _open(data: bytes, model: Sequence[Entry] | None = None) -> tuple[list[Entry
     return directory.decode(contents[0], sections[contents[0]], model), coded
 
 
-def _read(path: str | os.PathLike[str], max_bytes: int, keep: bool = False) -> _Content:
-    return _decode(*_open(container.read(path, max_bytes + _SLACK)), max_bytes, keep)
+def _read(path: Source, max_bytes: int, keep: bool = False) -> _Content:
+    return _decode(*_open(container.read(path, max_bytes + SLACK)), max_bytes, keep)
 
 
-def _read_for(model: nn.Module, path: str | os.PathLike[str], keep: bool = False) -> _Content:
+def _read_for(model: nn.Module, path: Source, max_bytes: int | None = None, keep: bool = False) -> _Content:
     """Read a file that must go into a model, which says what one without names leaves out."""
     state = plain_state(model)
     expected = {name: tuple(value.shape) for name, value in state.items()}
     # The file's types may be wider than the model's, but no more than eight bytes an entry.
     limit = 8 * sum(map(_room, expected.values()))
+    limit = limit if max_bytes is None else min(limit, max_bytes)
     like = [Entry(name, Kind.SLOTS, value.dtype, tuple(value.shape)) for name, value in state.items()]
-    entries, coded = _open(container.read(path, limit + _SLACK), like)
-    _compare({entry.name: entry.shape for entry in entries}, expected)
+    data = container.read(path, limit + SLACK)
+    entries, coded = _open(data, like)
+    found = {entry.name: entry.shape for entry in entries}
+    if is_part(data, limit):
+        expected = {name: shape for name, shape in expected.items() if name in found}
+    _compare(found, expected)
     return _decode(entries, coded, limit, keep)
 
 
@@ -305,6 +372,10 @@ def _decode(entries: Sequence[Entry], coded: Coded, max_bytes: int, keep: bool =
     reader.finish()
     named = {entry.name: tensors[i if entry.alias is None else entry.alias] for i, entry in enumerate(entries)}
     return _Content(list(entries), named, stored, bits, reader.streams)
+
+
+def _address(value: object) -> int | None:
+    return value.data_ptr() if isinstance(value, Tensor) else None
 
 
 def _room(shape: Sequence[int]) -> int:

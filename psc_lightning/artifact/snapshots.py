@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,11 @@ from psc_lightning.artifact.directory import DTYPES
 from psc_lightning.live import compressed, under_names
 from psc_lightning.sharding import is_sharded, reshard
 from psc_lightning.slots import Slots
+from psc_lightning.targets import matches_name, patterns
 
-__all__ = ["Snapshot", "check", "check_tensor", "plain_name", "plain_state", "snapshots_of", "tell_extras"]
+__all__ = ["Snapshot", "check", "check_tensor", "part_of", "plain_name", "plain_state", "snapshots_of", "tell_extras"]
+
+_SHOWN = 8
 
 #: slots at full strength, and the latent weight they are of
 Snapshot = tuple[Slots, Tensor]
@@ -91,3 +95,20 @@ def check_tensor(name: str, tensor: Tensor) -> None:
             f"{name}: expected finite numbers, found NaN or infinity: look for a diverged training run; a buffer that masks "
             "may hold torch.finfo(dtype).min, or be registered with persistent=False"
         )
+
+
+def part_of(state: Mapping[str, Tensor], only: str | Iterable[str] | None) -> dict[str, Tensor]:
+    """The entries of a state that patterns choose: globs over names, modules' names, ``re:…``; None: all.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+
+    >>> list(part_of({"base.weight": 0, "lora_A.weight": 1, "lora_B.weight": 2}, "lora_*"))
+    ['lora_A.weight', 'lora_B.weight']
+    """
+    wanted = patterns("only", only)
+    for pattern in wanted or ():
+        if not any(matches_name(pattern, name) for name in state):
+            shown = ", ".join(list(state)[:_SHOWN]) + ", …" * (len(state) > _SHOWN)
+            raise ValueError(f"only: {pattern!r} matches no tensor or module; the tensors are {shown or '(none)'}")
+    return {name: x for name, x in state.items() if wanted is None or any(matches_name(p, name) for p in wanted)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,9 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from psc_lightning.layout import Layout
+from psc_lightning.targets import named, patterns
 from psc_lightning.training.conductor import Conductor
+from psc_lightning.training.run import callbacks_of
 from psc_lightning.words import hinting
 
 __all__ = ["Clipped", "GradientClipping"]
@@ -42,6 +45,9 @@ class GradientClipping(Callback):
     - ``adaptive`` (AGC): gᵢ ← gᵢ · min(1, adaptive · max(‖wᵢ‖₂, 10⁻³) / ‖gᵢ‖₂) for each output row i of a weight, and
       for a bias or any other vector as a whole.
 
+    ``max_norm`` and ``max_value`` may go together: entries are cut first, so that a spike takes nothing from the norm that
+    the others have, and both limits hold afterwards.
+
     It works when an optimizer is about to step, so on gradients that are accumulated, unscaled and reduced, once for each
     step of each optimizer and on that optimizer's parameters only, after every callback's and the module's own
     ``on_before_optimizer_step``. Whatever the order in the Trainer's list, it sees the gradients of the latent weights, and
@@ -58,6 +64,10 @@ class GradientClipping(Callback):
     ``grad_norm/clipped_share``, the share of the optimizer steps since training began in which anything was clipped.
     A resumed run counts on.
 
+    With ``targets`` or ``ignore`` it sees the gradients of these parameters only (AGC without the last layer:
+    ``ignore="head"``; a discriminator alone: ``targets="discriminator"``), and what it logs has the patterns in its name
+    (``grad_norm/before/discriminator``). Several of them may share a model, each with parameters of its own.
+
     Args:
         max_norm: limit of the L2 norm, > 0; infinity only logs.
         max_value: limit of an entry's magnitude, > 0.
@@ -65,12 +75,15 @@ class GradientClipping(Callback):
         scope: what shares one norm under `max_norm`: ``global``, ``layer`` or ``weight``. The other two limits have
             their own units and accept only the default.
         log: log the norms and the share of clipped steps.
+        targets, ignore: which parameters, biases too: globs over their names, modules' names, ``re:…`` or layer types;
+            `ignore` wins. None: all that an optimizer holds, and none.
 
     Raises:
-        ValueError: not exactly one limit is given, a limit is not a positive number, or the scope is unknown or has no
-            meaning; when training starts: the Trainer clips, too (``gradient_clip_val``), a fused optimizer runs under
-            a gradient scaler, the strategy keeps gradients where their norm cannot be had, or a gradient will be sparse
-            or complex; at a step: one is.
+        ValueError: no limit is given, or another beside `adaptive`; a limit is not a positive number, or the scope is unknown
+            or has no meaning; when training starts: a pattern matches nothing, another GradientClipping limits one of the
+            same parameters, the Trainer clips, too (``gradient_clip_val``), a fused optimizer runs under a gradient
+            scaler, the strategy keeps gradients where their norm cannot be had, or a gradient will be sparse or complex;
+            at a step: one is.
 
     >>> layer = nn.Linear(2, 1)
     >>> layer.weight.grad, layer.bias.grad = torch.tensor([[3.0, 0.0]]), torch.tensor([4.0])
@@ -82,7 +95,7 @@ class GradientClipping(Callback):
 
     Source: norm: Pascanu, Mikolov & Bengio, "On the difficulty of training recurrent neural networks", 2013, algorithm
     1; adaptive: Brock, De, Smith & Simonyan, "High-performance large-scale image recognition without normalization",
-    2021, equation 3 (which leaves the last layer unclipped; here all are).
+    2021, equation 3 (which leaves the last layer unclipped; here `ignore` says so).
     """
 
     @hinting
@@ -93,11 +106,16 @@ class GradientClipping(Callback):
         adaptive: float | None = None,
         scope: str = "global",
         log: bool = True,
+        targets: str | Iterable[str] | None = None,
+        ignore: str | Iterable[str] | None = None,
     ) -> None:
         limits = {"max_norm": max_norm, "max_value": max_value, "adaptive": adaptive}
         given = {name: limit for name, limit in limits.items() if limit is not None}
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of {', '.join(limits)}, not {' and '.join(given) or 'none'}")
+        if len(given) != 1 and list(given) != ["max_norm", "max_value"]:
+            raise ValueError(
+                f"give exactly one of {', '.join(limits)}, not {' and '.join(given) or 'none'}; only max_norm and max_value "
+                "go together"
+            )
         for name, limit in given.items():
             if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
                 raise ValueError(f"{name} must be a number > 0, not {limit!r}")
@@ -109,6 +127,7 @@ class GradientClipping(Callback):
         self.max_value = max_value
         self.adaptive = adaptive
         self.scope = scope
+        self.targets, self.ignore = patterns("targets", targets), patterns("ignore", ignore)
         self.log_norms = log  # Lightning puts its own `log` on every callback
         self.steps = 0
         self.clipped_steps = 0
@@ -119,6 +138,12 @@ class GradientClipping(Callback):
         limits = {"max_norm": self.max_norm, "max_value": self.max_value, "adaptive": self.adaptive}
         return {**{name: limit for name, limit in limits.items() if limit is not None}, "scope": self.scope}
 
+    @property
+    def state_key(self) -> str:
+        """The class, and which parameters: what tells two of them in one Trainer apart."""
+        chosen = {name: value for name, value in (("targets", self.targets), ("ignore", self.ignore)) if value}
+        return self._generate_state_key(**chosen) if chosen else type(self).__qualname__
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start counting (a checkpoint is restored after this), and take part in a fit."""
         if stage == "fit":
@@ -126,7 +151,17 @@ class GradientClipping(Callback):
             Conductor.of(trainer).join_clipping(trainer, self)
 
     def check(self, trainer: Trainer) -> None:
-        """Refuse what would clip twice, or clip something other than the gradient."""
+        """Refuse what would clip twice, or nothing, or something other than the gradient."""
+        mine = self._choose(trainer.lightning_module)
+        for other in callbacks_of(trainer):
+            if isinstance(other, GradientClipping) and other is not self:
+                theirs = other._choose(trainer.lightning_module)
+                if both := [name for parameter, name in mine.items() if parameter in theirs]:
+                    more = f" and {len(both) - 1} more" if len(both) > 1 else ""
+                    raise ValueError(
+                        f"two GradientClipping callbacks limit the gradient of {both[0]}{more}: give each its own targets or"
+                        " ignore; max_norm and max_value go together in one callback"
+                    )
         if trainer.gradient_clip_val:
             raise ValueError(
                 f"Trainer(gradient_clip_val={trainer.gradient_clip_val!r}) and GradientClipping both limit the"
@@ -159,27 +194,51 @@ class GradientClipping(Callback):
 
     def before_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         """Clip the gradients of this optimizer's parameters."""
-        before, after, clipped = self.clip(module, (p for group in optimizer.param_groups for p in group["params"]))
+        parameters = self._of(module, (p for group in optimizer.param_groups for p in group["params"]))
+        if not parameters:
+            return  # another's
+        before, after, clipped = self._clip(module, parameters)
         self.steps += 1
         self.clipped_steps += clipped
         if self.log_norms and not trainer.barebones:  # barebones forbids logging
             several = len(trainer.optimizers) > 1
             suffix = f"/{[other is optimizer for other in trainer.optimizers].index(True)}" if several else ""
-            module.log(f"grad_norm/before{suffix}", before)
-            module.log(f"grad_norm/after{suffix}", after)
-            module.log("grad_norm/clipped_share", self.clipped_steps / self.steps)
+            module.log(f"grad_norm/before{self._label}{suffix}", before)
+            module.log(f"grad_norm/after{self._label}{suffix}", after)
+            module.log(f"grad_norm/clipped_share{self._label}", self.clipped_steps / self.steps)
 
-    @torch.no_grad()
+    @property
+    def _label(self) -> str:
+        """What tells it from another in the log, in characters that loggers take."""
+        if not self.targets and not self.ignore:
+            return ""
+        said = "+".join(self.targets or ["all"]) + "".join(f"-{pattern}" for pattern in self.ignore or ())
+        return "/" + re.sub(r"[^\w.+-]+", "_", said)
+
+    def _choose(self, module: nn.Module) -> dict[nn.Parameter, str]:
+        """The parameters of a module that are its own, and their names."""
+        return {target.parameter: target.name for target in named(module, self.targets, self.ignore)}
+
+    def _of(self, module: nn.Module, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        if not self.targets and not self.ignore:
+            return list(parameters)
+        own = self._choose(module)  # by name, each time: a Parameter may have been replaced by another
+        return [parameter for parameter in parameters if parameter in own]
+
     def clip(self, module: nn.Module, parameters: Iterable[nn.Parameter]) -> Clipped:
         """Clip the gradients of `parameters` in place.
 
         Args:
             module: owns the parameters; tells which of them belong to one layer, and where its output axis is.
-            parameters: those to clip; without a gradient they are skipped.
+            parameters: those to clip; without a gradient, or not among the targets, they are skipped.
 
         Raises:
-            ValueError: a gradient is sparse or complex.
+            ValueError: a gradient is sparse or complex, or a pattern matches nothing.
         """
+        return self._clip(module, self._of(module, parameters))
+
+    @torch.no_grad()
+    def _clip(self, module: nn.Module, parameters: Iterable[nn.Parameter]) -> Clipped:
         found = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
         if not found:
             return Clipped(0.0, 0.0, False)
@@ -190,13 +249,23 @@ class GradientClipping(Callback):
         gradients = list(found.values())
         if self.adaptive is not None:
             return _clip_rows(found, _owners(module), self.adaptive)
+        before = after = _norms(gradients)
         if self.max_value is not None:
-            return _clip_values(gradients, self.max_value)
-        assert self.max_norm is not None
+            _clip_values(gradients, self.max_value)
+            after = _norms(gradients)
+        clipped = any(now < then for now, then in zip(after, before))
+        if self.max_norm is not None:
+            scales = _clip_norms(gradients, after, self._units(module, found), self.max_norm)
+            after = [norm * scale for norm, scale in zip(after, scales)]
+            clipped |= any(scale < 1.0 for scale in scales)
+        return Clipped(math.hypot(*before), math.hypot(*after), clipped)
+
+    def _units(self, module: nn.Module, found: Iterable[nn.Parameter]) -> list[Hashable]:
+        """What each parameter shares a norm with."""
         if self.scope == "global":
-            return _clip_norms(gradients, [0] * len(gradients), self.max_norm)
+            return [0 for _ in found]
         owners = _owners(module) if self.scope == "layer" else {}
-        return _clip_norms(gradients, [owners.get(parameter, parameter) for parameter in found], self.max_norm)
+        return [owners.get(parameter, parameter) for parameter in found]
 
     def state_dict(self) -> dict[str, Any]:
         """The counters behind ``grad_norm/clipped_share``."""
@@ -208,8 +277,10 @@ class GradientClipping(Callback):
         self.clipped_steps = state_dict["clipped_steps"]
 
 
-def _clip_norms(gradients: list[Tensor], units: Sequence[Hashable], limit: float) -> Clipped:
-    norms = _norms(gradients)
+def _clip_norms(
+    gradients: list[Tensor], norms: Sequence[float], units: Sequence[Hashable], limit: float
+) -> list[float]:
+    """Clip gradients of these norms; what each was multiplied by."""
     members: dict[Hashable, list[int]] = {}
     for index, unit in enumerate(units):
         members.setdefault(unit, []).append(index)
@@ -226,17 +297,13 @@ def _clip_norms(gradients: list[Tensor], units: Sequence[Hashable], limit: float
         gradient.copy_(gradient.float() * scale)
     if others := [pair for pair in cut if pair[0].dtype is not torch.float16]:
         torch._foreach_mul_([gradient for gradient, _ in others], [scale for _, scale in others])
-    after = math.hypot(*(norm * scale for norm, scale in zip(norms, scales)))
-    return Clipped(math.hypot(*norms), after, bool(cut))
+    return scales
 
 
-def _clip_values(gradients: list[Tensor], limit: float) -> Clipped:
-    before = _norms(gradients)
+def _clip_values(gradients: list[Tensor], limit: float) -> None:
     local = [_local(gradient) for gradient in gradients]
     torch._foreach_clamp_min_(local, -limit)
     torch._foreach_clamp_max_(local, limit)
-    after = _norms(gradients)
-    return Clipped(math.hypot(*before), math.hypot(*after), any(now < then for now, then in zip(after, before)))
 
 
 def _clip_rows(found: dict[nn.Parameter, Tensor], owners: dict[nn.Parameter, nn.Module], factor: float) -> Clipped:

@@ -19,8 +19,8 @@ class Exporter:
     Args:
         what: the file that it writes, as help and messages call it.
         home: ``module:function`` within this folder. The function takes ``(tensors, path)``, a plain state dict; one that
-            writes a graph ``(model, stored, path, example, dynamic_batch=False)`` as `export_stored` does. It raises a
-            ValueError for what the format, or the model's code, does not allow.
+            writes a graph ``(model, stored, path, example)``, and of axes and names what `export_stored` takes. It
+            raises a ValueError for what the format, or the model's code, does not allow.
         graph: whether it writes the model's graph, for which it needs the model's code and an example of its inputs.
     """
 

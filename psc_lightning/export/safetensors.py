@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from psc_lightning.files import write_atomic
+from psc_lightning.files import Place, write_atomic
 
 try:
     from safetensors.torch import save
@@ -17,7 +16,7 @@ except ModuleNotFoundError as error:
 __all__ = ["write_safetensors"]
 
 
-def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+def write_safetensors(tensors: Mapping[str, Tensor], path: Place) -> None:
     """Write a plain state dict; the file loads strictly into the model's own class.
 
     Args:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from psc_lightning.files import write_atomic
+from psc_lightning.files import Place, write_atomic
 from psc_lightning.report.table import render
+from psc_lightning.strict_json import json_text
 
 __all__ = ["Report", "TensorReport"]
 
@@ -75,13 +76,13 @@ class Report:
     tensors: list[TensorReport] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of `report.json`: dictionaries, lists, numbers and strings only."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        """The content of `report.json`: dictionaries, lists, numbers, strings and None (a number that is not finite) only."""
+        plain: dict[str, Any] = json.loads(json_text(asdict(self)))
         return plain
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: Place) -> None:
         """Write `report.json`, as a whole or not at all."""
-        write_atomic(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
+        write_atomic(path, f"{json_text(asdict(self))}\n".encode())
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Report:
@@ -131,7 +132,8 @@ class Report:
             rows.append(("", f"{len(plain)} others", "", "", "", "plain", "", "", f"{dense:,}", f"{stored:,}"))
         rows.append(("", "names, header, checksum", "", "", "", "", "", "", "", f"{self.overhead_bytes:,}"))
         metrics = [
-            f"{stage}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            f"{stage}: "
+            + ", ".join(f"{name} {math.nan if value is None else value:.4g}" for name, value in values.items())
             for stage, values in self.metrics.items()
         ]
         taken = self.batchnorm_batches

@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from psc_lightning.strict_json import json_text
+
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = ["none", "float", "binary", "ternary", "mask", "cross_channel", "row", "column", "separable", "low_rank"]
 PRESETS += ["log", "codebook", "deep"]
@@ -157,7 +159,7 @@ def write(name: str, title: str, results: list[dict[str, object]]) -> None:
     folder = ROOT / "recipes" / "results"
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
-    (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json_text(results, indent=1) + "\n")
     print("\n".join(lines))
 
 

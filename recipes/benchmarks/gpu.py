@@ -148,6 +148,8 @@ def main() -> None:
     if args.section is not None:
         section(args)
         return
+    sys.path.append(str(ROOT))  # where psc_lightning is not installed
+    json_text = import_module("psc_lightning.strict_json").json_text
     args.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # a section ends with this process
     end = time.monotonic() + 60 * args.minutes
@@ -161,7 +163,7 @@ def main() -> None:
         seconds = max((end - GRACE - time.monotonic()) * SECTIONS[name][0] / shares, 5.0)
         sections[name] = run(name, args, seconds)
         lines += lines_of(name, sections[name])
-        (args.out / "gpu.json").write_text(json.dumps(found, indent=1))
+        (args.out / "gpu.json").write_text(json_text(found, indent=1))
         (args.out / "gpu.md").write_text("\n".join(lines))
         failed = sum("error" in row for row in sections[name]["rows"])  # type: ignore[attr-defined]
         print(

@@ -30,6 +30,7 @@ from step.nets import Fit
 from torch import nn
 from torch.utils.data import DataLoader
 
+from psc_lightning.strict_json import json_text
 from psc_lightning.training.conductor import Conductor
 
 LAYERS = 10
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("--one", choices=CHOSEN, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one is not None:
-        print(json.dumps(measure(CHOSEN[args.one], args.millions[0])))
+        print(json_text(measure(CHOSEN[args.one], args.millions[0]), indent=None))
         return
     chosen = [name for name in CHOSEN if name != "plain" and any(part in name for part in args.methods or [""])]
     cells: dict[str, list[str]] = {name: [] for name in chosen}

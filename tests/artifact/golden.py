@@ -9,7 +9,6 @@ a change of the writer is to be seen, and what was written before is to be read 
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from psc_lightning.artifact import to_bytes
 from psc_lightning.artifact.directory import DTYPES
 from psc_lightning.live import held
+from psc_lightning.strict_json import json_text
 
 FOLDER = Path(__file__).parent / "golden"
 CENTROIDS = [
@@ -140,7 +140,7 @@ def main() -> None:
             path = FOLDER / f"{name}.{len(before)}.psc"
             path.write_bytes(data)
             # What the model holds, not what the reader makes of the file.
-            path.with_suffix(".json").write_text(json.dumps(digests(model.state_dict()), indent=1) + "\n")
+            path.with_suffix(".json").write_text(json_text(digests(model.state_dict()), indent=1) + "\n")
             print(path.name, len(data))
 
 

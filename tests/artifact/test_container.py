@@ -91,7 +91,7 @@ def test_a_failing_write_leaves_the_old_file(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(container.os, step, fail)
+        patch.setattr(os, step, fail)
         with pytest.raises(type(error)) as caught:
             write_atomic(target, b"new")
     if isinstance(error, OSError):

@@ -30,7 +30,6 @@ from psc_lightning.artifact import (
     to_bytes,
     verify,
 )
-from psc_lightning.artifact import file as artifact_file
 from psc_lightning.live import held, hold
 from psc_lightning.precision import PRECISIONS, power_of_two
 
@@ -78,7 +77,7 @@ def test_how_much_is_taken_at_a_time_changes_nothing(group: str | int, monkeypat
         monkeypatch.setattr(module, "PIECE", 7)
     for model, (data, report) in zip(models, expected, strict=True):
         assert to_bytes(model) == (data, report)
-        assert_same(artifact_file._decode(*artifact_file._open(data), 1 << 20).tensors, dict(model.state_dict()))
+        assert_same(load(data), dict(model.state_dict()))
 
 
 def test_same_model_same_bytes() -> None:
@@ -436,7 +435,7 @@ def test_a_failing_disk_leaves_the_old_file(tmp_path: Path) -> None:
     old = path.read_bytes()
     full = OSError(28, "No space left on device")
     with (
-        mock.patch.object(container.os, "fsync", side_effect=full),
+        mock.patch.object(os, "fsync", side_effect=full),
         pytest.raises(OSError, match=r"cannot write model"),
     ):
         save(net(seed=3), path)

@@ -70,6 +70,16 @@ def net() -> nn.Module:
         ({"max_norm": 12.0, "scope": "weight"}, [[3.0, 0.0], [4.0], [12.0], [0.0]], 13.0, False),
         ({"max_value": 12.0}, [[3.0, 0.0], [4.0], [12.0], [0.0]], 13.0, False),
         ({"max_norm": INF}, [[3.0, 0.0], [4.0], [12.0], [0.0]], 13.0, False),
+        # both: entries are cut first, (3, 0 | 4) and (4 | 0), then norms
+        ({"max_norm": 41**0.5 / 2, "max_value": 4.0}, [[1.5, 0.0], [2.0], [2.0], [0.0]], 41**0.5 / 2, True),
+        (
+            {"max_norm": 2.5, "max_value": 4.0, "scope": "layer"},
+            [[1.5, 0.0], [2.0], [2.5], [0.0]],
+            math.hypot(2.5, 2.5),
+            True,
+        ),
+        ({"max_norm": 7.0, "max_value": 4.0}, [[3.0, 0.0], [4.0], [4.0], [0.0]], 41**0.5, True),
+        ({"max_norm": 6.5, "max_value": 12.0}, [[1.5, 0.0], [2.0], [6.0], [0.0]], 6.5, True),
     ],
 )
 def test_hand_computed(net, options, expected, after, clipped):
@@ -77,6 +87,41 @@ def test_hand_computed(net, options, expected, after, clipped):
     for gradient, value in zip(gradients(net), expected):
         torch.testing.assert_close(gradient.flatten(), torch.tensor(value), rtol=1e-6, atol=0)
     assert result == (13.0, pytest.approx(after, rel=1e-6), clipped)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "before"),
+    [
+        ({"targets": "0"}, [[1.2, 0.0], [1.6], [12.0], [0.0]], 5.0),  # a module's name means its bias, too
+        ({"ignore": "1"}, [[1.2, 0.0], [1.6], [12.0], [0.0]], 5.0),
+        ({"targets": ["*.weight"]}, [[6 / 153**0.5, 0.0], [4.0], [24 / 153**0.5], [0.0]], 153**0.5),
+        ({"targets": "Linear", "ignore": "0.weight"}, [[3.0, 0.0], [8 / 160**0.5], [24 / 160**0.5], [0.0]], 160**0.5),
+        ({"targets": "re:0.bias"}, [[3.0, 0.0], [2.0], [12.0], [0.0]], 4.0),
+    ],
+    ids=str,
+)
+def test_only_the_gradients_that_patterns_choose_are_seen_and_clipped(net, options, expected, before):
+    result = GradientClipping(max_norm=2.0, **options).clip(net, net.parameters())
+    for gradient, value in zip(gradients(net), expected):
+        torch.testing.assert_close(gradient.flatten(), torch.tensor(value), rtol=1e-6, atol=0)
+    assert result == (pytest.approx(before), pytest.approx(2.0), True)
+
+
+def test_a_parameter_that_took_anothers_place_is_a_target(net):
+    clipping = GradientClipping(max_value=1.0, targets="1.weight")
+    clipping.clip(net, net.parameters())
+    net[1].weight = nn.Parameter(torch.zeros(1, 1))
+    net[1].weight.grad = torch.tensor([[7.0]])
+    assert clipping.clip(net, net.parameters()) == (7.0, 1.0, True)
+    assert net[0].bias.grad.item() == 4.0
+
+
+def test_an_infinite_entry_is_cut_before_the_norm_is_taken(net):
+    set_gradients(net, [[INF, 0.0]], [0.0], [[-4.0]], [3.0])
+    assert GradientClipping(max_norm=2.5, max_value=100.0).clip(net, net.parameters()).clipped
+    norm = math.hypot(100, 4, 3)
+    assert net[0].weight.grad[0, 0].item() == pytest.approx(250 / norm)
+    assert net[1].bias.grad.item() == pytest.approx(7.5 / norm)
 
 
 def test_adaptive_by_hand():
@@ -342,6 +387,14 @@ def test_sparse_and_complex_gradients_are_refused_by_name():
     [
         ({}, "give exactly one of max_norm, max_value, adaptive, not none"),
         ({"max_norm": 1.0, "adaptive": 0.1}, "exactly one of .* not max_norm and adaptive"),
+        ({"max_value": 1.0, "adaptive": 0.1}, "only max_norm and max_value go together"),
+        (
+            {"max_norm": 1.0, "max_value": 1.0, "adaptive": 0.1},
+            "not max_norm and max_value and adaptive; only max_norm and",
+        ),
+        ({"max_norm": 1.0, "max_value": 0}, "max_value must be a number > 0, not 0"),
+        ({"max_norm": 1.0, "targets": 3}, "targets: expected a pattern or a list of patterns, found 3"),
+        ({"max_norm": 1.0, "ignore": "re:("}, r"ignore: 're:\(' is not a regular expression"),
         ({"max_norm": 0.0}, r"max_norm must be a number > 0, not 0\.0"),
         ({"max_value": -1}, "max_value must be a number > 0, not -1"),
         ({"adaptive": NAN}, "adaptive must be a number > 0, not nan"),
@@ -496,6 +549,55 @@ def test_each_optimizer_has_its_own_gradients_in_manual_optimisation():
             "grad_norm/clipped_share": 4 / 6,
         }
     )
+
+
+def test_a_discriminator_alone_is_clipped():
+    """The other optimizer's steps are no steps of this callback's, neither counted nor logged."""
+    module, clipping = Two(), Logged(max_norm=3.0, targets="a")
+    fit(module, batches(1, 1, 1, 1), clipping)
+    assert module.a.weight.item() == pytest.approx(-4 * 3.0)
+    assert module.b.weight.item() == -4.0
+    assert clipping.state_dict() == {"steps": 4, "clipped_steps": 4}
+    assert clipping.values[-1] == pytest.approx(
+        {"grad_norm/before/a/0": 9.0, "grad_norm/after/a/0": 3.0, "grad_norm/clipped_share/a": 1.0}
+    )
+
+
+def test_two_of_one_kind_clip_parameters_of_their_own(tmp_path):
+    module, first = Pull(), Logged(max_norm=3.0, targets="a")
+    second = GradientClipping(max_norm=2.0, ignore="a.*")
+    trainer = fit(module, batches(1, 4), first, second)
+    assert (module.a.weight.item(), module.b.weight.item()) == pytest.approx((-(1 + 3), -(1 + 2)))
+    logged = {
+        f"grad_norm/{what}/{label}" for what in ("before", "after", "clipped_share") for label in ("a", "all-a._")
+    }
+    assert set(first.values[-1]) == logged
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    resumed = [GradientClipping(max_norm=2.0, ignore="a.*"), Logged(max_norm=3.0, targets="a")]
+    fit(Pull(), batches(1, 1), *resumed, max_epochs=2, ckpt_path=tmp_path / "two.ckpt")
+    assert [one.state_dict() for one in resumed] == [{"steps": 4, "clipped_steps": 1}] * 2
+
+
+def test_the_same_parameters_twice_are_refused_before_training():
+    module = Pull()
+    both = GradientClipping(max_norm=3.0, targets=["a", "b"]), GradientClipping(max_value=2.0, ignore="a")
+    with pytest.raises(ValueError, match=r"two GradientClipping callbacks limit the gradient of b\.weight: give each"):
+        fit(module, batches(4), *both)
+    with pytest.raises(ValueError, match=r"limit the gradient of a\.weight and 1 more: .* max_norm and max_value go"):
+        fit(module, batches(4), GradientClipping(max_norm=3.0), GradientClipping(max_value=2.0, targets="*.weight"))
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `GradientClipping`"):
+        fit(module, batches(4), *(GradientClipping(max_norm=limit, targets="a") for limit in (1.0, 2.0)))
+    assert module.raw == []
+
+
+@pytest.mark.parametrize("options", [{"targets": "c"}, {"ignore": "c.*"}])
+def test_a_pattern_that_matches_nothing_is_refused_before_training(options):
+    module = Pull()
+    with pytest.raises(ValueError, match=rf"{next(iter(options))}: 'c.*' matches no tensor, module or layer type"):
+        fit(module, batches(4), GradientClipping(max_norm=3.0, **options))
+    with pytest.raises(ValueError, match=r"ignore=\['Linear'\] leaves nothing of targets=None"):
+        fit(module, batches(4), GradientClipping(max_norm=3.0, ignore=nn.Linear))
+    assert module.raw == []
 
 
 def scaled(**options) -> MixedPrecision:

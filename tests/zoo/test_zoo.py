@@ -34,6 +34,7 @@ from psc_lightning import (
     detach,
     export_onnx,
     load,
+    load_into,
     plan,
     save,
     verify,
@@ -285,6 +286,19 @@ def test_adapters_are_merged_after_detaching(whole_lora: Task) -> None:
     expected = whole_lora.logits()
     whole_lora.net = detach(whole_lora).net.merge_and_unload()
     torch.testing.assert_close(whole_lora.logits(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_alone_are_a_file(whole_lora: Task, tmp_path: Path) -> None:
+    """In training, under levels and a mask; what they are put into keeps its own base."""
+    report = save(whole_lora.net, tmp_path / "adapter.psc", only="*.lora_?")
+    adapter = {name: tensor for name, tensor in whole_lora.net.state_dict().items() if ".lora_" in name}
+    assert [row.name for row in report.tensors] == list(adapter)
+    assert all("uniform" in row.method for row in report.tensors)
+    other = whole_lora.entry.build()
+    base = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    left = load_into(other, tmp_path / "adapter.psc")
+    assert left == [name for name in base if name not in adapter]
+    assert all(torch.equal(tensor, {**base, **adapter}[name]) for name, tensor in other.state_dict().items())
 
 
 def test_what_is_saved_of_a_live_model_is_what_is_saved_of_it_detached(whole: Whole, tmp_path: Path) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -18,12 +17,13 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("ONNX export needs onnx and onnxscript: pip install onnx onnxscript") from error
 
+from psc_lightning.export.onnx.axes import Shapes, check_open, open_axes, set_names, shapes_of, with_lengths
 from psc_lightning.export.onnx.channels import remove_dead_channels
 from psc_lightning.export.onnx.graph import Graph, reads
 from psc_lightning.export.onnx.integers import run_in_integers
 from psc_lightning.export.onnx.separable import split_convolutions
 from psc_lightning.export.onnx.weights import write_weight
-from psc_lightning.files import write_atomic
+from psc_lightning.files import Place, write_atomic
 from psc_lightning.live import compressed, detach
 from psc_lightning.stored import Stored
 
@@ -36,10 +36,13 @@ _WEIGHTS = ("packed", "dequantize")
 
 def export_onnx(
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: Place,
     example: Example,
     weights: str = "packed",
     dynamic_batch: bool = False,
+    dynamic_shapes: Shapes | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
 ) -> None:
     """Write a model as ONNX, of standard operators only; its weights are rebuilt exactly when a session starts.
 
@@ -55,18 +58,22 @@ def export_onnx(
 
     Args:
         model: any module, with or without compressed weights; it is exported as in eval, on the CPU.
-        path: the file to write; one that exists is replaced only when the new one is complete.
+        path: the file to write, as for `psc_lightning.save`; an older one is replaced only when the new one is complete.
         example: an input (several: a tuple), whose shapes and types become the graph's.
         weights: `packed`; or `dequantize`: DequantizeLinear where weights are 8 bit multiples of a scale, for runtimes
             that look for it. Onnxruntime computes that one at every run, not at the start. It, and others, may multiply
             such matrices with 8 bit activations (an error of about 5e-3); 1.32 is exact for what is written here, 1.23
             takes the file with ORT_DISABLE_ALL only.
         dynamic_batch: leave the length of the first axis open, which all inputs then share; the model's code must not
-            depend on it.
+            depend on it. The same as ``dynamic_shapes={"*": {0: "batch"}}``.
+        dynamic_shapes: other axes to leave open, by input, each with a name for its length: ``{"ids": {1: "length"}}``. An
+            input is named as in `input_names` or as `forward` names it, or by a glob (``"*"``: all). Lengths of one name
+            are equal.
+        input_names, output_names: what the graph's inputs and outputs are called, in their order. None: as torch does.
 
     Raises:
         ModuleNotFoundError: onnx or onnxscript is missing; the message says how to install them.
-        ValueError: a wrong argument, a batch that the model's code fixes, or code that torch cannot export.
+        ValueError: a wrong argument, a length that the model's code fixes, or code that torch cannot export.
         OSError: the folder is missing or not writable, or the disk is full; nothing is left behind.
     """
     # A LightningModule refers to its Trainer, which is not to be copied.
@@ -78,16 +85,21 @@ def export_onnx(
             if snapshot is not None:
                 slots, latent = snapshot
                 stored[name] = slots.stored(latent)
-    export_stored(detach(plain), stored, path, example, weights, dynamic_batch)
+    export_stored(
+        detach(plain), stored, path, example, weights, dynamic_batch, dynamic_shapes, input_names, output_names
+    )
 
 
 def export_stored(
     plain: nn.Module,
     stored: Mapping[str, Stored],
-    path: str | os.PathLike[str],
+    path: Place,
     example: Example,
     weights: str = "packed",
     dynamic_batch: bool = False,
+    dynamic_shapes: Shapes | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
 ) -> None:
     """Write a plain model whose named weights are also known as what a file stores; see `export_onnx`.
 
@@ -97,7 +109,8 @@ def export_stored(
         path: the file to write.
         example: an input, or a tuple of several.
         weights: `packed` or `dequantize`.
-        dynamic_batch: leave the length of the first axis of all inputs open.
+        dynamic_batch, dynamic_shapes: axes of inputs to leave open.
+        input_names, output_names: what to call inputs and outputs.
     """
     if weights not in _WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(_WEIGHTS)}, got {weights!r}")
@@ -108,13 +121,10 @@ def export_stored(
     named = plain.named_parameters(remove_duplicate=False)
     held = {name: tensors[id(tensor)] for name, tensor in named if id(tensor) in tensors}
     opaque = {name for name in held if _is_float32(held[name])}
-    model, names = _trace(plain.cpu().eval(), _of_two(example) if dynamic_batch else example, opaque, dynamic_batch)
+    axes = open_axes(plain, example, dynamic_shapes, dynamic_batch, input_names)
+    model, names = _trace(plain.cpu().eval(), with_lengths(example, axes), opaque, axes, input_names, output_names)
     held = {value: held[name] for value, name in names.items()}
-    if dynamic_batch and not all(value.type.tensor_type.shape.dim[0].dim_param for value in model.graph.input):
-        raise ValueError(
-            "dynamic_batch: the model's code fixes the length of the first axis, as len(x) does: take x.shape[0] there, or "
-            "export one file for each batch size"
-        )
+    check_open(model.graph, axes, dynamic_batch)
     graph = Graph(_names(model.graph))
     held = remove_dead_channels(model.graph, graph, held)
     model.graph.ClearField("value_info")
@@ -135,22 +145,6 @@ def _is_float32(held: Stored) -> bool:
     return all(torch.equal(core.float().to(core.dtype), core) for core in held.cores.values())
 
 
-def _of_two(example: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """An example whose batch is no 1, which torch takes for a constant."""
-    lengths = {len(x) if isinstance(x, Tensor) and x.dim() else None for x in example}
-    if len(lengths) != 1 or None in lengths:
-        raise ValueError("dynamic_batch: expected inputs that are tensors with first axes of one length")
-    return tuple(torch.cat((x, x)) for x in example)
-
-
-def _open(plain: nn.Module, example: tuple[Tensor, ...]) -> Any:
-    """What tells torch that the first axis of all inputs is a batch, however `forward` takes them."""
-    shapes, batch = torch.export.ShapesCollection(), torch.export.Dim("batch")  # type: ignore[no-untyped-call]  # torch's
-    for x in example:
-        shapes[x] = {0: batch}
-    return shapes.dynamic_shapes(plain, example)  # type: ignore[no-untyped-call]  # torch's
-
-
 def _names(graph: GraphProto) -> frozenset[str]:
     """What the values of a graph are called."""
     values = [value.name for value in (*graph.input, *graph.output, *graph.initializer)]
@@ -158,7 +152,12 @@ def _names(graph: GraphProto) -> frozenset[str]:
 
 
 def _trace(
-    plain: nn.Module, example: tuple[Any, ...], opaque: set[str], dynamic_batch: bool
+    plain: nn.Module,
+    example: tuple[Any, ...],
+    opaque: set[str],
+    axes: list[dict[int, str]],
+    input_names: Sequence[str] | None,
+    output_names: Sequence[str] | None,
 ) -> tuple[ModelProto, dict[str, str]]:
     """The optimized graph of a model, without the weights named in `opaque`; value in the graph → name of such a weight.
 
@@ -169,13 +168,15 @@ def _trace(
             plain,
             example,
             dynamo=True,
-            dynamic_shapes=_open(plain, example) if dynamic_batch else None,
+            dynamic_shapes=shapes_of(plain, example, axes),
             optimize=False,
             external_data=False,
             verbose=False,
         )
         assert program is not None
         inner = program.model.graph
+        set_names(inner, "input_names", inner.inputs, input_names)
+        set_names(inner, "output_names", inner.outputs, output_names)
         others, names = len(inner.inputs), [name for name in inner.initializers if name in opaque]
         for name in names:
             value = inner.initializers.pop(name)
@@ -217,7 +218,7 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated")
             warnings.filterwarnings("ignore", r"The tensor attributes? .*_flat_weights.* assigned during export")
-            warnings.filterwarnings("ignore", "# The axis name: batch will not be used")  # again: all inputs share it
+            warnings.filterwarnings("ignore", r"# The axis name: \w+ will not be used")  # again: inputs share it
             warnings.filterwarnings("ignore", "_check_is_size will be removed", FutureWarning)
             yield
     finally:

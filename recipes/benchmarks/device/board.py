@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import time
 import traceback
 from collections.abc import Callable
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from psc_lightning.strict_json import json_text
 
 __all__ = ["Board", "Row"]
 
@@ -60,5 +61,5 @@ class Board:
         print(
             {key: value for key, value in row.items() if key != "traceback" and not isinstance(value, dict)}, flush=True
         )
-        self.path.write_text(json.dumps(self.rows, indent=1, default=str))
+        self.path.write_text(json_text(self.rows, indent=1, default=str))
         return row
