@@ -288,7 +288,7 @@ def tied() -> nn.Module:
         {"cpu": "meta"},
         lambda storage, location: torch.UntypedStorage(storage.nbytes(), device="meta"),
     ],
-    ids=str,
+    ids=["name", "device", "mapping", "function"],
 )
 def test_tensors_are_put_where_map_location_says(where: Any) -> None:
     data = to_bytes(tied())[0]
@@ -298,7 +298,11 @@ def test_tensors_are_put_where_map_location_says(where: Any) -> None:
     assert found["0.weight"].shape == (4, 4)
 
 
-@pytest.mark.parametrize("where", [None, "cpu", {"cuda:0": "cpu"}, lambda storage, location: None], ids=str)
+@pytest.mark.parametrize(
+    "where",
+    [None, "cpu", {"cuda:0": "cpu"}, lambda storage, location: None],
+    ids=["none", "name", "mapping", "function"],
+)
 def test_a_map_location_may_leave_tensors_on_the_cpu(where: Any) -> None:
     model = tied()
     found = load(to_bytes(model)[0], map_location=where)
