@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from psc_lightning.slots import SLOTS, Slots
+from psc_lightning.slots import SLOTS, Slots, Spec
 from psc_lightning.training.averaging import Average
 from psc_lightning.training.cast import Cast
 
-__all__ = ["KEY", "check", "read", "write"]
+__all__ = ["KEY", "check", "difference", "read", "specs_of", "write"]
 
 #: where it lies in a checkpoint, and the version of what lies there
-KEY, VERSION = "psc_lightning", 4
+KEY, VERSION = "psc_lightning", 5
 
 _CURE = "start from its weights: model.load_state_dict(torch.load(path)['state_dict'])"
 
@@ -27,7 +28,8 @@ def write(cast: Cast, averages: list[Average]) -> dict[str, Any]:
         "version": VERSION,
         "tensors": {
             place.name: {
-                "slots": _methods(place.tensor.slots),
+                "slots": {slot: asdict(specs[slot]) for slot in SLOTS if slot in (specs := place.tensor.slots.specs)},
+                "threshold": _threshold(place.tensor.slots),
                 "settings": settings[place.name],
                 "state": place.tensor.training_state(place.parameter),
             }
@@ -63,8 +65,7 @@ def read(entry: dict[str, Any], cast: Cast, averages: list[Average]) -> None:
         ValueError: it was trained with other methods.
     """
     tensors = entry["tensors"]
-    methods = {place.name: _methods(place.tensor.slots) for place in cast.everywhere()}
-    if other := _difference({name: dict(had["slots"]) for name, had in tensors.items()}, methods, _filled):
+    if other := difference(specs_of(entry), {place.name: place.tensor.slots.specs for place in cast.everywhere()}):
         raise ValueError(f"{other}: resume with the same callbacks, or {_CURE}")
     settings = {name: dict(had["settings"]) for name, had in tensors.items()}
     had, has = Counter(entry["others"]), Counter(_others(cast, averages))
@@ -93,10 +94,28 @@ def read(entry: dict[str, Any], cast: Cast, averages: list[Average]) -> None:
         average.load_state_dict(state)
 
 
-def _methods(slots: Slots) -> dict[str, str]:
+def specs_of(entry: Mapping[str, Any]) -> dict[str, dict[str, Spec]]:
+    """What filled the slots of each tensor."""
+    return {name: {slot: Spec(**spec) for slot, spec in one["slots"].items()} for name, one in entry["tensors"].items()}
+
+
+def difference(
+    then: Mapping[str, Mapping[str, Spec]], now: Mapping[str, Mapping[str, Spec]], who: str = "this run"
+) -> str:
+    """Methods or options that are others now, in words; empty if none is. Whose callbacks they are does not count."""
+    had, has = ({name: _methods(specs) for name, specs in side.items()} for side in (then, now))
+    return _difference(had, has, _filled, who)
+
+
+def _threshold(slots: Slots) -> float | None:
+    """The share of zeros now, which a budget may have steered away from what was asked for."""
+    return next((chain.mask.threshold for chain in slots.chains() if chain.mask is not None), None)
+
+
+def _methods(specs: Mapping[str, Spec]) -> dict[str, str]:
     """The methods and their options, in the order of the slots: what must be the same to go on."""
-    specs = [(slot, slots.specs[slot]) for slot in SLOTS if slot in slots.specs]
-    return {slot: ", ".join([spec.method, *(f"{k}={v}" for k, v in spec.given.items())]) for slot, spec in specs}
+    filled = [(slot, specs[slot]) for slot in SLOTS if slot in specs]
+    return {slot: ", ".join([spec.method, *(f"{k}={v}" for k, v in spec.given.items())]) for slot, spec in filled}
 
 
 def _settings(cast: Cast) -> dict[str, dict[str, Any]]:
@@ -117,7 +136,10 @@ def _others(cast: Cast, averages: list[Average]) -> list[str]:
 
 
 def _difference(
-    then: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]], told: Callable[[dict[str, Any]], str]
+    then: Mapping[str, dict[str, Any]],
+    now: Mapping[str, dict[str, Any]],
+    told: Callable[[dict[str, Any]], str],
+    who: str = "this run",
 ) -> str:
     """What the first tensor had that differs, what it has, and in how many others it is so; empty if none differs."""
     pairs = [(name, then.get(name, {}), now.get(name, {})) for name in {**now, **then}]
@@ -128,7 +150,7 @@ def _difference(
     if had.keys() == has.keys():
         had, has = ({key: one[key] for key in one if had[key] != has[key]} for one in (had, has))
     also = f" (and so on in {len(differing) - 1} more)" if len(differing) > 1 else ""
-    return f"{name}: the checkpoint was trained with {told(had)}, this run has {told(has)}{also}"
+    return f"{name}: the checkpoint was trained with {told(had)}, {who} has {told(has)}{also}"
 
 
 def _filled(methods: dict[str, Any]) -> str:
