@@ -123,7 +123,7 @@ def tell_dense(model: nn.Module, report: Report) -> None:
         and not any(True for _ in compressed(model))
     ):
         warnings.warn(
-            f"save: nothing in this file of {report.file_bytes:,} bytes is compressed: compress the model first, by callbacks "
-            "in a fit or psc_lightning.compress; what was compressed once comes back by psc_lightning.load_checkpoint",
+            f"save: nothing in this file of {report.file_bytes:,} bytes is compressed: compress the model first, by callbacks"
+            " in a fit or psc_lightning.compress; what was compressed once comes back by psc_lightning.load_checkpoint",
             stacklevel=3,
         )
