@@ -219,6 +219,11 @@ class Levels(nn.Module):
         raise ValueError(f"{type(self).__name__} has no zero that a weight could be drawn to")
 
     @property
+    def value_bits(self) -> float:
+        """Of an entry, where there is no zero: one of two values."""
+        return 1.0
+
+    @property
     def follows_scale(self) -> bool:
         """Whether a group that is multiplied by a number keeps its codes: then no price of codes can change its size."""
         return True

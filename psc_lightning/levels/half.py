@@ -43,6 +43,11 @@ class Float16Levels(Levels):
         if not all(size <= limit for size in found):
             raise ValueError(f"{self.stored} holds numbers up to {limit:g}, a weight of size {max(found):g} overflows")
 
+    @property
+    def value_bits(self) -> float:
+        """All that are stored."""
+        return 16.0
+
     def code(self, core: Tensor) -> Tensor:
         """The rounded number."""
         return self._rounded(core).to(core.dtype)
