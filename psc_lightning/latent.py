@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from psc_lightning.asking import Question, answer
 from psc_lightning.sharding import gather, is_sharded, local, scatter
 from psc_lightning.slots import SLOTS, SOFT, Slots
 
@@ -33,7 +34,7 @@ class _Mark:
 
     pointer: int
     version: int
-    total: int  # of its bits: `parameter.data.mul_(…)` shows in nothing else
+    total: int | Tensor  # of its bits, on a device left there: `parameter.data.mul_(…)` shows in nothing else
 
     @classmethod
     def of(cls, parameter: Tensor) -> _Mark:
@@ -45,17 +46,25 @@ def trace(parameter: Tensor) -> tuple[int, int]:
     return local(parameter).data_ptr(), parameter._version
 
 
-def _total(data: Tensor) -> int:
+def _total(data: Tensor) -> int | Tensor:
     """The sum of a tensor's bits, read as whole numbers."""
+    total = _sum(data)
+    return int(total) if data.device.type == "cpu" else total
+
+
+def _sum(data: Tensor) -> Tensor:
     data = data.detach()
     try:
         flat = data.as_strided((data.numel(),), (1,)) if _dense(data) else data.reshape(-1)
         whole = data.numel() * data.element_size() // 8 * 8 // data.element_size()
         if flat.storage_offset() * data.element_size() % 8:
             flat = flat.clone()
-        return int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].view(torch.uint8).sum())
+        total = flat[:whole].view(torch.int64).sum()
+        return total if whole == len(flat) else total + flat[whole:].view(torch.uint8).sum()
     except RuntimeError:  # a device without whole numbers of this width
-        return hash(data.double().sum().item()) if data.device.type == "cpu" else hash(data.float().sum().item())
+        return (
+            data.double().sum().view(torch.int64) if data.device.type == "cpu" else data.float().sum().view(torch.int32)
+        )
 
 
 def _dense(data: Tensor) -> bool:
@@ -91,7 +100,8 @@ class Compressed:
 
     def __getstate__(self) -> dict[str, object]:
         """A copy has other memory, in which nothing is written yet."""
-        return {**self.__dict__, "_mark": None if self._mark is None else replace(self._mark, pointer=0)}
+        mark = self._mark
+        return {**self.__dict__, "_mark": None if mark is None else replace(mark, pointer=0, total=int(mark.total))}
 
     # ------------------------------------------------------------------------------------------ what is where
 
@@ -143,20 +153,25 @@ class Compressed:
         self.loaded = False
         self._mark = _Mark.of(parameter)
 
-    @torch.no_grad()
     def show(self, parameter: nn.Parameter) -> None:
         """Put into the Parameter what the slots make of the latent weight, if it is not there already."""
+        answer(self.showing(parameter))
+
+    def showing(self, parameter: nn.Parameter) -> Question[None]:
+        """`show`, which may have to ask."""
         if self.latent is None:
             return
         if self.lent:
             self._give_back(parameter)
         else:
-            self.absorb(parameter)
+            yield from self.absorbing(parameter)
         full = gather(self.latent)
+        if self.slots.stale:
+            yield from self.slots.refreshing(full)
         if is_sharded(parameter):
-            scatter(self.slots.renew(full), parameter)
+            scatter(self.slots.make(full), parameter)
         else:
-            self.slots.renew(full, out=parameter.data)
+            self.slots.make(full, out=parameter.data)
         self._mark = _Mark.of(parameter)
 
     def harden(self, parameter: nn.Parameter) -> None:
@@ -168,8 +183,14 @@ class Compressed:
 
     def show_if_stale(self, parameter: nn.Parameter) -> None:
         """`show`, where something has changed."""
+        answer(self.settling(parameter, absorb=False))
+
+    def settling(self, parameter: nn.Parameter, absorb: bool) -> Question[None]:
+        """`absorb`, where it is wanted, and `show_if_stale`, which may have to ask."""
+        if absorb:
+            yield from self.absorbing(parameter)
         if self.slots.stale or self.lent:
-            self.show(parameter)
+            yield from self.showing(parameter)
 
     # ------------------------------------------------------------------------------------- an optimizer's step
 
@@ -186,12 +207,15 @@ class Compressed:
         elif pulled.data_ptr() != parameter.grad.data_ptr():  # else it was overwritten
             parameter.grad.copy_(pulled)
 
-    @torch.no_grad()
     def lend(self, parameter: nn.Parameter) -> None:
         """Put the latent weight in the Parameter's place, for an optimizer to move."""
+        answer(self.lending(parameter))
+
+    def lending(self, parameter: nn.Parameter) -> Question[None]:
+        """`lend`, which may have to ask."""
         if self.latent is None or self.lent:
             return
-        self.absorb(parameter)
+        yield from self.absorbing(parameter)
         if _in_place(parameter):
             local(parameter).copy_(local(self.latent))
         else:
@@ -240,11 +264,16 @@ class Compressed:
 
     def written(self, parameter: nn.Parameter) -> bool:
         """Whether someone else has written to the Parameter since it was last written here."""
-        if self.latent is None or self.lent or self._mark is None:
+        return answer(self._written(parameter))
+
+    def _written(self, parameter: nn.Parameter) -> Question[bool]:
+        mark = self._mark
+        if self.latent is None or self.lent or mark is None:
             return False
-        now = _Mark.of(parameter)
-        copied = self._mark.pointer == 0
-        return self.loaded or (now.total != self._mark.total if copied else now != self._mark)
+        if self.traced(parameter) and (self.loaded or mark.pointer):  # a copy has other memory
+            return True
+        differ = _total(local(parameter)) != mark.total
+        return bool((yield differ) if isinstance(differ, Tensor) else differ)
 
     def traced(self, parameter: nn.Parameter) -> bool:
         """`written`, as far as it costs nothing to tell."""
@@ -252,10 +281,13 @@ class Compressed:
             return False
         return self.loaded or trace(parameter) != (self._mark.pointer, self._mark.version)
 
-    @torch.no_grad()
     def absorb(self, parameter: nn.Parameter) -> None:
         """Take what someone else has written to the Parameter into the latent weight."""
-        if not self.written(parameter):
+        answer(self.absorbing(parameter))
+
+    def absorbing(self, parameter: nn.Parameter) -> Question[None]:
+        """`absorb`, which may have to ask."""
+        if not (yield from self._written(parameter)):
             return
         assert self.latent is not None
         found, full = gather(parameter.detach()), gather(self.latent)

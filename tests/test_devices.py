@@ -22,7 +22,8 @@ def _cycle(slots: Slots, latent: torch.Tensor, gradient: torch.Tensor) -> list[t
     for strength in (0.5, 1.0):
         for slot in ("mask", "levels"):
             slots.set_strength(slot, strength, latent)
-        made.append(slots.renew(latent, torch.empty_like(latent)).clone())
+        slots.refresh(latent)
+        made.append(slots.make(latent, torch.empty_like(latent)).clone())
         pulled = slots.pull(latent, gradient.clone())
         made += [] if pulled is None else [pulled]
         made += [sidecar.grad for sidecar in slots.awake() if sidecar.grad is not None]

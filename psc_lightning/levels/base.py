@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from psc_lightning.asking import Question, answer
 from psc_lightning.functional import Group, group_counts, split, spread
 from psc_lightning.options import grouping, one_of
 from psc_lightning.precision import PRECISIONS, power_of_two
@@ -79,9 +80,16 @@ class Levels(nn.Module):
     def begin(self, core: Tensor, keep: Tensor | None = None) -> None:
         """Called once when the levels start: set what is trained from here on (steps, centroids)."""
 
-    @torch.no_grad()
     def refresh(self, core: Tensor, keep: Tensor | None = None) -> None:
         """Recompute scales and tables from the entries that `keep` marks; None: all."""
+        answer(self.refreshing(core, keep))
+
+    def refreshing(self, core: Tensor, keep: Tensor | None = None) -> Question[None]:
+        """`refresh`, which may have to ask."""
+        self._measure(core, keep)
+        yield from ()
+
+    def _measure(self, core: Tensor, keep: Tensor | None) -> None:
         if not self.looks or not core.numel():
             return
         if whole(core, self.size):
@@ -128,14 +136,8 @@ class Levels(nn.Module):
     def _settle(self, values: Tensor, into: str = "scale", unit: str = "unit") -> None:
         """Round values to what the file holds, and keep them and their power of two in the tensors of these names."""
         power: Tensor = getattr(self, unit)
-        power.fill_(power_of_two(values))
-        rounded = self._round_to(values, into, power)
-        # The largest may have been rounded up to the power itself. Then the next one is the unit, as it will be for those
-        # who start from what these levels make: they find the same again.
-        if power_of_two(rounded) > float(power):
-            power.mul_(2)
-            rounded = self._round_to(values, into, power)
-        getattr(self, into).copy_(rounded)
+        power.copy_(power_of_two(values, self.precision.up))
+        getattr(self, into).copy_(self._round_to(values, into, power))
 
     # ----------------------------------------------------------------------------------------------- making
 
