@@ -177,11 +177,13 @@ def choose(score: Callable[[], Tensor], tiebreak: Callable[[], Tensor] | None, z
     cut = _smallest(scores, zeros)
     drop = scores <= cut
     del scores
-    # A sort only of the rows where the cut runs through equal scores.
+    # Another sort only of the rows where the cut runs through equal scores; a device would have to say which.
     uneven = drop.sum(1) != zeros
     if not (yield uneven.any()):
         return ~drop
-    rows = uneven.nonzero().flatten() if len(uneven) > 1 else torch.zeros_like(uneven, dtype=torch.long)
+    rows = (
+        uneven.nonzero().flatten() if uneven.device.type == "cpu" else torch.arange(len(uneven), device=uneven.device)
+    )
     scores, cut = score()[rows], cut[rows]
     below, tied = scores < cut, scores == cut
     missing = zeros - below.sum(1, keepdim=True)
