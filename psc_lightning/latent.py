@@ -166,7 +166,9 @@ class Compressed:
         else:
             yield from self.absorbing(parameter)
         full = gather(self.latent)
-        if self.slots.stale:
+        if self.slots.stale and is_sharded(self.latent):
+            answer(self.slots.refreshing(full))  # a whole copy does not wait for others
+        elif self.slots.stale:
             yield from self.slots.refreshing(full)
         if is_sharded(parameter):
             scatter(self.slots.make(full), parameter)

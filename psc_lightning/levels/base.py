@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
@@ -249,6 +250,8 @@ class Levels(nn.Module):
 
 def largest(strip: Survivors) -> Tensor:
     """The largest |x| of each row, by passes that write nothing."""
+    if strip.values.device.type != "cpu":
+        return torch.linalg.vector_norm(strip.values, math.inf, 1)  # in one pass there, which the CPU is slower at
     return torch.maximum(strip.values.amax(1), -strip.values.amin(1))
 
 
