@@ -251,7 +251,8 @@ class Levels(nn.Module):
 def largest(strip: Survivors) -> Tensor:
     """The largest |x| of each row, by passes that write nothing."""
     if strip.values.device.type != "cpu":
-        return torch.linalg.vector_norm(strip.values, math.inf, 1)  # in one pass there, which the CPU is slower at
+        found: Tensor = torch.linalg.vector_norm(strip.values, math.inf, 1)  # one kernel; the CPU is slower at it
+        return found
     return torch.maximum(strip.values.amax(1), -strip.values.amin(1))
 
 

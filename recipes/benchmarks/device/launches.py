@@ -11,7 +11,7 @@ from step.methods import PLAIN, Method
 __all__ = ["measure"]
 
 WARM = 4
-FIRST = ("uniform 8 bit", "binary", "codebook 16", "movement 0.5")
+FIRST = ("uniform 8 bit", "binary", "movement 0.5", "codebook 16")
 
 
 def measure(board: Board) -> None:

@@ -14,19 +14,13 @@ from step.peers import torchao
 __all__ = ["measure"]
 
 WARM, STEPS, TURNS = 6, 20, 3
-FIRST = (
-    "uniform 8 bit",
-    "binary",
-    "movement 0.5",
-    "torchao QAT, int4",
-    "ours: uniform 4 bit, the same layers",
-    "codebook 16",
-)
+OURS = "ours: uniform 4 bit, the same layers"
+FIRST = ("uniform 8 bit", "binary", "movement 0.5", "torchao QAT, int4", OURS, "codebook 16")
 
 PEERS = {
     "torchao QAT, int4": Method(change=partial(torchao, dtype=torch.int4)),
     "torchao QAT, int8": Method(change=partial(torchao, dtype=torch.int8)),
-    "ours: uniform 4 bit, the same layers": OURS_4_BIT,
+    OURS: OURS_4_BIT,
 }
 
 
