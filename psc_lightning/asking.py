@@ -1,22 +1,63 @@
-"""What a tensor's entries decide, asked of many tensors at once: on a device each answer is a wait for all that runs there.
+"""What many tensors need alike, done for all at once: on a device each number read is a wait, each small operation a launch.
 
-A *question* is a generator that yields a tensor of one number, and is sent the number. On the CPU reading costs nothing, and
-each question is answered to its end before the next begins. Those of a device go side by side: all that they ask is read
-together, so that a step over many tensors waits as often as one over a single tensor.
+A *question* is a generator. It yields a tensor of one number, and is sent the number; or it yields a task, and goes on when
+that is done. On the CPU neither costs more than its work, and each question is answered to its end before the next begins.
+Those of a device go side by side: what they ask is read together, and tasks of a kind are done together, so that a step over
+many tensors waits as often as one over a single tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Question", "answer", "answers", "read"]
+__all__ = ["Copy", "Question", "Task", "answer", "answers", "read"]
 
 T = TypeVar("T")
-Question = Generator[Tensor, Any, T]
+
+
+class Task(Protocol):
+    """Something to do."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where."""
+
+    def do(self) -> None:
+        """Do it."""
+
+    @staticmethod
+    def do_all(tasks: list[Any]) -> None:
+        """Do many of the kind, in few operations."""
+
+
+Question = Generator[Tensor | Task, Any, T]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Write one tensor into another of its shape."""
+
+    source: Tensor
+    into: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is written."""
+        return self.into.device
+
+    def do(self) -> None:
+        """Do it."""
+        self.into.copy_(self.source)
+
+    @staticmethod
+    def do_all(tasks: list[Copy]) -> None:
+        """All at once."""
+        torch._foreach_copy_([task.into for task in tasks], [task.source for task in tasks])
 
 
 def read(numbers: list[Tensor]) -> list[Any]:
@@ -44,13 +85,17 @@ def answers(questions: Iterable[Question[T]]) -> list[T]:
     ['large', 'small']
     """
     done: dict[int, T] = {}
-    waiting: list[tuple[int, Question[T], Tensor]] = []
+    waiting: list[tuple[int, Question[T], Tensor | Task]] = []
 
     def go_on(index: int, question: Question[T], number: Any) -> None:
         try:
             asked = question.send(number)
             while asked.device.type == "cpu":
-                asked = question.send(asked.item())
+                if isinstance(asked, Tensor):
+                    asked = question.send(asked.item())
+                else:
+                    asked.do()
+                    asked = next(question)
             waiting.append((index, question, asked))
         except StopIteration as end:
             done[index] = end.value
@@ -58,10 +103,20 @@ def answers(questions: Iterable[Question[T]]) -> list[T]:
     for index, question in enumerate(questions):
         go_on(index, question, None)
     while waiting:
-        asked, numbers = list(waiting), read([number for _, _, number in waiting])
+        now = list(waiting)
         waiting.clear()
-        for (index, question, _), number in zip(asked, numbers, strict=True):
-            go_on(index, question, number)
+        numbers: dict[int, Tensor] = {}
+        tasks: dict[type[Task], list[Task]] = {}
+        for index, _, asked in now:
+            if isinstance(asked, Tensor):
+                numbers[index] = asked
+            else:
+                tasks.setdefault(type(asked), []).append(asked)
+        for kind, those in tasks.items():
+            kind.do_all(those)
+        found = dict(zip(numbers, read(list(numbers.values()))))
+        for index, question, _ in now:
+            go_on(index, question, found.get(index))
     return [done[index] for index in sorted(done)]
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.asking import Question, answer
+from psc_lightning.asking import Copy, Question, answer
 from psc_lightning.sharding import gather, is_sharded, local, scatter
 from psc_lightning.slots import SLOTS, SOFT, Slots
 
@@ -162,6 +162,8 @@ class Compressed:
         if self.latent is None:
             return
         if self.lent:
+            if _in_place(parameter):
+                yield Copy(local(parameter), local(self.latent))
             self._give_back(parameter)
         else:
             yield from self.absorbing(parameter)
@@ -219,7 +221,7 @@ class Compressed:
             return
         yield from self.absorbing(parameter)
         if _in_place(parameter):
-            local(parameter).copy_(local(self.latent))
+            yield Copy(local(self.latent), local(parameter))
         else:
             self._spare, parameter.data = parameter.data, self.latent
         self.lent = True
@@ -249,11 +251,8 @@ class Compressed:
 
     @torch.no_grad()
     def _give_back(self, parameter: nn.Parameter) -> None:
-        """The latent weight is what the Parameter holds now."""
-        assert self.latent is not None
-        if _in_place(parameter):
-            local(self.latent).copy_(local(parameter))
-        else:
+        """The latent weight is what the Parameter holds now; one with memory of its own has been written already."""
+        if not _in_place(parameter):
             self.latent = parameter.data
             spare, self._spare = self._spare, None
             fits = spare is not None and spare.dtype == self.latent.dtype and spare.device == self.latent.device

@@ -7,6 +7,7 @@ their range where the numbers are.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from psc_lightning.bits import read_bits, write_bits
 from psc_lightning.symbols import Reader, Writer
 
-__all__ = ["PRECISIONS", "Precision", "on", "power_of_two", "read_numbers", "write_numbers"]
+__all__ = ["PRECISIONS", "Precision", "Rounding", "on", "power_of_two", "read_numbers", "write_numbers"]
 
 _STEPS = 8  # of an octave
 _TOP = 127  # magnitudes
@@ -180,9 +181,60 @@ def power_of_two(values: Tensor, up: float = 1.0) -> Tensor:
     if not values.numel():
         return on(values.device, (1.0,)).reshape(())
     # Not by its exponent: a number in hand is a wait for the device, and CUDA's exp2 need not be exact.
-    top = values.detach().abs().amax().to(torch.float32)
-    edges, powers = _edges_and_powers(top.device, up)
-    return powers.take(torch.bucketize(top, edges, right=True))
+    return _powers_above(values.detach().abs().amax(), up)
+
+
+def _powers_above(sizes: Tensor, up: float) -> Tensor:
+    edges, powers = _edges_and_powers(sizes.device, up)
+    return powers.take(torch.bucketize(sizes.to(torch.float32), edges, right=True))
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Round numbers that share a unit to what a file holds: a task (see `asking`).
+
+    Attributes:
+        values: one or more.
+        precision: how.
+        into: where to write them, of the same shape.
+        unit: where to write their power of two.
+        positive: whether they must be above 0.
+
+    >>> rounding = Rounding(torch.tensor([0.1, 0.75]), PRECISIONS["log8"], torch.empty(2), torch.empty(()))
+    >>> rounding.do(); rounding.into.tolist(), rounding.unit.item()
+    ([0.09638818353414536, 0.7711054086685181], 1.0)
+    """
+
+    values: Tensor
+    precision: Precision
+    into: Tensor
+    unit: Tensor
+    positive: bool = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is written."""
+        return self.into.device
+
+    def do(self) -> None:
+        """Do it."""
+        self.unit.copy_(power_of_two(self.values, self.precision.up))
+        self.into.copy_(self.precision.round(self.values, self.unit, self.positive))
+
+    @staticmethod
+    def do_all(tasks: list[Rounding]) -> None:
+        """All of a precision as one long row."""
+        kinds: dict[tuple[object, ...], list[Rounding]] = {}
+        for task in tasks:
+            kinds.setdefault((task.device, task.values.dtype, task.precision, task.positive), []).append(task)
+        for those in kinds.values():
+            rows, how = [task.values.detach().reshape(-1) for task in those], those[0].precision
+            powers = _powers_above(torch.stack(torch._foreach_norm(rows, math.inf)), how.up)
+            units = torch.cat([power.expand(len(row)) for power, row in zip(powers.unbind(), rows, strict=True)])
+            parts = torch.split(how.round(torch.cat(rows), units, those[0].positive), [len(row) for row in rows])
+            made = [part.view(task.into.shape) for part, task in zip(parts, those, strict=True)]
+            torch._foreach_copy_([task.into for task in those], made)
+            torch._foreach_copy_([task.unit for task in those], list(powers.unbind()))
 
 
 def write_numbers(writer: Writer, precision: str, values: Tensor, unit: Tensor | float) -> None:

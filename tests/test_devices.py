@@ -85,8 +85,8 @@ def test_a_step_elsewhere_is_the_step_on_the_cpu(layer: str, choice: dict[str, C
         torch.testing.assert_close(one.near, other, rtol=1e-5, atol=1e-6)
 
 
-def _waits_of_a_step(choice: dict[str, Choice], tensors: int) -> Counter[str]:
-    """Of a training step over so many tensors, in the ramp of its levels, and one after it."""
+def _step(choice: dict[str, Choice], tensors: int, strengths: tuple[float, ...] = (0.6, 1.0)) -> FarDevice:
+    """What a device has seen of a last training step over so many tensors."""
     torch.manual_seed(0)
     made, name = LAYERS["Conv2d"]
     modules = [made() for _ in range(tensors)]
@@ -102,8 +102,9 @@ def _waits_of_a_step(choice: dict[str, Choice], tensors: int) -> Counter[str]:
                 tensor.set_strength(slot, 0.5, weight)
         answers(tensor.showing(weight) for tensor, weight in pairs)
         sidecars = Sidecars([(0.01, [sidecar for tensor in held for sidecar in tensor.slots.awake()])])
-        for strength in (0.6, 1.0):
+        for strength in strengths:
             device.waits.clear()
+            device.launches.clear()
             for tensor, weight in pairs:
                 tensor.set_strength("levels", strength, weight)
             answers(tensor.settling(weight, absorb=False) for tensor, weight in pairs)
@@ -117,13 +118,21 @@ def _waits_of_a_step(choice: dict[str, Choice], tensors: int) -> Counter[str]:
             for tensor, _ in pairs:
                 tensor.slots.stale = True
             answers(tensor.showing(weight) for tensor, weight in pairs)
-    return device.waits
+    return device
 
 
 @pytest.mark.parametrize("choice", [*alone(), *company()], ids=lambda choice: label("", choice))
 def test_a_step_waits_for_a_device_as_often_for_many_tensors_as_for_one(choice: dict[str, Choice]):
-    one, many = _waits_of_a_step(choice, 1), _waits_of_a_step(choice, 2)
+    one, many = _step(choice, 1).waits, _step(choice, 2).waits
     if (choice.get("tying") or ("",))[0] in ("separable", "low_rank"):
         del one["_to_copy"], many["_to_copy"]  # factors go to where there is float64, each at its time
     assert one == many
     assert sum(many.values()) <= 6
+
+
+@pytest.mark.parametrize(("method", "most"), [("uniform", 10), ("binary", 10), ("ternary", 22)])
+def test_another_tensor_launches_few_operations(method: str, most: int):
+    """Each once: a sum before the step and one after it, what finds its tables, what makes its levels."""
+    few, many = (_step({"levels": (method, {})}, tensors, (1.0, 1.0)).launches for tensors in (2, 3))
+    own = Counter({"ones_like": 1, "mul": 1, "add_": 1})  # of the test: a gradient, a step
+    assert sum((many - few - own).values()) <= most

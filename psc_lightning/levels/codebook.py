@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import Annotated, Any
@@ -132,7 +132,7 @@ class CodebookLevels(Levels):
         """Take the power of two above the centroids, and above what they are rounded to."""
         self.unit.copy_(power_of_two(self.centroids, self.precision.up))
 
-    def _measure(self, core: Tensor, keep: Tensor | None) -> None:
+    def _measured(self, core: Tensor, keep: Tensor | None) -> Sequence[Tensor]:
         # The centroids in order: a trained one may have passed its neighbour; the optimizer's state moves with neither: a
         # swap is rare. Then the nearest of each entry.
         self.centroids.copy_(self.centroids.sort(1).values)
@@ -141,6 +141,7 @@ class CodebookLevels(Levels):
         middles = (table[:, 1:] + table[:, :-1]) / 2
         for groups, values, _, (codes,) in strips(core, self.size, None, self.codes):
             _assign(values.to(middles.dtype), middles[groups], codes)
+        return []
 
     def _table(self) -> Tensor:
         return self.precision.round(self.centroids.detach(), self.unit, positive=False)

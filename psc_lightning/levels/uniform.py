@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -104,11 +104,11 @@ class UniformLevels(Levels):
                     break
         self._settle(step, "step")
 
-    def _measure(self, core: Tensor, keep: Tensor | None) -> None:
+    def _measured(self, core: Tensor, keep: Tensor | None) -> Sequence[Tensor]:
         # A learned step is no statistic: its power of two is seen to be above it.
         if self.learned_step:
             self.unit.clamp_(min=power_of_two(self.step))
-        super()._measure(core, keep)
+        return super()._measured(core, keep)
 
     def _sums(self, look: int, strip: Survivors, *found: Tensor) -> tuple[Tensor, ...]:
         if self.bits == 1:
