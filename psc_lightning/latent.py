@@ -11,69 +11,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from psc_lightning.asking import Copy, Question, answer
+from psc_lightning.marks import Mark, total, trace
 from psc_lightning.sharding import gather, is_sharded, local, scatter
 from psc_lightning.slots import SLOTS, SOFT, Slots
 
-__all__ = ["Compressed", "trace"]
+__all__ = ["Compressed"]
 
 # A write that moves a weight by more than this share of its norm is a new weight, not a change of the old one.
 _NEW = 0.7
 # Warn where the slots undo more than this share of a write.
 _UNDONE = 0.5
-
-
-@dataclass(frozen=True)
-class _Mark:
-    """What a Parameter was when it was last written here."""
-
-    pointer: int
-    version: int
-    total: int | Tensor  # of its bits, on a device left there: `parameter.data.mul_(…)` shows in nothing else
-
-    @classmethod
-    def of(cls, parameter: Tensor) -> _Mark:
-        return cls(*trace(parameter), _total(local(parameter)))
-
-
-def trace(parameter: Tensor) -> tuple[int, int]:
-    """Where a tensor is, and how often it was written to in ways that torch counts."""
-    return local(parameter).data_ptr(), parameter._version
-
-
-def _total(data: Tensor) -> int | Tensor:
-    """The sum of a tensor's bits, read as whole numbers."""
-    total = _sum(data)
-    return int(total) if data.device.type == "cpu" else total
-
-
-def _sum(data: Tensor) -> Tensor:
-    data = data.detach()
-    try:
-        flat = data.as_strided((data.numel(),), (1,)) if _dense(data) else data.reshape(-1)
-        whole = data.numel() * data.element_size() // 8 * 8 // data.element_size()
-        if flat.storage_offset() * data.element_size() % 8:
-            flat = flat.clone()
-        total = flat[:whole].view(torch.int64).sum()
-        return total if whole == len(flat) else total + flat[whole:].view(torch.uint8).sum()
-    except RuntimeError:  # a device without whole numbers of this width
-        return (
-            data.double().sum().view(torch.int64) if data.device.type == "cpu" else data.float().sum().view(torch.int32)
-        )
-
-
-def _dense(data: Tensor) -> bool:
-    """Whether its entries fill one stretch of memory, in whatever order."""
-    return data.untyped_storage().nbytes() - data.storage_offset() * data.element_size() >= data.nbytes and (
-        data.is_contiguous()
-        or (data.dim() == 4 and data.is_contiguous(memory_format=torch.channels_last))
-        or (data.dim() == 5 and data.is_contiguous(memory_format=torch.channels_last_3d))
-    )
 
 
 class Compressed:
@@ -94,7 +47,7 @@ class Compressed:
         self.lent = False
         self.loaded = False  # `load_state_dict` has written to the Parameter
         self._spare: Tensor | None = None  # the hard weight's memory, while the latent one is in the Parameter's place
-        self._mark: _Mark | None = None
+        self._mark: Mark | None = None
         self._warned = False
         self.refreshed = 0  # batches from which BatchNorm's statistics of this very weight were taken
 
@@ -151,7 +104,7 @@ class Compressed:
         if not _in_place(parameter):
             parameter.data = data.clone()
         self.loaded = False
-        self._mark = _Mark.of(parameter)
+        self._mark = Mark.of(parameter)
 
     def show(self, parameter: nn.Parameter) -> None:
         """Put into the Parameter what the slots make of the latent weight, if it is not there already."""
@@ -176,7 +129,7 @@ class Compressed:
             scatter(self.slots.make(full), parameter)
         else:
             self.slots.make(full, out=parameter.data)
-        self._mark = _Mark.of(parameter)
+        self._mark = Mark.of(parameter)
 
     def harden(self, parameter: nn.Parameter) -> None:
         """Bring every filled slot to full strength, and show it, with what others have written."""
@@ -247,7 +200,7 @@ class Compressed:
         else:
             self._spare, parameter.data = None, weight
         self.lent = False
-        self._mark = _Mark.of(parameter)
+        self._mark = Mark.of(parameter)
 
     @torch.no_grad()
     def _give_back(self, parameter: nn.Parameter) -> None:
@@ -273,7 +226,7 @@ class Compressed:
             return False
         if self.traced(parameter) and (self.loaded or mark.pointer):  # a copy has other memory
             return True
-        differ = _total(local(parameter)) != mark.total
+        differ = total(local(parameter)) != mark.total
         return bool((yield differ) if isinstance(differ, Tensor) else differ)
 
     def traced(self, parameter: nn.Parameter) -> bool:
@@ -305,7 +258,7 @@ class Compressed:
         if not _in_place(parameter) and self._replaced(parameter):
             parameter.data = parameter.data.clone()  # what was assigned is another's memory
         self.loaded = False
-        self._mark = _Mark.of(parameter)
+        self._mark = Mark.of(parameter)
 
     def _replaced(self, parameter: nn.Parameter) -> bool:
         assert self._mark is not None
@@ -401,7 +354,7 @@ class Compressed:
         self.slots.rescale(self.latent, factor)
         self.slots.make(self.latent, out=parameter.data)
         self.lent = self.loaded = False
-        self._mark = _Mark.of(parameter)
+        self._mark = Mark.of(parameter)
 
     # ------------------------------------------------------------------------------------------- checkpoints
 
@@ -431,7 +384,7 @@ class Compressed:
             scatter(full, self.latent)
         else:
             self.latent.copy_(full)
-        self._mark = _Mark.of(parameter)
+        self._mark = Mark.of(parameter)
 
     @torch.no_grad()
     def reconcile(self, parameter: nn.Parameter) -> None:
@@ -455,7 +408,7 @@ class Compressed:
         if self.lent:
             self.show(parameter)
         local(self.latent).copy_(local(latent))
-        self._mark = _Mark.of(parameter)
+        self._mark = Mark.of(parameter)
         self.slots.stale = self.slots.begun
         self.show(parameter)
 

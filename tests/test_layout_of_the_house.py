@@ -30,7 +30,7 @@ LAYERS = [
     {"words", "asking"},
     {"symbols", "strips", "selection", "clustering", "grid", "options", "files", "strict_json"},
     {"bits", "functional", "prices", "schedule", "layout", "configs", "sharding", "checkpoint"},
-    {"precision", "report"},
+    {"precision", "report", "marks"},
     {"tying", "masks", "levels", "activations"},
     {"stored", "chain", "spec"},
     {"slots"},

@@ -16,8 +16,8 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from psc_lightning.asking import answers
-from psc_lightning.latent import trace
 from psc_lightning.live import Place
+from psc_lightning.marks import trace
 from psc_lightning.sharding import gather, is_sharded, local
 from psc_lightning.slots import SLOTS
 from psc_lightning.training.cast import Cast
