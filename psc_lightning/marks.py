@@ -22,6 +22,7 @@ class Mark:
 
     @classmethod
     def of(cls, parameter: Tensor) -> Mark:
+        """What it is now."""
         return cls(*trace(parameter), total(local(parameter)))
 
 

@@ -141,9 +141,11 @@ def run(names: list[str], args: argparse.Namespace, scraps: Path, tell: Callable
 
 
 def lines_of(name: str, found: dict[str, object]) -> list[str]:
-    """A section as Markdown: a table of the short cells, then the errors."""
-    rows: list[dict[str, object]] = found["rows"]  # type: ignore[assignment]
-    hidden = ("error", "traceback")
+    """A section as Markdown: a table of the short cells, then the errors; the longest lists are in gpu.json."""
+    every: list[dict[str, object]] = found["rows"]  # type: ignore[assignment]
+    late = [str(row["what"]) for row in every if str(row.get("error", "")).startswith("left out")]
+    rows = [row for row in every if row["what"] not in late]
+    hidden = ("error", "traceback", "kernels by name", "counters")
     columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, dict)))
     columns = [key for key in columns if key not in hidden]
     lines = [f"## {name}", "", SECTIONS[name][1], "", f"{found['seconds']} s, exit {found['exit']}", ""]
@@ -153,8 +155,10 @@ def lines_of(name: str, found: dict[str, object]) -> list[str]:
         lines += ["", *(f"- {row['what']}: {str(row['error'])[:600]}" for row in rows if "error" in row), ""]
         for row in rows:
             for key, value in row.items():
-                if isinstance(value, dict) and value:
+                if isinstance(value, dict) and value and key not in hidden:
                     lines.append(f"- {row['what']}, {key}: {', '.join(f'{k}: {v}' for k, v in value.items())}")
+    if late:
+        lines += ["", f"Left out, since the time was over: {', '.join(late)}"]
     if found["log"]:
         lines += ["", "```", str(found["log"]), "```"]
     return [*lines, ""]
