@@ -202,7 +202,7 @@ class Rounding:
 
     >>> rounding = Rounding(torch.tensor([0.1, 0.75]), PRECISIONS["log8"], torch.empty(2), torch.empty(()))
     >>> rounding.do(); rounding.into.tolist(), rounding.unit.item()
-    ([0.09638818353414536, 0.7711054086685181], 1.0)
+    ([0.09638817608356476, 0.7711054086685181], 1.0)
     """
 
     values: Tensor
