@@ -68,9 +68,10 @@ class ByteBudget(Callback):
     """Trains a network into a file of at most so many bytes: by a price on bytes, steered by the file's own size.
 
     The size that is wanted falls from that of the first step to the budget, geometrically, until `end` of training, and
-    stays there. Where it is exceeded the price (`RatePenalty`'s weight) is raised, else lowered: by exp(0.3 · log(size /
-    wanted)), at most 16 % at a time, up to 1,000 times a run. Levels without a zero (`binary`, `float16`) know no price:
-    there the share that the mask keeps is steered alike. The size is that of the price's own model, put right by what
+    stays there. Up to 1,000 times a run the size is judged 4 % of the run ahead, by its trend: where it will be above what is
+    wanted then, the price (`RatePenalty`'s weight) is raised by exp(0.5 · log(size / wanted)), at most 28 % at a time, where
+    below, lowered alike (fewer looks move more each). Levels without a zero (`binary`, `float16`) know no price: there the
+    share that the mask keeps is steered. The size is that of the price's own model, put right by what
     `psc_lightning.measure` says of the file some twenty times a run. After the last step entries just above zero are set to
     zero until the file fits, a quarter of them at most.
 
@@ -110,10 +111,14 @@ class ByteBudget(Callback):
             raise ValueError(f"end: expected a share of training 0 < end ≤ 1, found {end!r}")
         self.end = float(end)
         self.writing: dict[str, Any] = {"leftovers": leftovers, "names": names, "fold_batchnorm": fold_batchnorm}
+        self.report: Report | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Before a fit: nothing is known."""
         self.rate = Rate()
         self.weight: float | None = None
         self.kept: float | None = None
-        self.report: Report | None = None
         self._first: float | None = None  # the price that it started with
         self._start: float | None = None  # the size that it started with
         self._last: float | None = None  # that of the last look
@@ -125,6 +130,7 @@ class ByteBudget(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take part in a fit."""
         if stage == "fit":
+            self._begin()
             Conductor.of(trainer).join_penalty(trainer, self)
 
     def check(self, cast: Cast) -> None:
@@ -263,8 +269,9 @@ class ByteBudget(Callback):
             settle()
             return self._measure(cast)
 
-        report = cut(high)
-        while high - low > max(1, len(order) // 500) and report.file_bytes <= self.budget:
+        if cut(high).file_bytes > self.budget:
+            return cut(0)  # it is of no use: the file stays as it was trained
+        while high - low > max(1, len(order) // 500):
             middle = (low + high) // 2
             low, high = (low, middle) if cut(middle).file_bytes <= self.budget else (middle, high)
         return cut(high)

@@ -120,6 +120,7 @@ class RatePenalty(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take part in a fit."""
         if stage == "fit":
+            self.rate, self._seen = Rate(), -1
             Conductor.of(trainer).join_penalty(trainer, self)
 
     def check(self, cast: Cast) -> None:

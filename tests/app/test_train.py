@@ -226,6 +226,23 @@ def test_batchnorm_is_folded_and_leftovers_are_on_a_grid(cli: Command, tmp_path:
     assert not list((tmp_path / "refused/checkpoints").glob("*"))
 
 
+def test_a_budget_holds_for_any_preset_or_the_run_fails(cli: Command, tmp_path: Path) -> None:
+    """Exit status 1, the file under another name, and what to do, where it does not; its accuracy is reported all the same."""
+    quick = ["trainer.max_epochs=6", "baseline.max_epochs=1", "data.batch_size=128", "leftovers=log8", "names=false"]
+    status, output = cli("compression=ternary", "compression.budget=3.5%", "hydra.run.dir=kept", *quick)
+    assert status == 0, output
+    assert (tmp_path / "kept/model.psc").stat().st_size <= int(0.035 * 97152)
+    status, output = cli("compression=small", "compression.budget=300", "hydra.run.dir=missed", *quick)
+    assert status == 1
+    assert "compression.budget=300: " in output
+    assert "model.over-budget.psc has" in output
+    size = (tmp_path / "missed/model.over-budget.psc").stat().st_size
+    assert not (tmp_path / "missed/model.psc").exists()
+    report = json.loads((tmp_path / "missed/report.json").read_text())
+    assert report["file_bytes"] == size > 300
+    assert "accuracy" in report["metrics"]["compressed"]
+
+
 def test_a_users_network_and_data_from_command_to_file(cli: Command, tmp_path: Path) -> None:
     status, said = cli(
         "compression=ternary",

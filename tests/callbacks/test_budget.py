@@ -144,3 +144,12 @@ def test_a_share_is_of_the_dense_size():
     dense = sum(value.numel() * 4 for value in model.state_dict().values())
     assert steer.budget == int(0.045 * dense)
     assert measure(model, **WRITING).file_bytes <= steer.budget
+
+
+def test_a_second_fit_steers_from_where_it_starts():
+    steer = ByteBudget(1100, **WRITING)
+    levels_of = levels("ternary", group="tensor")
+    model, _ = fit([levels_of, steer], Wide(), max_epochs=12)
+    steer.budget = steer.given = 900
+    model, _ = fit([levels_of, steer], model, max_epochs=12)
+    assert 800 < measure(model, **WRITING).file_bytes <= 900
