@@ -227,7 +227,7 @@ def test_batchnorm_is_folded_and_leftovers_are_on_a_grid(cli: Command, tmp_path:
 
 
 def test_a_budget_holds_for_any_preset_or_the_run_fails(cli: Command, tmp_path: Path) -> None:
-    """Exit status 1, the file under another name, and what to do, where it does not; its accuracy is reported all the same."""
+    """Where it does not: exit status 1, the file under another name, what to do; its accuracy is reported all the same."""
     quick = ["trainer.max_epochs=6", "baseline.max_epochs=1", "data.batch_size=128", "leftovers=log8", "names=false"]
     status, output = cli("compression=ternary", "compression.budget=3.5%", "hydra.run.dir=kept", *quick)
     assert status == 0, output
