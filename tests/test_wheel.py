@@ -82,6 +82,7 @@ OWN = """
 import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from psc_lightning.callbacks.presets import slots_and_budget
 from psc_lightning.configs import register
 
 register()
@@ -89,7 +90,8 @@ register()
 @hydra.main(version_base=None, config_path="conf", config_name="mine")
 def app(cfg):
     assert isinstance(cfg.compression, DictConfig)
-    print(cfg.epochs, [repr(instantiate(node, _convert_="all").state_key) for node in cfg.compression.callbacks.values()])
+    made = [instantiate(node, _convert_="all") for node in slots_and_budget(cfg.compression).values()]
+    print(cfg.epochs, [repr(one.state_key) for one in made])
     print(cfg.compression.threshold, instantiate(cfg.compression.callbacks.mask).schedule.kind)
 
 app()

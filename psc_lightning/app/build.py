@@ -163,9 +163,9 @@ def check_settings(cfg: DictConfig) -> None:
     if value("trainer.max_epochs") == value("trainer.max_steps") == -1 and not value("trainer.max_time"):
         raise UsageError("trainer.max_epochs=-1: training would have no end; give trainer.max_steps")
     for key in ("max_epochs", "max_steps", "limit_train_batches"):
-        if value(f"trainer.{key}") == 0 and value("compression.callbacks"):
+        if value(f"trainer.{key}") == 0 and slots_and_budget(cfg.compression):
             raise UsageError(f"trainer.{key}=0: nothing would be trained, so nothing compressed")
-    if value("trainer.fast_dev_run") and value("compression.callbacks"):
+    if value("trainer.fast_dev_run") and slots_and_budget(cfg.compression):
         raise UsageError(
             "trainer.fast_dev_run: its few steps leave no checkpoint and tell nothing; for a quick try give "
             "trainer.max_epochs=1 and trainer.limit_train_batches=20"

@@ -24,7 +24,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 import psc_lightning
-from psc_lightning import ByteBudget
 from psc_lightning.app.baseline import baseline, make_cache, read_checkpoint
 from psc_lightning.app.build import (
     build_callbacks,
@@ -40,6 +39,8 @@ from psc_lightning.app.errors import UsageError, check_finite, explain
 from psc_lightning.app.resume import ResumePoint, resumed
 from psc_lightning.app.run_folder import Run
 from psc_lightning.artifact import to_bytes
+from psc_lightning.callbacks import ByteBudget
+from psc_lightning.callbacks.presets import slots_and_budget
 from psc_lightning.oneshot import costly_masks
 from psc_lightning.report.notes import main_metric, notes_of, predictions
 from psc_lightning.report.plots import Curve, draw
@@ -200,7 +201,7 @@ def is_main() -> bool:
 def one_shot(cfg: DictConfig, dense: LightningModule, data: LightningDataModule, calibration: int) -> LightningModule:
     """Return a copy of the dense module, compressed without training, by labels of so many batches."""
     module = copy.deepcopy(dense)
-    if not cfg.compression.callbacks:
+    if not slots_and_budget(cfg.compression):
         return module
     seed(cfg)  # the same batches whether the baseline was trained just now or lay in the cache
     batches = list(islice(data.train_dataloader(), calibration))

@@ -13,12 +13,13 @@ from lightning import Callback, LightningDataModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from psc_lightning.app.run_folder import register_resolvers
+from psc_lightning.callbacks.presets import slots_and_budget
 from psc_lightning.configs import config_dir, register
 from psc_lightning.schedule import Schedule
 
 FILES = sorted(path.relative_to(config_dir()).with_suffix("") for path in config_dir().glob("*/**/*.yaml"))
 PRESETS = ["none", "float", "binary", "ternary", "mask", "cross_channel", "row", "column", "separable", "low_rank"]
-PRESETS += ["log", "codebook", "deep"]
+PRESETS += ["log", "codebook", "deep", "small"]
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -27,9 +28,15 @@ def composed(*overrides: str) -> DictConfig:
         return compose("train", list(overrides))
 
 
+def choice(path: Path) -> tuple[str, str]:
+    """The group of a file and its name there: an experiment's may be in a folder, a compression's folders are groups."""
+    parts = 1 if path.parts[0] == "experiment" else len(path.parts) - 1
+    return "/".join(path.parts[:parts]), "/".join(path.parts[parts:])
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_each_file_composes_and_resolves(path: Path) -> None:
-    group, name = str(path.parent), path.name
+    group, name = choice(path)
     own = {"model": "model.net._target_=torch.nn.Identity", "data": "data._target_=lightning.LightningDataModule"}
     cfg = composed(f"{group}={name}", *([own[group]] if name == "custom" else []))
     OmegaConf.to_container(cfg, resolve=True)
@@ -44,13 +51,15 @@ def nodes(cfg: DictConfig, key: str = "") -> Iterator[tuple[str, DictConfig]]:
 
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_each_file_builds_what_it_names(path: Path, tmp_path: Path) -> None:
-    group, name = str(path.parent), path.name
+    group, name = choice(path)
     if name == "tensorboard":
         pytest.importorskip("tensorboard", reason="an optional logger")
     own = {"model": "model.net._target_=torch.nn.Identity", "data": "data._target_=lightning.LightningDataModule"}
     cfg = composed(f"{group}={name}", "trainer.accelerator=cpu", *([own[group]] if name == "custom" else []))
     built = {}
     for key, node in nodes(cfg):
+        if key == "compression.callbacks.budget" and cfg.compression.budget is None:
+            continue  # there is no budget
         more = {"save_dir": str(tmp_path)} if key == "logger" else {"logger": False} if key == "trainer" else {}
         built[key] = instantiate(node, _convert_="all", **more)
     assert {"data", "model.net", "trainer"} <= set(built)
@@ -67,12 +76,16 @@ def test_there_are_the_promised_presets() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_each_preset_builds_its_callbacks(name: str) -> None:
     cfg = composed(f"compression={name}", "compression.threshold=0.25", "schedule=linear", "schedule.end=0.5")
-    built = {key: instantiate(node, _convert_="all") for key, node in cfg.compression.callbacks.items()}
+    built = {key: instantiate(node, _convert_="all") for key, node in slots_and_budget(cfg.compression).items()}
     assert cfg.compression.name == name
     assert ("mask" in built) == (name != "none")
     if built:
         assert built["mask"].options["threshold"] == 0.25
-    assert all(callback.schedule == Schedule("linear", 0.0, 0.5) for callback in built.values())
+    assert ("budget" in built) == (name == "small")
+    schedules = {key: callback.schedule for key, callback in built.items() if key != "budget"}
+    if name == "small":
+        assert schedules.pop("levels") == Schedule("constant")  # whatever the others follow: its price grows instead
+    assert all(schedule == Schedule("linear", 0.0, 0.5) for schedule in schedules.values())
 
 
 @pytest.mark.parametrize("name", ["weight", "layer", "global", "agc"])

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import psc_lightning
-from psc_lightning import MaskLearning, StraightThroughQuantization, WeightSharing, preset
+from psc_lightning import ByteBudget, MaskLearning, StraightThroughQuantization, WeightSharing, preset
 from psc_lightning.callbacks.presets import composed
 from psc_lightning.configs import config_dir
 from psc_lightning.levels import LEVELS
@@ -131,8 +131,9 @@ def test_every_method_has_a_yaml_and_every_yaml_a_method():
 def test_a_preset_is_a_composition_of_a_few_lines(name: str):
     text = (FOLDER / f"{name}.yaml").read_text()
     assert text.startswith("# ")
-    assert len(text.splitlines()) <= 9
     config = yaml.safe_load(text)
+    # beside the four parts: a threshold, and where a budget decides what is zero, what its levels need for that
+    assert len(text.splitlines()) <= (17 if "budget" in config else 9)
     assert [key for default in config["defaults"][:-1] for key in default] == ["tensors", "tying", "mask", "levels"]
     assert config["name"] == name
     assert 0 <= config["threshold"] < 1
@@ -152,7 +153,9 @@ def test_any_methods_make_a_preset(name: str):
         chosen = dict(zip(SLOTS, three, strict=True))
         built = preset(name, **chosen)
         wanted = [chosen[slot] or default[slot] for slot in SLOTS]
-        assert [callback.method for callback in built] == [method for method in wanted if method != "none"]
+        assert any(isinstance(callback, ByteBudget) for callback in built) == (name == "small")
+        slots = [callback for callback in built if not isinstance(callback, ByteBudget)]
+        assert [callback.method for callback in slots] == [method for method in wanted if method != "none"]
 
 
 def test_a_preset_takes_options_targets_and_a_schedule():
