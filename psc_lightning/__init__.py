@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from psc_lightning.artifact import ArtifactError, load, load_into, measure, save, verify
     from psc_lightning.callbacks import (
+        ActivationQuantization,
         ByteBudget,
         Distillation,
         GradientClipping,
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "artifact": ("ArtifactError", "load", "load_into", "measure", "save", "verify"),
     "callbacks": (
+        "ActivationQuantization",
         "ByteBudget",
         "Distillation",
         "GradientClipping",
@@ -54,6 +56,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ActivationQuantization",
     "ArtifactError",
     "ByteBudget",
     "Distillation",

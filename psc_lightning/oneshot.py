@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from psc_lightning import activations
+from psc_lightning.activations import Activations
 from psc_lightning.artifact import estimate, to_bytes
+from psc_lightning.callbacks.activations import ActivationQuantization
 from psc_lightning.callbacks.presets import preset
 from psc_lightning.callbacks.slot import SlotCallback
 from psc_lightning.live import Place, compressed, held, let_go
@@ -34,9 +37,13 @@ def attach(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> None:
     Raises:
         ValueError: as the callbacks would before training.
     """
-    for callback in [callbacks] if not isinstance(callbacks, Sequence) else callbacks:
-        if isinstance(callback, SlotCallback):
-            callback.attach(model)
+    for callback in _ours(callbacks):
+        callback.attach(model)
+
+
+def _ours(callbacks: Callback | Sequence[Callback]) -> list[SlotCallback | ActivationQuantization]:
+    several = callbacks if isinstance(callbacks, Sequence) else [callbacks]
+    return [callback for callback in several if isinstance(callback, SlotCallback | ActivationQuantization)]
 
 
 def compress(
@@ -85,19 +92,20 @@ def compress(
     if isinstance(compression, str):
         if options.get("budget") is not None:
             raise ValueError("budget: nothing is trained here that could be steered; give ByteBudget to a Trainer")
-        made = preset(compression, threshold, **options)
-        callbacks = [callback for callback in made if isinstance(callback, SlotCallback)]
+        ours = _ours(preset(compression, threshold, **options))
     elif threshold is not None or options:
         raise ValueError(f"{', '.join(options) or 'threshold'}: an option of presets; callbacks have their own")
     else:
-        callbacks = [deepcopy(callback) for callback in compression if isinstance(callback, SlotCallback)]
+        ours = deepcopy(_ours(compression))
+    callbacks = [callback for callback in ours if isinstance(callback, SlotCallback)]
+    rounders = [callback for callback in ours if isinstance(callback, ActivationQuantization)]
     driven = ""
     labelled = any(callback.calibration_steps for callback in callbacks)  # a tying that takes labels if it gets them
     if any(callback.slot == "mask" and MASKS[callback.method].labels != "none" for callback in callbacks):
         driven = "is driven by labels"
-    elif any(callback.spec().activations for callback in callbacks):
+    elif rounders:
         driven = "rounds inputs that it has seen"
-    name = compression if isinstance(compression, str) else "+".join(callback.method for callback in callbacks)
+    name = compression if isinstance(compression, str) else "+".join(type(callback).__name__ for callback in ours)
     if (batches is None) != (loss is None) or (driven and batches is None):
         raise ValueError(
             f"batches, loss: compression={name!r} "
@@ -108,18 +116,24 @@ def compress(
     for _, target in chosen:
         if any(held(*holder) is not None for holder in target.holders):
             raise ValueError(f"{target.name} is compressed already; call psc_lightning.detach(model) first")
-    with _undone_on_error(chosen):
+    for name, _, _ in activations.activations(model) if rounders else ():
+        raise ValueError(f"{name}: its inputs are rounded already; call psc_lightning.detach(model) first")
+    with _undone_on_error(model, chosen):
         places = [(callback, place) for callback in callbacks for place in callback.attach(model)]
+        inputs = [found for rounder in rounders for _, found in rounder.attach(model)]
         if batches is not None and loss is not None and (driven or labelled):
-            _calibrate(model, places, batches, loss)
+            _calibrate(model, places, inputs, batches, loss)
         for _, place in places:
             place.tensor.harden(place.parameter)
+        for found in inputs:
+            found.begun = True
         return to_bytes(model)[1]
 
 
 @contextmanager
-def _undone_on_error(chosen: Sequence[tuple[SlotCallback, Target]]) -> Iterator[None]:
-    """Where something fails within it, forget the slots again: the model is as it was."""
+def _undone_on_error(model: nn.Module, chosen: Sequence[tuple[SlotCallback, Target]]) -> Iterator[None]:
+    """Where something fails within it, forget what was attached again: the model is as it was."""
+    rounded = [layer for layer in model.modules() if activations.of(layer)]
     parameters = list({id(target.parameter): target.parameter for _, target in chosen}.values())
     values = [parameter.detach().clone() for parameter in parameters]
     try:
@@ -128,6 +142,9 @@ def _undone_on_error(chosen: Sequence[tuple[SlotCallback, Target]]) -> Iterator[
         for _, target in chosen:
             for layer, name in target.holders:
                 let_go(layer, name)
+        for layer in model.modules():
+            if layer not in rounded:
+                activations.let_go(layer)
         with torch.no_grad():
             for parameter, value in zip(parameters, values, strict=True):
                 parameter.copy_(value)
@@ -137,10 +154,11 @@ def _undone_on_error(chosen: Sequence[tuple[SlotCallback, Target]]) -> Iterator[
 def _calibrate(
     model: nn.Module,
     places: Sequence[tuple[SlotCallback, Place]],
+    inputs: Sequence[Activations],
     batches: Iterable[Any],
     loss: Callable[[nn.Module, Any], Tensor],
 ) -> None:
-    """Show the labels of all batches to the methods that want them; modes and gradients are left as they were."""
+    """Show all batches to who goes by labels or inputs; modes and gradients are left as they were."""
     from rich.progress import track
 
     training = [(layer, layer.training) for layer in model.modules()]
@@ -150,8 +168,8 @@ def _calibrate(
     try:
         for _, place in places:
             place.parameter.requires_grad_()  # a frozen weight has labels too
-            if place.tensor.slots.inputs is not None:
-                place.tensor.slots.inputs.observing = True
+        for found in inputs:
+            found.observing = True
         for number, batch in enumerate(
             track(batches, description="calibrating", transient=True, disable=not sys.stdout.isatty())
         ):
@@ -171,9 +189,8 @@ def _calibrate(
             parameter.requires_grad_(learns)
         for layer, mode in training:
             layer.training = mode
-        for _, place in places:
-            if place.tensor.slots.inputs is not None:
-                place.tensor.slots.inputs.observing = False
+        for found in inputs:
+            found.observing = False
     if number < 0:
         raise ValueError("batches: expected one batch or more, found none; a generator can be read only once")
 
@@ -221,14 +238,12 @@ def plan(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> Plan:
     >>> made.notes
     {'2.weight': 'separable does not apply: it has no kernel of two or more entries to separate'}
     """
-    ours = [
-        c for c in ([callbacks] if not isinstance(callbacks, Sequence) else callbacks) if isinstance(c, SlotCallback)
-    ]
     copy = deepcopy(model)
     skipped: dict[str, list[str]] = {}
-    for callback in ours:
-        callback = deepcopy(callback)
+    for callback in deepcopy(_ours(callbacks)):
         callback.attach(copy)
+        if isinstance(callback, ActivationQuantization):
+            continue
         for name, reason in callback.choose(copy).skipped.items():
             reasons = skipped.setdefault(name, [])
             if reason not in reasons:

@@ -23,7 +23,7 @@ from psc_lightning.app.errors import UsageError, explain
 from psc_lightning.app.sweep import check_sweeper
 from psc_lightning.app.task import Classifier
 from psc_lightning.artifact.leftovers import LEFTOVERS
-from psc_lightning.callbacks.presets import slots_and_budget
+from psc_lightning.callbacks.presets import wanted
 from psc_lightning.options import positive, whole
 
 __all__ = [
@@ -46,7 +46,7 @@ GROUPS = ("compression", "clipping", "distillation", "data", "model", "optimizer
 
 def build_callbacks(cfg: DictConfig) -> list[Callback]:
     """Return the callbacks of the preset, of the clipping, and the user's own."""
-    nodes = {f"compression.callbacks.{name}": node for name, node in slots_and_budget(cfg.compression).items()}
+    nodes = {f"compression.callbacks.{name}": node for name, node in wanted(cfg.compression).items()}
     nodes |= {key: cfg[key] for key in ("clipping", "distillation") if cfg[key]}
     nodes |= {f"callbacks.{name}": node for name, node in cfg.callbacks.items()}
     if "mask" not in cfg.compression.callbacks and cfg.compression.get("threshold"):
@@ -160,9 +160,9 @@ def check_settings(cfg: DictConfig) -> None:
     if value("trainer.max_epochs") == value("trainer.max_steps") == -1 and not value("trainer.max_time"):
         raise UsageError("trainer.max_epochs=-1: training would have no end; give trainer.max_steps")
     for key in ("max_epochs", "max_steps", "limit_train_batches"):
-        if value(f"trainer.{key}") == 0 and value("compression.callbacks"):
+        if value(f"trainer.{key}") == 0 and wanted(cfg.compression):
             raise UsageError(f"trainer.{key}=0: nothing would be trained, so nothing compressed")
-    if value("trainer.fast_dev_run") and value("compression.callbacks"):
+    if value("trainer.fast_dev_run") and wanted(cfg.compression):
         raise UsageError(
             "trainer.fast_dev_run: its few steps would compress nothing; for a quick try give trainer.max_epochs=1 and "
             "trainer.limit_train_batches=20"

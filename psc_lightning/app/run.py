@@ -41,6 +41,7 @@ from psc_lightning.app.errors import UsageError, check_finite, explain
 from psc_lightning.app.resume import ResumePoint, resumed
 from psc_lightning.app.run_folder import Run
 from psc_lightning.artifact import to_bytes
+from psc_lightning.callbacks.presets import wanted
 from psc_lightning.report.plots import Curve, draw
 
 __all__ = ["is_main", "run"]
@@ -192,7 +193,7 @@ def is_main() -> bool:
 def one_shot(cfg: DictConfig, dense: LightningModule, data: LightningDataModule, calibration: int) -> LightningModule:
     """Return a copy of the dense module, compressed without training, by labels of so many batches."""
     module = copy.deepcopy(dense)
-    if not cfg.compression.callbacks:
+    if not wanted(cfg.compression):
         return module
     seed(cfg)  # the same batches whether the baseline was trained just now or lay in the cache
     batches = list(islice(data.train_dataloader(), calibration))

@@ -136,8 +136,8 @@ class SlotCallback(Callback):
                     raise ValueError(f"{target.name}: {error}") from None
             elif taken != self.spec():
                 raise ValueError(
-                    f"{target.name}: its {self.slot} slot holds {taken.owner} with {taken.given}, this callback has "
-                    f"{self.spec().given}; call psc_lightning.detach(model) before training it with other options"
+                    f"{target.name}: its {self.slot} slot holds {taken.owner} with {taken.options}, this callback has "
+                    f"{self.options}; call psc_lightning.detach(model) before training it with other options"
                 )
             hold(target.holders, tensor)
             places.append(Place(target.name, *target.holders[0], tensor))

@@ -10,11 +10,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import distributed
 
+from psc_lightning.activations import activations
 from psc_lightning.live import compressed, hand_back
 from psc_lightning.sharding import sharded_modules
 from psc_lightning.slots import HARD, SLOTS
@@ -22,6 +21,7 @@ from psc_lightning.training import entry
 from psc_lightning.training.averaging import Average
 from psc_lightning.training.batchnorm import Inputs
 from psc_lightning.training.cast import Cast, Clipper, Penalty, SlotFiller
+from psc_lightning.training.rounding import Rounder, Rounding
 from psc_lightning.training.run import builds_late, callbacks_of, insert, is_named, steps_of, user_rate
 from psc_lightning.training.stepping import Stepping
 
@@ -36,6 +36,7 @@ class Conductor(Callback):
     def __init__(self) -> None:
         self.cast = Cast()
         self.stepping = Stepping(self.cast)
+        self.rounding = Rounding()
         self.averages: list[Average] = []
         self.inputs: Inputs | None = None  # of the last batches, to take BatchNorm's statistics anew from
         self._restored: dict[str, Any] | None = None
@@ -64,19 +65,18 @@ class Conductor(Callback):
                 "use DDP or ModelParallelStrategy (FSDP2)"
             )
         owners = [t.slots.specs[filler.slot].owner for _, t, _ in compressed(module) if filler.slot in t.slots.specs]
-        if _spawns(trainer) and filler.state_key not in owners:
-            raise ValueError(
-                f"{who}: the processes of strategy='ddp_spawn' (ddp_fork, ddp_notebook) "
-                "hand back a state dict, which a model without slots would take as if nothing had been compressed: call "
-                "psc_lightning.attach(model, callbacks) before fit, or use strategy='ddp'"
-            )
+        _check_spawned(trainer, who, filler.state_key in owners)
         self._start(trainer)
         self.cast.add(filler)
-        try:
-            filler.attach(module)
-        except ValueError:
-            if not builds_late(module):
-                raise
+        _attach(filler, module)
+
+    def join_rounding(self, trainer: Trainer, module: LightningModule, rounder: Rounder) -> None:
+        """Take in a callback that has inputs rounded; attach it, where the layers are there already."""
+        owners = [inputs.owner for _, _, inputs in activations(module)]
+        _check_spawned(trainer, type(rounder).__name__, rounder.state_key in owners)
+        self._start(trainer)
+        self.rounding.add(rounder)
+        _attach(rounder, module)
 
     def join_clipping(self, trainer: Trainer, clipper: Clipper) -> None:
         """Take in a callback that clips."""
@@ -92,6 +92,7 @@ class Conductor(Callback):
 
     def _start(self, trainer: Trainer) -> None:
         self.cast.start(callbacks_of(trainer))
+        self.rounding.start(callbacks_of(trainer))
         self._restored = None
 
     # -------------------------------------------------------------------------------------------- before training
@@ -103,9 +104,12 @@ class Conductor(Callback):
         for clipper in self.cast.clippers:
             clipper.check(trainer)
         self.cast.attach(pl_module)
+        self.rounding.attach(pl_module)
         self._refuse_pruning(trainer)
-        for place in self.cast.everywhere() if _spawns(trainer) else ():
-            place.tensor.unshare()
+        if _spawns(trainer):
+            self.rounding.unshare()
+            for place in self.cast.everywhere():
+                place.tensor.unshare()
         self.averages = [Average(one) for one in callbacks_of(trainer) if is_named(one, *_AVERAGING)]
         self._restore()
 
@@ -130,8 +134,9 @@ class Conductor(Callback):
         cast.total = steps_of(trainer, pl_module) if cast.total is None else cast.total
         if cast.base_rate is None:  # not before: a finder may still change it
             cast.base_rate = user_rate(trainer.optimizers, initial=True)
+        for schedule in [one.schedule for one in cast.fillers] + [one.schedule for one in self.rounding.rounders]:
+            schedule.strength(0, cast.total)  # raises for a schedule in shares in an endless run
         for filler in cast.fillers:
-            filler.schedule.strength(0, cast.total)  # raises for a schedule in shares in an endless run
             self._warn_without_labels(filler)
         for penalty in cast.penalties:
             penalty.check(cast)
@@ -172,10 +177,10 @@ class Conductor(Callback):
             if place.tensor.traced(place.parameter):  # written to since the last batch
                 place.tensor.absorb(place.parameter)
             place.tensor.show_if_stale(place.parameter)
-            if place.tensor.slots.inputs is not None:
-                place.tensor.slots.inputs.observing = True
         for penalty in self.cast.penalties:
             penalty.control(self.cast, trainer.global_step)
+        assert self.cast.total is not None
+        self.rounding.begin_batch(trainer.global_step, self.cast.total)
         self.stepping.borrow()
         if self.inputs is not None and any(place.tensor.slots.begun for place in self.cast.everywhere()):
             self.inputs.see(batch)
@@ -185,33 +190,21 @@ class Conductor(Callback):
     ) -> None:
         """Harden all weights: from here to the next batch they are what a file would hold."""
         self._settle()
-        self._agree_on_inputs()
+        self.rounding.agree()
         for average in self.averages:
             average.follow(self.cast.everywhere())
 
     def _settle(self) -> None:
         """End a batch: hard weights, frozen Parameters frozen again, no activation ranges recorded."""
         self.stepping.reshard()
+        self.rounding.end_batch()
         for place in self.cast.everywhere():
             tensor = place.tensor
-            if tensor.slots.inputs is not None:
-                tensor.slots.inputs.observing = False
             tensor.end_ramp(place.parameter)
             if id(tensor) not in self.stepping.stepped:
                 tensor.absorb(place.parameter)
             tensor.show_if_stale(place.parameter)
         self.stepping.settled()
-
-    def _agree_on_inputs(self) -> None:
-        """All processes go on with the mean of the ranges that they have seen."""
-        seen = [slots.inputs for slots in (place.tensor.slots for place in self.cast.everywhere()) if slots.inputs]
-        if seen and distributed.is_available() and distributed.is_initialized():
-            bounds = [bound for inputs in seen for bound in inputs.buffers()]
-            sums = torch.cat([bound.reshape(-1) for bound in bounds])
-            distributed.all_reduce(sums)
-            means = sums / distributed.get_world_size()
-            for bound, mean in zip(bounds, torch.split(means, [bound.numel() for bound in bounds])):
-                bound.copy_(mean.reshape(bound.shape))
 
     # --------------------------------------------------------------------------------------- averages, endings
 
@@ -284,6 +277,7 @@ class Conductor(Callback):
             return
         for filler in self.cast.fillers:
             self._warn_cut_short(filler, trainer.global_step)
+        self.rounding.warn_unbegun(trainer.global_step)
 
     def _warn_cut_short(self, filler: SlotFiller, step: int) -> None:
         index, who = SLOTS.index(filler.slot), f"{type(filler).__name__}({filler.method!r})"
@@ -310,11 +304,11 @@ class Conductor(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add our entry."""
-        if self.cast.places:
+        if self.cast.places or self.rounding.layers:
             self.stepping.reshard()
             self._show_averages(pl_module)
             self._refresh_batchnorm(trainer)
-            checkpoint[entry.KEY] = entry.write(self.cast, self.averages)
+            checkpoint[entry.KEY] = entry.write(self.cast, self.rounding, self.averages)
             inputs = self.inputs
             if inputs is not None and inputs.fresh:  # the state was taken before
                 checkpoint["state_dict"] |= inputs.statistics(checkpoint["state_dict"])
@@ -332,10 +326,28 @@ class Conductor(Callback):
     def _restore(self) -> None:
         restored, self._restored = self._restored, None
         if restored is not None:
-            entry.read(restored, self.cast, self.averages)
+            entry.read(restored, self.cast, self.rounding, self.averages)
             self._kept = restored["inputs"]
 
 
 def _spawns(trainer: Trainer) -> bool:
     """Whether the run's processes start from this one, and hand back a state dict."""
     return is_named(trainer.strategy.launcher, "_MultiProcessingLauncher")
+
+
+def _check_spawned(trainer: Trainer, who: str, attached: bool) -> None:
+    if _spawns(trainer) and not attached:
+        raise ValueError(
+            f"{who}: the processes of strategy='ddp_spawn' (ddp_fork, ddp_notebook) "
+            "hand back a state dict, which a model without slots would take as if nothing had been compressed: call "
+            "psc_lightning.attach(model, callbacks) before fit, or use strategy='ddp'"
+        )
+
+
+def _attach(callback: SlotFiller | Rounder, module: LightningModule) -> None:
+    """Attach a callback; again, when all layers are there, where the user's hooks may build some."""
+    try:
+        callback.attach(module)
+    except ValueError:
+        if not builds_late(module):
+            raise

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from psc_lightning.activations import Activations
 from psc_lightning.slots import SLOTS, Slots
 from psc_lightning.training.averaging import Average
 from psc_lightning.training.cast import Cast
+from psc_lightning.training.rounding import Rounding
 
 __all__ = ["KEY", "check", "read", "write"]
 
@@ -17,7 +19,7 @@ KEY, VERSION = "psc_lightning", 4
 _CURE = "start from its weights: model.load_state_dict(torch.load(path)['state_dict'])"
 
 
-def write(cast: Cast, averages: list[Average]) -> dict[str, Any]:
+def write(cast: Cast, rounding: Rounding, averages: list[Average]) -> dict[str, Any]:
     """What goes into a checkpoint."""
     return {
         "version": VERSION,
@@ -27,6 +29,10 @@ def write(cast: Cast, averages: list[Average]) -> dict[str, Any]:
                 "state": place.tensor.training_state(place.parameter),
             }
             for place in cast.everywhere()
+        },
+        "activations": {
+            name: {"slots": _rounded(inputs), "state": inputs.training_state()}
+            for name, inputs in rounding.layers.items()
         },
         "optimizer": cast.sidecars.state_dict(),
         "total_steps": cast.total if cast.total is not None and math.isfinite(cast.total) else None,
@@ -49,15 +55,16 @@ def check(entry: Any) -> dict[str, Any]:
     return entry
 
 
-def read(entry: dict[str, Any], cast: Cast, averages: list[Average]) -> None:
+def read(entry: dict[str, Any], cast: Cast, rounding: Rounding, averages: list[Average]) -> None:
     """Put it back.
 
     Raises:
         ValueError: it was trained with other methods.
     """
-    tensors = entry["tensors"]
+    tensors, activations = entry["tensors"], entry["activations"]
     now = {place.name: _methods(place.tensor.slots) for place in cast.everywhere()}
-    then = {name: dict(found["slots"]) for name, found in tensors.items()}
+    now |= {name: _rounded(inputs) for name, inputs in rounding.layers.items()}
+    then = {name: dict(found["slots"]) for name, found in (tensors | activations).items()}
     for name in [*now, *then]:
         if (has := now.get(name, {})) != (had := then.get(name, {})):
             raise ValueError(
@@ -70,6 +77,8 @@ def read(entry: dict[str, Any], cast: Cast, averages: list[Average]) -> None:
     for place in cast.everywhere():
         place.tensor.load_training_state(place.parameter, tensors[place.name]["state"])
         place.tensor.reconcile(place.parameter)
+    for name, inputs in rounding.layers.items():
+        inputs.load_training_state(activations[name]["state"])
     cast.sidecars.load_state_dict(entry["optimizer"])
     cast.total, cast.base_rate = entry["total_steps"], entry["base_rate"]
     for average, state in zip(averages, entry["averages"]):
@@ -79,7 +88,11 @@ def read(entry: dict[str, Any], cast: Cast, averages: list[Average]) -> None:
 def _methods(slots: Slots) -> dict[str, str]:
     """The methods and their options, in the order of the slots: what must be the same to go on."""
     specs = [(slot, slots.specs[slot]) for slot in SLOTS if slot in slots.specs]
-    return {slot: ", ".join([spec.method, *(f"{k}={v}" for k, v in spec.given.items())]) for slot, spec in specs}
+    return {slot: ", ".join([spec.method, *(f"{k}={v}" for k, v in spec.options.items())]) for slot, spec in specs}
+
+
+def _rounded(inputs: Activations) -> dict[str, str]:
+    return {"activations": f"bits={inputs.bits}"}
 
 
 def _told(methods: dict[str, str]) -> str:
