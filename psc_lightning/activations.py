@@ -248,6 +248,8 @@ def _round_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Forward pre-hook."""
     found: Activations = layer.__dict__[PLACE]
     x = args[0] if args else kwargs["input"]
+    if found.input.low.device != x.device:  # the model has been moved since
+        found.to(x.device)
     if found.observing:
         found.see(x)
     if not found.begun:

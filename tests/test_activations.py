@@ -154,3 +154,13 @@ def test_the_state_of_training():
     assert other.ranges().outputs.tolist() == [[1, 5], [1, 5]]
     inputs.begun = False
     assert inputs.ranges() is None
+
+
+def test_ranges_go_where_the_model_goes():
+    """As far as a machine without another device shows it: what a moved layer gives has its device, and no error comes."""
+    layer, inputs = nn.Linear(8, 5), Activations(4)
+    hold([layer], inputs)
+    inputs.see(torch.tensor([-1.0, 2.0]))
+    inputs.begun = True
+    assert layer.to("meta")(torch.zeros(3, 8, device="meta")).device.type == "meta"
+    assert {bound.device.type for bound in inputs.buffers()} == {"meta"}
