@@ -297,7 +297,7 @@ class Slots(nn.Module):
         (first,) = torch.autograd.grad(list(cores.values()), dense, pulled)
         return first
 
-    def awake(self) -> Iterator[nn.Parameter]:
+    def active_sidecars(self) -> Iterator[nn.Parameter]:
         """The sidecars of the slots that have begun."""
         for slot, phase in zip(SLOTS, self.phase):
             if phase:

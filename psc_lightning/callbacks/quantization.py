@@ -34,10 +34,10 @@ class StraightThroughQuantization(SlotCallback):
             linear up to 70 % of training.
         scales: what scales and centroids are stored as, and rounded to while training: `float32`, `float16` (times a power
             of two a tensor), `log8` (8 bits on a grid of 2^(1/8), within 4.5 %). None: float16.
-
         refresh_batchnorm: training batches from which BatchNorm's statistics are taken anew, before each validation and at
             the end (the last ones' inputs are kept, up to 4 MB of each); 0: none. None: 8 at the end, before a validation
             as many of them as take 2 % of an epoch's time.
+
     Raises:
         ValueError: a wrong value (the argument is named), or, before training starts, a pattern that matches nothing or
             a slot that is taken.

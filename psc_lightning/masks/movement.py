@@ -65,7 +65,7 @@ class MovementMask(Mask):
     @torch.no_grad()
     def refresh(self, core: Tensor, strength: float = 1.0) -> None:
         """Choose which entries are zero now; `strength` scales the share."""
-        seen = self.scores[:, 0] != 0  # few rows need more than a glance
+        seen = self.scores[:, 0] != 0  # of most rows the first entry says it
         rest = (~seen).nonzero().flatten()
         if len(rest):
             others = self.scores.index_select(0, rest)
@@ -77,7 +77,7 @@ class MovementMask(Mask):
             return
         share = self.threshold * strength
         zeros = zero_count(share, rows * columns)
-        # The same share of both, and as many in all as ever.
+        # The same share of both, and the exact number in all.
         of_seen = min(max(zeros - round(share * (rows - number) * columns), 0), number * columns)
         weights = self.units.mean(core if self.units.granularity == "element" else core.abs())
         kept = torch.empty(rows, columns, dtype=torch.bool, device=core.device)

@@ -149,15 +149,15 @@ class Conductor(Callback):
         self._kept = []
 
     def _warn_without_labels(self, filler: SlotFiller) -> None:
-        blind = [
+        frozen = [
             place.name
             for place in self.cast.of(filler)
             if not place.parameter.requires_grad and not any(True for _ in place.tensor.slots.sidecars("tying"))
         ]
-        if filler.calibration_steps and blind:
+        if filler.calibration_steps and frozen:
             rank_zero_warn(
                 f"{type(filler).__name__}({filler.method!r}) gets no labels from frozen weights, and goes by their "
-                f"magnitude: {', '.join(blind)}"
+                f"magnitude: {', '.join(frozen)}"
             )
 
     # ------------------------------------------------------------------------------------------------- a batch

@@ -16,7 +16,7 @@ __all__ = ["KEY", "check", "read", "write"]
 #: where it lies in a checkpoint, and the version of what lies there
 KEY, VERSION = "psc_lightning", 4
 
-_CURE = "start from its weights: model.load_state_dict(torch.load(path)['state_dict'])"
+_ADVICE = "start from its weights: model.load_state_dict(torch.load(path)['state_dict'])"
 
 
 def write(cast: Cast, rounding: Rounding, averages: list[Average]) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def check(entry: Any) -> dict[str, Any]:
     """
     if not isinstance(entry, dict) or entry.get("version") != VERSION:
         raise ValueError(
-            f"the checkpoint's entry {KEY!r} is of another version of psc_lightning and cannot be resumed from; {_CURE}"
+            f"the checkpoint's entry {KEY!r} is of another version of psc_lightning and cannot be resumed from; {_ADVICE}"
         )
     return entry
 
@@ -68,8 +68,8 @@ def read(entry: dict[str, Any], cast: Cast, rounding: Rounding, averages: list[A
     for name in [*now, *then]:
         if (has := now.get(name, {})) != (had := then.get(name, {})):
             raise ValueError(
-                f"{name}: the checkpoint was trained with {_told(had)}, this run has {_told(has)}: resume with the same "
-                f"callbacks, or {_CURE}"
+                f"{name}: the checkpoint was trained with {_described(had)}, this run has {_described(has)}: resume with the "
+                f"same callbacks, or {_ADVICE}"
             )
     for penalty in cast.penalties:  # first: what follows from a latent weight also follows from a threshold
         if (state := entry["penalties"].get(penalty.state_key)) is not None:
@@ -95,5 +95,5 @@ def _rounded(inputs: Activations) -> dict[str, str]:
     return {"activations": f"bits={inputs.bits}"}
 
 
-def _told(methods: dict[str, str]) -> str:
+def _described(methods: dict[str, str]) -> str:
     return " + ".join(f"{slot} ({method})" for slot, method in methods.items()) or "no slots"
