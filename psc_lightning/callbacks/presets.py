@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
+from psc_lightning.callbacks.slot import SlotCallback
 from psc_lightning.configs import config_dir
 from psc_lightning.options import one_of
 from psc_lightning.slots import SLOTS
@@ -107,9 +108,9 @@ def preset(
         if "schedule" in part and (schedule is not None or part["schedule"] is None):
             part["schedule"] = schedule
     try:
-        built = {name: instantiate(part, _convert_="all") for name, part in parts.items()}
+        built = [instantiate(part, _convert_="all") for part in parts.values()]
     except InstantiationException as error:
         if isinstance(error.__cause__, ValueError):
             raise error.__cause__ from None  # the callback's own message names the argument
         raise
-    return [built[name] for name in (*SLOTS, *_OPTIONAL) if name in built]
+    return sorted(built, key=lambda one: SLOTS.index(one.slot) if isinstance(one, SlotCallback) else len(SLOTS))
