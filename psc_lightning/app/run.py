@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import psc_lightning
-from psc_lightning import ByteBudget
 from psc_lightning.app.baseline import baseline, make_cache, read_checkpoint
 from psc_lightning.app.build import (
     build_callbacks,
@@ -41,6 +40,7 @@ from psc_lightning.app.errors import UsageError, check_finite, explain
 from psc_lightning.app.resume import ResumePoint, resumed
 from psc_lightning.app.run_folder import Run
 from psc_lightning.artifact import to_bytes
+from psc_lightning.callbacks import ByteBudget
 from psc_lightning.callbacks.presets import wanted
 from psc_lightning.report.plots import Curve, draw
 
