@@ -7,7 +7,7 @@ from copy import deepcopy
 import pytest
 import torch
 from far import Far, FarDevice
-from test_contract import LAYERS, Choice, alone, applies, company, fill, label
+from test_contract import LAYERS, Choice, alone, applies, combinations, fill, label
 
 from psc_lightning.callbacks import GradientClipping
 from psc_lightning.slots import Slots
@@ -25,7 +25,7 @@ def _cycle(slots: Slots, latent: torch.Tensor, gradient: torch.Tensor) -> list[t
         made.append(slots.renew(latent, torch.empty_like(latent)).clone())
         pulled = slots.pull(latent, gradient.clone())
         made += [] if pulled is None else [pulled]
-        made += [sidecar.grad for sidecar in slots.awake() if sidecar.grad is not None]
+        made += [sidecar.grad for sidecar in slots.active_sidecars() if sidecar.grad is not None]
         slots.stale = True
     return made
 
@@ -56,7 +56,7 @@ def test_clipping_elsewhere_is_clipping_on_the_cpu(options):
     torch.testing.assert_close(far.weight.grad.near, layer.weight.grad, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("choice", [*alone(), *company()], ids=lambda choice: label("", choice))
+@pytest.mark.parametrize("choice", [*alone(), *combinations()], ids=lambda choice: label("", choice))
 @pytest.mark.parametrize("layer", ["Conv2d"])
 def test_a_step_elsewhere_is_the_step_on_the_cpu(layer: str, choice: dict[str, Choice]):
     torch.manual_seed(0)

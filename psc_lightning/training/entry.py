@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from psc_lightning.activations import Activations
 from psc_lightning.slots import SLOTS, Slots
 from psc_lightning.training.averaging import Average
 from psc_lightning.training.cast import Cast
@@ -17,7 +18,7 @@ __all__ = ["KEY", "check", "read", "write"]
 #: where it lies in a checkpoint, and the version of what lies there
 KEY, VERSION = "psc_lightning", 4
 
-_CURE = "start from its weights: model.load_state_dict(torch.load(path)['state_dict'])"
+_ADVICE = "start from its weights: model.load_state_dict(torch.load(path)['state_dict'])"
 
 
 def write(cast: Cast, averages: list[Average]) -> dict[str, Any]:
@@ -32,6 +33,10 @@ def write(cast: Cast, averages: list[Average]) -> dict[str, Any]:
                 "state": place.tensor.training_state(place.parameter),
             }
             for place in cast.everywhere()
+        },
+        "activations": {
+            name: {"slots": _rounded(inputs), "settings": settings[name], "state": inputs.training_state()}
+            for name, inputs in cast.rounding.layers.items()
         },
         "optimizer": cast.sidecars.state_dict(),
         "total_steps": cast.length.total if cast.length.known else None,
@@ -51,7 +56,7 @@ def check(entry: Any) -> dict[str, Any]:
     """
     if not isinstance(entry, dict) or entry.get("version") != VERSION:
         raise ValueError(
-            f"the checkpoint's entry {KEY!r} is of another version of psc_lightning and cannot be resumed from; {_CURE}"
+            f"the checkpoint's entry {KEY!r} is of another version of psc_lightning and cannot be resumed from; {_ADVICE}"
         )
     return entry
 
@@ -62,11 +67,13 @@ def read(entry: dict[str, Any], cast: Cast, averages: list[Average]) -> None:
     Raises:
         ValueError: it was trained with other methods.
     """
-    tensors = entry["tensors"]
+    tensors, activations = entry["tensors"], entry["activations"]
     methods = {place.name: _methods(place.tensor.slots) for place in cast.everywhere()}
-    if other := _difference({name: dict(had["slots"]) for name, had in tensors.items()}, methods, _filled):
-        raise ValueError(f"{other}: resume with the same callbacks, or {_CURE}")
-    settings = {name: dict(had["settings"]) for name, had in tensors.items()}
+    methods |= {name: _rounded(inputs) for name, inputs in cast.rounding.layers.items()}
+    both = tensors | activations
+    if other := _difference({name: dict(had["slots"]) for name, had in both.items()}, methods, _filled):
+        raise ValueError(f"{other}: resume with the same callbacks, or {_ADVICE}")
+    settings = {name: dict(had["settings"]) for name, had in both.items()}
     had, has = Counter(entry["others"]), Counter(_others(cast, averages))
     less, more = (" and ".join(sorted((one - two).elements())) for one, two in ((had, has), (has, had)))
     for other in (
@@ -84,6 +91,8 @@ def read(entry: dict[str, Any], cast: Cast, averages: list[Average]) -> None:
     for place in cast.everywhere():
         place.tensor.load_training_state(place.parameter, tensors[place.name]["state"])
         place.tensor.reconcile(place.parameter)
+    for name, inputs in cast.rounding.layers.items():
+        inputs.load_training_state(activations[name]["state"])
     cast.sidecars.load_state_dict(entry["optimizer"])
     length = dict(entry["length"])
     cast.reached, cast.zeros = length.pop("reached"), length.pop("zeros")
@@ -96,7 +105,7 @@ def read(entry: dict[str, Any], cast: Cast, averages: list[Average]) -> None:
 def _methods(slots: Slots) -> dict[str, str]:
     """The methods and their options, in the order of the slots: what must be the same to go on."""
     specs = [(slot, slots.specs[slot]) for slot in SLOTS if slot in slots.specs]
-    return {slot: ", ".join([spec.method, *(f"{k}={v}" for k, v in spec.given.items())]) for slot, spec in specs}
+    return {slot: ", ".join([spec.method, *(f"{k}={v}" for k, v in spec.options.items())]) for slot, spec in specs}
 
 
 def _settings(cast: Cast) -> dict[str, dict[str, Any]]:
@@ -105,7 +114,7 @@ def _settings(cast: Cast) -> dict[str, dict[str, Any]]:
     for filler in cast.fillers:
         for place in cast.of(filler):
             found[place.name] |= {f"{filler.slot}.{key}": value for key, value in filler.settings.items()}
-    return found
+    return found | cast.rounding.settings
 
 
 def _others(cast: Cast, averages: list[Average]) -> list[str]:
@@ -129,6 +138,10 @@ def _difference(
         had, has = ({key: one[key] for key in one if had[key] != has[key]} for one in (had, has))
     also = f" (and so on in {len(differing) - 1} more)" if len(differing) > 1 else ""
     return f"{name}: the checkpoint was trained with {told(had)}, this run has {told(has)}{also}"
+
+
+def _rounded(inputs: Activations) -> dict[str, str]:
+    return {"activations": f"bits={inputs.bits}"}
 
 
 def _filled(methods: dict[str, Any]) -> str:
