@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from psc_lightning.export.onnx import export_onnx
     from psc_lightning.folding import fold_batchnorm
     from psc_lightning.live import detach
+    from psc_lightning.loading import load_checkpoint
     from psc_lightning.oneshot import Plan, attach, compress, plan
     from psc_lightning.report.numbers import Report, TensorReport
     from psc_lightning.schedule import Schedule
@@ -50,6 +51,7 @@ _HOMES = {
     "export.onnx": ("export_onnx",),
     "folding": ("fold_batchnorm",),
     "live": ("detach",),
+    "loading": ("load_checkpoint",),
     "oneshot": ("Plan", "attach", "compress", "plan"),
     "report.numbers": ("Report", "TensorReport"),
     "schedule": ("Schedule",),
@@ -77,6 +79,7 @@ __all__ = [
     "export_onnx",
     "fold_batchnorm",
     "load",
+    "load_checkpoint",
     "load_into",
     "measure",
     "plan",

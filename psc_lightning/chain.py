@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from psc_lightning.asking import Question
 from psc_lightning.bits import write_bits
 from psc_lightning.levels import Levels
 from psc_lightning.masks import Mask
@@ -55,13 +56,16 @@ class Chain(nn.Module):
     def survivors(self, core: Tensor, at: Strengths) -> Tensor | None:
         """`keep` without the padding row, if that is zero."""
         keep = self.keep(at)
-        if self.padding is None or bool(core[self.padding].any()):
+        if self.padding is None:
+            return keep
+        filled = core[self.padding].any()
+        if core.device.type == "cpu" and filled:  # a device would have to say
             return keep
         keep = torch.ones_like(core, dtype=torch.bool) if keep is None else keep.clone()
-        keep[self.padding] = False
+        keep[self.padding].logical_and_(filled)
         return keep
 
-    def refresh(self, core: Tensor, at: Strengths, begin: bool, due: tuple[bool, bool]) -> None:
+    def refreshing(self, core: Tensor, at: Strengths, begin: bool, due: tuple[bool, bool]) -> Question[None]:
         """Choose the survivors, then scales and tables over them.
 
         Args:
@@ -72,12 +76,12 @@ class Chain(nn.Module):
         """
         mask, levels = self._acting(at)
         if mask is not None and due[0]:
-            mask.refresh(core, at.mask)
+            yield from mask.refreshing(core, at.mask)
         if levels is not None and due[1]:
             keep = self.survivors(core, at)
             if begin:
                 levels.begin(core, keep)
-            levels.refresh(core, keep)
+            yield from levels.refreshing(core, keep)
 
     @torch.no_grad()
     def value(self, core: Tensor, dtype: torch.dtype, at: Strengths, out: Tensor | None = None) -> Tensor:

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["bare", "matched", "read_tensors"]
+__all__ = ["bare", "matched", "plain_name", "read_content", "read_tensors", "tensors_of"]
 
 PREFIXES = ("module.", "model.", "net.")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a plain state dict, a Lightning checkpoint, a dict with a `state_dict` in it, or a safetensors file.
+def read_content(path: Path) -> Any:
+    """What a file of torch's or of safetensors holds: tensors and primitives.
 
     Args:
         path: the file; one that ends in ``.safetensors`` is read as such (needs safetensors).
 
     Raises:
-        ValueError: no such file, damaged, or not names and tensors.
+        ValueError: no such file, damaged, or more than that.
     """
     if not path.is_file():
         raise ValueError("no such file")
@@ -30,18 +30,44 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except ModuleNotFoundError as error:
         raise ValueError("reading it needs safetensors: pip install safetensors") from error
     except Exception as error:  # both raise whatever the bytes make them stumble over
         raise ValueError(
             "damaged, or more than tensors (it is read with weights_only=True); save a state_dict()"
         ) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a plain state dict, a Lightning checkpoint, a dict with a `state_dict` in it, or a safetensors file.
+
+    Raises:
+        ValueError: as `read_content`, or not names and tensors.
+    """
+    return tensors_of(read_content(path))
+
+
+def tensors_of(content: Any) -> dict[str, Tensor]:
+    """The state dict in what was read, or that it is.
+
+    Raises:
+        ValueError: there is none.
+    """
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"holds {type(content).__name__}, not a state dict (names and tensors)")
     return dict(content)
+
+
+def plain_name(name: str) -> str:
+    """A name without what torch.compile puts into it.
+
+    >>> plain_name("net._orig_mod.0.weight")
+    'net.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def bare(state: Mapping[str, Any]) -> list[str]:

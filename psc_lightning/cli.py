@@ -1,4 +1,4 @@
-"""The `psc` command: look into a .psc file, check it, and turn it into other formats."""
+"""The `psc` command: make a .psc file of a checkpoint, look into one, check it, and turn it into other formats."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import hashlib
 import importlib
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psc_lightning
 from psc_lightning.artifact import (
     ArtifactError,
     NamelessError,
@@ -22,6 +24,7 @@ from psc_lightning.artifact import (
     load_stored,
 )
 from psc_lightning.artifact.file import MAX_BYTES, SLACK
+from psc_lightning.artifact.leftovers import LEFTOVERS
 from psc_lightning.checkpoint import bare, matched, read_tensors
 from psc_lightning.export import EXPORTERS
 from psc_lightning.files import closed_pipes
@@ -57,6 +60,10 @@ _EXAMPLES = {
   psc export model.psc --onnx model.onnx --model package.module:factory --example 1,3,32,32 --dynamic-batch
   psc export last.ckpt --onnx model.onnx --model package.module:factory --example 1,128:int64 --dynamic 1=length
   psc export model.psc --safetensors model.safetensors
+""",
+    "pack": """\
+  psc pack best.ckpt --model package.module:factory -o best.psc
+  psc pack best.ckpt --model package.module:factory -o best.psc --leftovers float16 --fold-batchnorm
 """,
 }
 
@@ -100,7 +107,7 @@ class _UsageError(Exception):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="psc",
-        description="Look into .psc files (compressed models written by psc_lightning) and check them.",
+        description="Write .psc files (compressed models) of checkpoints, look into them and check them.",
         epilog="examples:\n" + "".join(_EXAMPLES.values()) + _STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -173,6 +180,21 @@ def _parser() -> argparse.ArgumentParser:
     for which in ("input", "output"):
         one.add_argument(f"--{which}-names", metavar="A,B", type=_names, help=f"what the graph's {which}s are called")
     one.set_defaults(run=_export)
+
+    one = command("pack", "write the model of a Lightning checkpoint as a .psc file, and print its table")
+    one.add_argument(
+        "file", metavar="CHECKPOINT", help="of a compressed run; of weights only what has few values is seen"
+    )
+    one.add_argument(
+        "--model", metavar=_FACTORY, required=True, help=f"{_FACTORY_HELP}: the LightningModule, or the network in it"
+    )
+    one.add_argument("-o", "--out", metavar="OUT", required=True, help="the .psc file to write")
+    one.add_argument(
+        "--leftovers", choices=tuple(LEFTOVERS), default="float32", help="how tensors outside the slots are stored"
+    )
+    one.add_argument("--fold-batchnorm", action="store_true", help="fold each BatchNorm into the convolution before it")
+    one.add_argument("--no-names", action="store_true", help="leave names and shapes out: only the same model reads it")
+    one.set_defaults(run=_pack)
     return parser
 
 
@@ -367,6 +389,28 @@ def _example_of(model: Any, inputs: Sequence[tuple[tuple[int, ...], str]]) -> tu
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise _UsageError(f"--example: the model does not take such an input: {error}") from error
     return example
+
+
+def _pack(options: argparse.Namespace) -> None:
+    if (size := Path(options.file).stat().st_size) > (options.max_bytes or MAX_BYTES):
+        raise ArtifactError(f"expected at most max_bytes = {options.max_bytes or MAX_BYTES} bytes, found {size}")
+    model = _made(options.model)
+    if not Path(options.out).absolute().parent.is_dir():
+        raise _UsageError(f"-o {options.out}: no such folder")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            psc_lightning.load_checkpoint(model, options.file)
+        except ValueError as error:
+            raise ArtifactError(str(error).removeprefix(f"{options.file}: ")) from error
+        writing = (options.leftovers, not options.no_names, options.fold_batchnorm)
+        try:
+            report = psc_lightning.save(model, options.out, *writing)
+        except (ValueError, OSError) as error:
+            raise _UsageError(f"-o {options.out}: {_line(error)}") from error
+    for warning in said:
+        print(f"psc pack: {' '.join(str(warning.message).split())}", file=sys.stderr)
+    print(report)
 
 
 def _made(name: str) -> Any:

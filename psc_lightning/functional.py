@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from psc_lightning.strips import STRIP, survivors
 
@@ -102,6 +102,19 @@ def group_counts(shape: tuple[int, ...], group: Group) -> tuple[int, int]:
         return shape[0], entries // max(shape[0], 1)
     size = min(int(group), max(entries, 1))
     return -(-entries // size), size
+
+
+def give_gradient(sidecar: nn.Parameter, gradient: Tensor) -> None:
+    """Set the gradient of what is trained beside a weight, in its type and strides: a fused optimizer takes no others.
+
+    >>> sidecar = nn.Parameter(torch.zeros(2, 3))
+    >>> give_gradient(sidecar, torch.ones(3, 2).t())
+    >>> sidecar.grad.stride()
+    (3, 1)
+    """
+    found = gradient.detach().to(sidecar.dtype)
+    alike = found.stride() == sidecar.stride()
+    sidecar.grad = found if alike else torch.empty_like(sidecar, requires_grad=False).copy_(found)
 
 
 def split(core: Tensor, group: Group) -> Tensor:

@@ -22,6 +22,7 @@ class Rungs(NamedTuple):
         slope: of the position in the entry; None where no step of an optimizer can change it.
         keep: what the mask keeps; None: all.
         top: the highest rung.
+        value: bits of what stands at a rung, where they are known; None: as many as the sizes' counts say, and a sign.
     """
 
     core: str
@@ -29,6 +30,7 @@ class Rungs(NamedTuple):
     slope: Tensor | None
     keep: Tensor | None
     top: int
+    value: float | None = None
 
 
 @torch.no_grad()
@@ -40,7 +42,8 @@ def rungs_of(slots: Slots, latent: Tensor) -> Iterator[Rungs]:
         if levels is not None and levels.rungs:
             yield Rungs(name, *levels.ladder(core.detach()), keep, levels.rungs)
         elif chain.mask is not None and at.mask:
-            yield Rungs(name, torch.ones_like(core) if keep is None else keep.to(core.dtype), None, keep, 1)
+            bits = 8.0 * latent.element_size() if levels is None else levels.value_bits
+            yield Rungs(name, torch.ones_like(core) if keep is None else keep.to(core.dtype), None, keep, 1, bits)
 
 
 def descend(slots: Slots, latent: Tensor, prices: dict[str, Tensor]) -> Iterator[tuple[nn.Parameter | None, Tensor]]:

@@ -11,60 +11,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from psc_lightning.asking import Copy, Question, answer
+from psc_lightning.marks import Mark, total, trace
 from psc_lightning.sharding import gather, is_sharded, local, scatter
 from psc_lightning.slots import SLOTS, SOFT, Slots
 
-__all__ = ["Compressed", "trace"]
+__all__ = ["Compressed"]
 
 # A write that moves a weight by more than this share of its norm is a new weight, not a change of the old one.
 _NEW = 0.7
 # Warn where the slots undo more than this share of a write.
 _UNDONE = 0.5
-
-
-@dataclass(frozen=True)
-class _Mark:
-    """What a Parameter was when it was last written here."""
-
-    pointer: int
-    version: int
-    total: int  # of its bits: `parameter.data.mul_(…)` shows in nothing else
-
-    @classmethod
-    def of(cls, parameter: Tensor) -> _Mark:
-        return cls(*trace(parameter), _total(local(parameter)))
-
-
-def trace(parameter: Tensor) -> tuple[int, int]:
-    """Where a tensor is, and how often it was written to in ways that torch counts."""
-    return local(parameter).data_ptr(), parameter._version
-
-
-def _total(data: Tensor) -> int:
-    """The sum of a tensor's bits, read as whole numbers."""
-    data = data.detach()
-    try:
-        flat = data.as_strided((data.numel(),), (1,)) if _dense(data) else data.reshape(-1)
-        whole = data.numel() * data.element_size() // 8 * 8 // data.element_size()
-        if flat.storage_offset() * data.element_size() % 8:
-            flat = flat.clone()
-        return int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].view(torch.uint8).sum())
-    except RuntimeError:  # a device without whole numbers of this width
-        return hash(data.double().sum().item()) if data.device.type == "cpu" else hash(data.float().sum().item())
-
-
-def _dense(data: Tensor) -> bool:
-    """Whether its entries fill one stretch of memory, in whatever order."""
-    return data.untyped_storage().nbytes() - data.storage_offset() * data.element_size() >= data.nbytes and (
-        data.is_contiguous()
-        or (data.dim() == 4 and data.is_contiguous(memory_format=torch.channels_last))
-        or (data.dim() == 5 and data.is_contiguous(memory_format=torch.channels_last_3d))
-    )
 
 
 class Compressed:
@@ -85,13 +47,14 @@ class Compressed:
         self.lent = False
         self.loaded = False  # `load_state_dict` has written to the Parameter
         self._spare: Tensor | None = None  # the hard weight's memory, while the latent one is in the Parameter's place
-        self._mark: _Mark | None = None
+        self._mark: Mark | None = None
         self._warned = False
         self.refreshed = 0  # batches from which BatchNorm's statistics of this very weight were taken
 
     def __getstate__(self) -> dict[str, object]:
         """A copy has other memory, in which nothing is written yet."""
-        return {**self.__dict__, "_mark": None if self._mark is None else replace(self._mark, pointer=0)}
+        mark = self._mark
+        return {**self.__dict__, "_mark": None if mark is None else replace(mark, pointer=0, total=int(mark.total))}
 
     # ------------------------------------------------------------------------------------------ what is where
 
@@ -141,23 +104,32 @@ class Compressed:
         if not _in_place(parameter):
             parameter.data = data.clone()
         self.loaded = False
-        self._mark = _Mark.of(parameter)
+        self._mark = Mark.of(parameter)
 
-    @torch.no_grad()
     def show(self, parameter: nn.Parameter) -> None:
         """Put into the Parameter what the slots make of the latent weight, if it is not there already."""
+        answer(self.showing(parameter))
+
+    def showing(self, parameter: nn.Parameter) -> Question[None]:
+        """`show`, which may have to ask."""
         if self.latent is None:
             return
         if self.lent:
+            if _in_place(parameter):
+                yield Copy(local(parameter), local(self.latent))
             self._give_back(parameter)
         else:
-            self.absorb(parameter)
+            yield from self.absorbing(parameter)
         full = gather(self.latent)
+        if self.slots.stale and is_sharded(self.latent):
+            answer(self.slots.refreshing(full))  # a whole copy does not wait for others
+        elif self.slots.stale:
+            yield from self.slots.refreshing(full)
         if is_sharded(parameter):
-            scatter(self.slots.renew(full), parameter)
+            scatter(self.slots.make(full), parameter)
         else:
-            self.slots.renew(full, out=parameter.data)
-        self._mark = _Mark.of(parameter)
+            self.slots.make(full, out=parameter.data)
+        self._mark = Mark.of(parameter)
 
     def harden(self, parameter: nn.Parameter) -> None:
         """Bring every filled slot to full strength, and show it, with what others have written."""
@@ -168,8 +140,14 @@ class Compressed:
 
     def show_if_stale(self, parameter: nn.Parameter) -> None:
         """`show`, where something has changed."""
+        answer(self.settling(parameter, absorb=False))
+
+    def settling(self, parameter: nn.Parameter, absorb: bool) -> Question[None]:
+        """`absorb`, where it is wanted, and `show_if_stale`, which may have to ask."""
+        if absorb:
+            yield from self.absorbing(parameter)
         if self.slots.stale or self.lent:
-            self.show(parameter)
+            yield from self.showing(parameter)
 
     # ------------------------------------------------------------------------------------- an optimizer's step
 
@@ -186,14 +164,17 @@ class Compressed:
         elif pulled.data_ptr() != parameter.grad.data_ptr():  # else it was overwritten
             parameter.grad.copy_(pulled)
 
-    @torch.no_grad()
     def lend(self, parameter: nn.Parameter) -> None:
         """Put the latent weight in the Parameter's place, for an optimizer to move."""
+        answer(self.lending(parameter))
+
+    def lending(self, parameter: nn.Parameter) -> Question[None]:
+        """`lend`, which may have to ask."""
         if self.latent is None or self.lent:
             return
-        self.absorb(parameter)
+        yield from self.absorbing(parameter)
         if _in_place(parameter):
-            local(parameter).copy_(local(self.latent))
+            yield Copy(local(self.latent), local(parameter))
         else:
             self._spare, parameter.data = parameter.data, self.latent
         self.lent = True
@@ -219,15 +200,12 @@ class Compressed:
         else:
             self._spare, parameter.data = None, weight
         self.lent = False
-        self._mark = _Mark.of(parameter)
+        self._mark = Mark.of(parameter)
 
     @torch.no_grad()
     def _give_back(self, parameter: nn.Parameter) -> None:
-        """The latent weight is what the Parameter holds now."""
-        assert self.latent is not None
-        if _in_place(parameter):
-            local(self.latent).copy_(local(parameter))
-        else:
+        """The latent weight is what the Parameter holds now; one with memory of its own has been written already."""
+        if not _in_place(parameter):
             self.latent = parameter.data
             spare, self._spare = self._spare, None
             fits = spare is not None and spare.dtype == self.latent.dtype and spare.device == self.latent.device
@@ -240,11 +218,16 @@ class Compressed:
 
     def written(self, parameter: nn.Parameter) -> bool:
         """Whether someone else has written to the Parameter since it was last written here."""
-        if self.latent is None or self.lent or self._mark is None:
+        return answer(self._written(parameter))
+
+    def _written(self, parameter: nn.Parameter) -> Question[bool]:
+        mark = self._mark
+        if self.latent is None or self.lent or mark is None:
             return False
-        now = _Mark.of(parameter)
-        copied = self._mark.pointer == 0
-        return self.loaded or (now.total != self._mark.total if copied else now != self._mark)
+        if self.traced(parameter) and (self.loaded or mark.pointer):  # a copy has other memory
+            return True
+        differ = total(local(parameter)) != mark.total
+        return bool((yield differ) if isinstance(differ, Tensor) else differ)
 
     def traced(self, parameter: nn.Parameter) -> bool:
         """`written`, as far as it costs nothing to tell."""
@@ -252,10 +235,13 @@ class Compressed:
             return False
         return self.loaded or trace(parameter) != (self._mark.pointer, self._mark.version)
 
-    @torch.no_grad()
     def absorb(self, parameter: nn.Parameter) -> None:
         """Take what someone else has written to the Parameter into the latent weight."""
-        if not self.written(parameter):
+        answer(self.absorbing(parameter))
+
+    def absorbing(self, parameter: nn.Parameter) -> Question[None]:
+        """`absorb`, which may have to ask."""
+        if not (yield from self._written(parameter)):
             return
         assert self.latent is not None
         found, full = gather(parameter.detach()), gather(self.latent)
@@ -272,7 +258,7 @@ class Compressed:
         if not _in_place(parameter) and self._replaced(parameter):
             parameter.data = parameter.data.clone()  # what was assigned is another's memory
         self.loaded = False
-        self._mark = _Mark.of(parameter)
+        self._mark = Mark.of(parameter)
 
     def _replaced(self, parameter: nn.Parameter) -> bool:
         assert self._mark is not None
@@ -368,7 +354,7 @@ class Compressed:
         self.slots.rescale(self.latent, factor)
         self.slots.make(self.latent, out=parameter.data)
         self.lent = self.loaded = False
-        self._mark = _Mark.of(parameter)
+        self._mark = Mark.of(parameter)
 
     # ------------------------------------------------------------------------------------------- checkpoints
 
@@ -398,7 +384,7 @@ class Compressed:
             scatter(full, self.latent)
         else:
             self.latent.copy_(full)
-        self._mark = _Mark.of(parameter)
+        self._mark = Mark.of(parameter)
 
     @torch.no_grad()
     def reconcile(self, parameter: nn.Parameter) -> None:
@@ -422,7 +408,7 @@ class Compressed:
         if self.lent:
             self.show(parameter)
         local(self.latent).copy_(local(latent))
-        self._mark = _Mark.of(parameter)
+        self._mark = Mark.of(parameter)
         self.slots.stale = self.slots.begun
         self.show(parameter)
 

@@ -25,6 +25,8 @@ __all__ = [
     "held",
     "hold",
     "let_go",
+    "note_read",
+    "read_from",
     "under_names",
 ]
 
@@ -32,6 +34,8 @@ M = TypeVar("M", bound=nn.Module)
 
 #: where a layer's compressed tensors lie in its ``__dict__``: tensor name → `Compressed`
 PLACE = "_psc"
+#: where lies what a file said of a layer's tensors: tensor name → numbers, for the artifact to understand
+READ = "_psc_read"
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,21 @@ def forget(module: nn.Module, tensor: Compressed) -> None:
             let_go(layer, name)
 
 
+def note_read(holders: list[tuple[nn.Module, str]], said: list[Any] | None) -> None:
+    """Keep what a file said of a Parameter that was read from it; None: nothing."""
+    for layer, name in holders:
+        if said is not None:
+            layer.__dict__.setdefault(READ, {})[name] = said
+        elif READ in layer.__dict__:
+            layer.__dict__[READ].pop(name, None)
+
+
+def read_from(layer: nn.Module, name: str) -> list[Any] | None:
+    """What a file said of a tensor when it was read, or None; whether it holds still is for the caller to see."""
+    found: list[Any] | None = layer.__dict__.get(READ, {}).get(name)
+    return found
+
+
 def _holders(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Compressed]]:
     """Every (full name, layer, tensor name, compressed tensor), tied holders and a layer's other names included."""
     for prefix, layer in module.named_modules(remove_duplicate=False):
@@ -136,6 +155,7 @@ def detach(module: M) -> M:
         let_go(layer, name)
     for layer in module.modules():
         activations.let_go(layer)
+        layer.__dict__.pop(READ, None)
     return module
 
 

@@ -7,6 +7,8 @@ their range where the numbers are.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -15,17 +17,27 @@ from torch import Tensor
 from psc_lightning.bits import read_bits, write_bits
 from psc_lightning.symbols import Reader, Writer
 
-__all__ = ["PRECISIONS", "Precision", "power_of_two", "read_numbers", "write_numbers"]
+__all__ = ["PRECISIONS", "Precision", "Rounding", "on", "power_of_two", "read_numbers", "write_numbers"]
 
 _STEPS = 8  # of an octave
 _TOP = 127  # magnitudes
+_EXPONENTS = range(-100, 101)  # of a unit
+_GRID = tuple(2.0 ** ((j - _TOP + 1) / _STEPS) for j in range(_TOP))  # in float64, so that every float32 is the same
 _STRIDE = 1024  # a precision's number and a unit's exponent make one integer
+
+
+@cache
+@torch.inference_mode(False)
+def on(device: torch.device, numbers: tuple[float, ...]) -> Tensor:
+    """A table in float32, where it is used; it is brought to a device once, since that is a wait."""
+    return torch.tensor(numbers, dtype=torch.float32).to(device)
 
 
 class Precision(Protocol):
     """One way to store numbers."""
 
     number: int  # in files
+    up: float  #: the least share of a power of two, in float32, that is rounded up to it
 
     def round(self, values: Tensor, unit: Tensor | float, positive: bool = True) -> Tensor:
         """What comes back, in float32; never 0 where it must be `positive`, never -0.0, never infinite."""
@@ -46,7 +58,7 @@ class Single:
     [0.10000000149011612, 1.1754943508222875e-38]
     """
 
-    number = 2
+    number, up = 2, 1.0
 
     def round(self, values: Tensor, unit: Tensor | float, positive: bool = True) -> Tensor:
         """Themselves."""
@@ -71,7 +83,7 @@ class Half:
     [0.0999755859375, 5.960464477539063e-08]
     """
 
-    number = 0
+    number, up = 0, 1 - 2.0**-12
 
     def round(self, values: Tensor, unit: Tensor | float, positive: bool = True) -> Tensor:
         """The nearest."""
@@ -107,10 +119,12 @@ class Log8:
 
     number = 1
 
+    def __init__(self) -> None:
+        table = self._table(torch.empty(0))
+        self.up = float(torch.nextafter((table[-1] + table[-2]) / 2, table[-1]))
+
     def _table(self, values: Tensor) -> Tensor:
-        # float64 on the way, so that every machine's float32 is the same
-        steps = [2.0 ** ((j - _TOP + 1) / _STEPS) for j in range(_TOP)]
-        return torch.tensor(steps, dtype=torch.float32).to(values.device)
+        return on(values.device, _GRID)
 
     def _codes(self, values: Tensor, unit: Tensor | float) -> Tensor:
         """-127 … 127, the nearest; halves of the smallest and below are 0."""
@@ -142,14 +156,85 @@ class Log8:
 PRECISIONS: dict[str, Precision] = {"float32": Single(), "float16": Half(), "log8": Log8()}
 
 
-def power_of_two(values: Tensor) -> float:
+@cache
+def _edges_and_powers(device: torch.device, up: float) -> tuple[Tensor, Tensor]:
+    """A magnitude that reaches n of the edges has the n-th power: none of them zero, all what is not a number."""
+    edges = (2.0**-149, *(up * 2.0**e for e in _EXPONENTS[:-1]), math.inf)
+    return on(device, edges), on(device, (1.0, *(2.0**e for e in _EXPONENTS), 1.0))
+
+
+def power_of_two(values: Tensor, up: float = 1.0) -> Tensor:
     """The power of two just above the largest magnitude (1.0 where all are zero), kept in a normal float's range.
 
-    >>> power_of_two(torch.tensor([0.3, -5.0])), power_of_two(torch.zeros(2))
+    Args:
+        values: of any shape.
+        up: the share of a power of two from which a number counts as that power: a precision's, for the unit of what it
+            makes of the numbers. (The largest may be rounded up to the power itself. Then the next one is the unit, as it
+            will be for those who start from what was rounded: they find the same again.)
+
+    >>> power_of_two(torch.tensor([0.3, -5.0])).item(), power_of_two(torch.zeros(2)).item()
     (8.0, 1.0)
+    >>> almost = torch.tensor([0.9999])
+    >>> power_of_two(almost).item(), power_of_two(almost, PRECISIONS["float16"].up).item()
+    (1.0, 2.0)
     """
-    top = float(values.abs().max()) if values.numel() else 0.0
-    return math.ldexp(1.0, max(-100, min(math.frexp(top)[1], 100)))
+    if not values.numel():
+        return on(values.device, (1.0,)).reshape(())
+    # Not by its exponent: a number in hand is a wait for the device, and CUDA's exp2 need not be exact.
+    return _powers_above(values.detach().abs().amax(), up)
+
+
+def _powers_above(sizes: Tensor, up: float) -> Tensor:
+    edges, powers = _edges_and_powers(sizes.device, up)
+    return powers.take(torch.bucketize(sizes.to(torch.float32), edges, right=True))
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Round numbers that share a unit to what a file holds: a task (see `asking`).
+
+    Attributes:
+        values: one or more.
+        precision: how.
+        into: where to write them, of the same shape.
+        unit: where to write their power of two.
+        positive: whether they must be above 0.
+
+    >>> rounding = Rounding(torch.tensor([0.1, 0.75]), PRECISIONS["log8"], torch.empty(2), torch.empty(()))
+    >>> rounding.do(); rounding.into.tolist(), rounding.unit.item()
+    ([0.09638817608356476, 0.7711054086685181], 1.0)
+    """
+
+    values: Tensor
+    precision: Precision
+    into: Tensor
+    unit: Tensor
+    positive: bool = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is written."""
+        return self.into.device
+
+    def do(self) -> None:
+        """Do it."""
+        self.unit.copy_(power_of_two(self.values, self.precision.up))
+        self.into.copy_(self.precision.round(self.values, self.unit, self.positive))
+
+    @staticmethod
+    def do_all(tasks: list[Rounding]) -> None:
+        """All of a precision as one long row."""
+        kinds: dict[tuple[object, ...], list[Rounding]] = {}
+        for task in tasks:
+            kinds.setdefault((task.device, task.values.dtype, task.precision, task.positive), []).append(task)
+        for those in kinds.values():
+            rows, how = [task.values.detach().reshape(-1) for task in those], those[0].precision
+            powers = _powers_above(torch.stack(torch._foreach_norm(rows, math.inf)), how.up)
+            units = torch.cat([power.expand(len(row)) for power, row in zip(powers.unbind(), rows, strict=True)])
+            parts = torch.split(how.round(torch.cat(rows), units, those[0].positive), [len(row) for row in rows])
+            made = [part.view(task.into.shape) for part, task in zip(parts, those, strict=True)]
+            torch._foreach_copy_([task.into for task in those], made)
+            torch._foreach_copy_([task.unit for task in those], list(powers.unbind()))
 
 
 def write_numbers(writer: Writer, precision: str, values: Tensor, unit: Tensor | float) -> None:

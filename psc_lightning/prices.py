@@ -52,13 +52,14 @@ class Prices:
 
     @classmethod
     @torch.no_grad()
-    def learn(cls, position: Tensor, top: int, keep: Tensor | None = None) -> Prices:
+    def learn(cls, position: Tensor, top: int, keep: Tensor | None = None, value: float | None = None) -> Prices:
         """Count how full rows, columns and kernel positions are, and how often each size occurs.
 
         Args:
             position: where each entry of a core stands: ``(O, I, *kernel)`` or ``(N,)``.
             top: the highest rung.
             keep: which entries a mask keeps; None: all.
+            value: bits of an entry that is not zero, where they are known; None: those of its size and its sign.
         """
         rung = position.float().round().abs_().clamp_(max=top)
         if keep is not None:
@@ -73,7 +74,8 @@ class Prices:
             if rung.dim() > 2:
                 column = inputs + _odds(full.mean([0, 1], keepdim=True), full.shape[0] * full.shape[1]) - tensor
         counts = torch.bincount(rung.reshape(-1).long().cpu(), minlength=top + 1)[1:].float().to(rung.device) + 1
-        return cls(row, column, tensor, 1 - (counts / counts.sum()).log2())
+        sizes = 1 - (counts / counts.sum()).log2()
+        return cls(row, column, tensor, sizes if value is None else torch.full_like(sizes, value))
 
     def _log_odds(self) -> Tensor:
         return (self.row + self.tensor + self.column).clamp_(-_MOST, _MOST)

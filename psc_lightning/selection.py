@@ -17,7 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["Reader", "largest", "magnitudes", "mark_largest", "numbers"]
+from psc_lightning.asking import Question, answer
+
+__all__ = ["Reader", "choose", "largest", "magnitudes", "mark_largest", "numbers"]
 
 Floats = npt.NDArray[np.float32]
 #: Gives the entries from … to as float32, in memory that the next call may use again.
@@ -152,29 +154,41 @@ def _smallest(scores: Tensor, place: int) -> Tensor:
 
 
 def largest(scores: Tensor, tiebreak: Tensor | None, zeros: int) -> Tensor:
-    """Keep all but the `zeros` smallest entries of each row, in the order (score, tiebreak, index).
-
-    Args:
-        scores: ``(rows, entries)``.
-        tiebreak: of the same shape; None: the index alone decides among equal scores.
-        zeros: fewer than entries.
+    """`choose`, of tensors that are at hand.
 
     >>> largest(torch.tensor([[0.0, 0.0, 0.0, 5.0]]), torch.tensor([[3.0, 1.0, 1.0, 0.0]]), 2).tolist()
     [[True, False, False, True]]
     """
+    return answer(choose(lambda: scores, None if tiebreak is None else lambda: tiebreak, zeros))
+
+
+def choose(score: Callable[[], Tensor], tiebreak: Callable[[], Tensor] | None, zeros: int) -> Question[Tensor]:
+    """Keep all but the `zeros` smallest entries of each row, in the order (score, tiebreak, index).
+
+    Args:
+        score: gives the scores, ``(rows, entries)``, twice where some are equal: they are not kept while an answer is
+            awaited.
+        tiebreak: gives numbers of the same shape; None: the index alone decides among equal scores.
+        zeros: fewer than entries.
+    """
+    scores = score()
     if zeros == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     cut = _smallest(scores, zeros)
     drop = scores <= cut
-    # A sort only of the rows where the cut runs through equal scores.
-    rows = (drop.sum(1) != zeros).nonzero().flatten()
-    if not len(rows):
+    del scores
+    # Another sort only of the rows where the cut runs through equal scores; a device would have to say which.
+    uneven = drop.sum(1) != zeros
+    if not (yield uneven.any()):
         return ~drop
-    scores, cut = scores[rows], cut[rows]
+    rows = (
+        uneven.nonzero().flatten() if uneven.device.type == "cpu" else torch.arange(len(uneven), device=uneven.device)
+    )
+    scores, cut = score()[rows], cut[rows]
     below, tied = scores < cut, scores == cut
     missing = zeros - below.sum(1, keepdim=True)
     if tiebreak is not None:
-        second = torch.where(tied, tiebreak[rows], float("inf"))
+        second = torch.where(tied, tiebreak()[rows], float("inf"))
         last = second.sort(1).values.gather(1, (missing - 1).clamp_min(0))
         smaller = tied & (second < last)
         below, tied = below | smaller, tied & (second == last)

@@ -17,8 +17,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from psc_lightning.asking import Question, answer
 from psc_lightning.chain import Chain, Strengths
-from psc_lightning.functional import float32_by_default
+from psc_lightning.functional import float32_by_default, give_gradient
 from psc_lightning.layout import Layout, memory_format
 from psc_lightning.levels import LEVELS
 from psc_lightning.masks import MASKS
@@ -154,7 +155,7 @@ class Slots(nn.Module):
             self._begin(slot, latent)
         if 0 < value < 1 or _phase(value) != self.phase[index]:
             ramping = slot == "levels" and self.phase[index] and _phase(value)
-            self.strength[index] = value
+            self.strength[index].fill_(value)  # an assignment waits for the device
             self.phase[index], self._ramp[index] = _phase(value), value
             if not ramping:  # levels that only blend otherwise are the same levels
                 self.due = [True, True, True]
@@ -210,19 +211,15 @@ class Slots(nn.Module):
         matrix = self._matrix(latent)
         return self.tying.reduce(matrix) if self.tying is not None and self.phase[0] else {"core": matrix}
 
-    @torch.no_grad()
-    def renew(self, latent: Tensor, out: Tensor | None = None) -> Tensor:
-        """`refresh`, where something is stale, and `make`."""
-        if self.stale:
-            self.refresh(latent)
-        return self.make(latent, out)
-
-    @torch.no_grad()
     def refresh(self, latent: Tensor) -> None:
         """Recompute what needs sorting, clustering or sums, from the latent weight as it is now."""
+        answer(self.refreshing(latent))
+
+    def refreshing(self, latent: Tensor) -> Question[None]:
+        """`refresh`, which may have to ask."""
         if self.tying is None or self.phase[0]:
             for name, core in self.reduce(latent).items():
-                self.chain(name).refresh(core, self.strengths, self.pending, (self.due[1], self.due[2]))
+                yield from self.chain(name).refreshing(core, self.strengths, self.pending, (self.due[1], self.due[2]))
         self.stale, self.due = False, [True, True, True]
         self.pending = self.pending and not self.phase[2]
 
@@ -304,7 +301,7 @@ class Slots(nn.Module):
         pulled = [self.chain(name).pull(core.detach(), part, at) for (name, core), part in zip(cores.items(), found)]
         if trained:
             for core, part in zip(cores.values(), pulled, strict=True):
-                core.grad = part
+                give_gradient(cast(nn.Parameter, core), part)
             return None
         (first,) = torch.autograd.grad(list(cores.values()), dense, pulled)
         return first

@@ -117,7 +117,7 @@ def blank_(values: Tensor, keep: Tensor | None, out: Tensor | None = None) -> Te
         return (out if out is values else out.copy_(values)).masked_fill_(~keep, 0.0)
     kind = _BITS[values.element_size()]
     bits, target, marks = values.view(-1).view(kind), out.view(-1).view(kind), keep.view(-1).view(torch.int8)
-    step = max(_longest(values) // 2, 1)
+    step = max(_longest(values) // 2, 1) if values.device.type == "cpu" else max(len(bits), 1)
     for start in range(0, bits.numel(), step):
         part = slice(start, start + step)
         torch.mul(bits[part], marks[part].to(kind), out=target[part])

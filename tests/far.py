@@ -1,11 +1,13 @@
 """A device that is not the CPU, on any machine: tensors whose operations are seen, and done on the CPU.
 
 It calls itself `meta`, which torch knows everywhere, but holds numbers. It has no float64 (as MPS), cannot be read by
-NumPy, does not mix with the CPU, and refuses what CUDA refuses under `torch.use_deterministic_algorithms(True)`.
+NumPy, does not mix with the CPU, and refuses what CUDA refuses under `torch.use_deterministic_algorithms(True)`. It counts
+where a processor would wait for it, and what it would launch.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -19,6 +21,9 @@ __all__ = ["Far", "FarDevice"]
 # whose order a graphics processor chooses anew each time.
 UNSURE = ("kthvalue", "median", "histc", "bincount", "put_", "index_add", "scatter_add", "scatter_reduce", "cumsum")
 MIXES = ("copy_", "_to_copy")  # operations that may see two devices
+# Operations whose result is a number, or a tensor of a size, that the processor must know.
+NO_LAUNCH = ("empty", "empty_like", "resize_", "_unsafe_view")  # beside views
+WAITS = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "repeat_interleave", "unique_dim", "_unique2")
 
 
 class Far(Tensor):
@@ -44,10 +49,22 @@ class Far(Tensor):
 
 
 class FarDevice(TorchDispatchMode):
-    """Lets tensors be made there."""
+    """Lets tensors be made there, and counts by name what waits for it, or brings something to it, and its operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+        self.launches: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {})
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        made, name = _run(func, args, kwargs or {}), func.overloadpacket.__name__
+        if any(isinstance(leaf, Far) for leaf in leaves) or isinstance(made, Far):
+            self.launches.update([] if func.is_view or name in NO_LAUNCH else [name])
+            crosses = name in MIXES and not all(isinstance(leaf, Far) for leaf in (*leaves, made))
+            marks = name in ("index", "index_put_") and any(at is not None and at.dtype == torch.bool for at in args[1])
+            self.waits.update([name] if name in WAITS or crosses or marks else [])
+        return made
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
+import training
 from lightning import LightningModule, Trainer
 from models import bag, compressed, net
 from safetensors.torch import load_file, save_file
@@ -257,7 +259,7 @@ def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFix
     assert "usage: psc" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "diff", "export"])
+@pytest.mark.parametrize("command", ["inspect", "verify", "diff", "export", "pack"])
 def test_help_of_each_command_has_its_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
@@ -592,3 +594,85 @@ def test_a_part_is_verified_for_what_it_holds(tmp_path: Path, capsys: pytest.Cap
     assert "in 1 of 2 tensors: labels.bias" in capsys.readouterr().err
     assert main(["export", part, "--safetensors", str(tmp_path / "out"), "--model", "test_cli:Tagger"]) == 0
     assert sorted(load_file(tmp_path / "out")) == ["labels.bias", "labels.weight"]
+
+
+# --------------------------------------------------------------------------------------------------------- pack
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run whose factors only our entry in it knows."""
+    folder = tmp_path_factory.mktemp("run")
+    model, made = training.fit(training.COMBINATIONS["separable_lsq"]("constant"), max_epochs=1)
+    made.save_checkpoint(folder / "best.ckpt")
+    made.save_checkpoint(folder / "weights.ckpt", weights_only=True)
+    save(model, folder / "trained.psc")
+    save(model.net, folder / "net.psc")
+    return folder / "best.ckpt"
+
+
+def test_pack_as_a_process(checkpoint: Path, tmp_path: Path) -> None:
+    """The file is the one that training would have written, and the report's table is printed."""
+    command = [
+        sys.executable,
+        "-m",
+        "psc_lightning.cli",
+        "pack",
+        str(checkpoint),
+        "--model",
+        "training:Net",
+        "-o",
+        "new.psc",
+    ]
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}
+    )
+    assert (tmp_path / "new.psc").read_bytes() == (checkpoint.parent / "trained.psc").read_bytes()
+    assert "separable+magnitude+uniform" in done.stdout
+    assert f"{(tmp_path / 'new.psc').stat().st_size:,}" in done.stdout
+    assert "psc pack" not in done.stderr
+
+
+def test_pack_of_the_network_in_it(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ["pack", str(checkpoint), "--model", "training:layers", "--out", str(tmp_path / "new.psc")]
+    assert main(arguments) == 0
+    assert (tmp_path / "new.psc").read_bytes() == (checkpoint.parent / "net.psc").read_bytes()
+    full = (tmp_path / "new.psc").stat().st_size
+    assert main([*arguments, "--leftovers", "log8", "--fold-batchnorm", "--no-names"]) == 0
+    assert (tmp_path / "new.psc").stat().st_size < full - 100
+    folded = training.layers()
+    load_into(folded, tmp_path / "new.psc")
+    assert set(folded[1].weight.tolist()) <= {1.0, -1.0}
+
+
+def test_pack_of_weights_alone_says_so(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = checkpoint.with_name("weights.ckpt")
+    assert main(["pack", str(weights), "--model", "training:Net", "-o", str(tmp_path / "new.psc")]) == 0
+    out, err = capsys.readouterr()
+    assert "uniform" in out
+    assert err.startswith(f"psc pack: {weights} holds weights only")
+    assert err.count("\n") == 1
+    assert main(["verify", str(tmp_path / "new.psc"), "--against", str(weights)]) == 0
+
+
+def test_pack_of_what_is_none(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "damaged.ckpt").write_bytes(checkpoint.read_bytes()[:3000])
+    out = str(tmp_path / "new.psc")
+    for file, factory, target, status, said in (
+        (tmp_path / "nowhere.ckpt", "training:Net", out, 1, "No such file"),
+        (tmp_path / "damaged.ckpt", "training:Net", out, 1, "damaged"),
+        (checkpoint, "test_cli:small", out, 1, "0.weight is missing"),
+        (checkpoint, "training:Nothing", out, 2, "expected PACKAGE.MODULE:FACTORY"),
+        (checkpoint, "training:Net", str(tmp_path / "no" / "new.psc"), 2, "no such folder"),
+    ):
+        assert main(["pack", str(file), "--model", factory, "-o", target]) == status, said
+        written, err = capsys.readouterr()
+        assert written == ""
+        assert said in err
+        assert err.startswith("psc pack: ")
+        assert err.count("\n") == 1
+    assert not Path(out).exists()
+    with pytest.raises(SystemExit) as caught:
+        main(["pack", str(checkpoint), "--model", "training:Net", "-o", out, "--leftovers", "int8"])
+    assert caught.value.code == 2

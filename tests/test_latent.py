@@ -483,6 +483,7 @@ def test_a_constraint_that_the_levels_cannot_hold_is_told_once():
 
 
 @pytest.mark.parametrize("copy", [deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["deepcopy", "pickle"])
+@pytest.mark.filterwarnings("ignore:load_state_dict wrote what their slots cannot hold")  # dense ones
 @pytest.mark.parametrize("moment", ["hard", "written", "loaded", "lent", "soft"])
 def test_a_copy_at_any_moment_is_the_same_model(moment: str, copy: Callable[[nn.Module], nn.Module], same_bits):
     layer = random(METHODS["magnitude, uniform"])
@@ -539,6 +540,7 @@ def moments() -> dict[str, Callable[[nn.Linear, Compressed], None]]:
     }
 
 
+@pytest.mark.filterwarnings("ignore:load_state_dict wrote what their slots cannot hold")  # dense ones
 @pytest.mark.parametrize("moment", moments())
 @pytest.mark.parametrize("name", METHODS)
 def test_a_snapshot_says_what_hardening_now_would_give_and_changes_nothing(name: str, moment: str, same_bits):

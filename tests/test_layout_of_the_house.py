@@ -27,19 +27,19 @@ METHODS = [(folder, name, cls) for folder, (methods, _) in FOLDERS.items() for n
 
 # Lower layers first; a module may import from its own package and from lower layers.
 LAYERS = [
-    {"words"},
+    {"words", "asking"},
     {"symbols", "strips", "selection", "clustering", "grid", "options", "files", "strict_json"},
     {"bits", "functional", "prices", "schedule", "layout", "configs", "sharding", "checkpoint"},
-    {"precision", "report"},
+    {"precision", "report", "marks"},
     {"tying", "masks", "levels", "activations"},
     {"stored", "chain", "spec"},
     {"slots"},
-    {"latent", "ladder"},
+    {"latent", "ladder", "recognition", "tape"},
     {"live"},
     {"folding", "targets"},
     {"training", "artifact"},
     {"callbacks"},
-    {"oneshot", "export"},
+    {"oneshot", "export", "loading"},
     {"app"},
     {"cli"},
 ]

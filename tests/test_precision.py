@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psc_lightning.precision import PRECISIONS, power_of_two, read_numbers, write_numbers
+from psc_lightning.precision import PRECISIONS, Rounding, power_of_two, read_numbers, write_numbers
 
 HALF, LOG8, SINGLE = PRECISIONS["float16"], PRECISIONS["log8"], PRECISIONS["float32"]
 
@@ -101,3 +101,29 @@ def test_an_exponent_that_no_writer_writes_is_refused(number: int, tape):
     written.symbols(torch.zeros(1, dtype=torch.int32), 65536)
     with pytest.raises(ValueError, match=r"exponent|integer|-100"):
         read_numbers(written, 1)
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_rounding_many_at_once_is_rounding_each(name: str, same_bits):
+    torch.manual_seed(0)
+    almost = torch.tensor([1 - 2.0**-12, 0.25])  # which float16 rounds up to the next power
+    rows = [torch.randn(5) * 2.0**e for e in (-20, 0, 3)] + [almost, 0.98 * almost, torch.zeros(2), torch.rand(2, 2)]
+    for positive in (True, False):
+        how = PRECISIONS[name]
+        one, other = (
+            [
+                Rounding(row.abs() if positive else row, how, torch.empty_like(row), torch.empty(()), positive)
+                for row in rows
+            ]
+            for _ in range(2)
+        )
+        for task in one:
+            task.do()
+        Rounding.do_all(other)
+        for each, same in zip(one, other, strict=True):
+            assert same_bits(each.into, same.into)
+            assert same_bits(each.unit, same.unit)
+            again = Rounding(each.into, how, torch.empty_like(each.into), torch.empty(()), positive)
+            again.do()  # who starts from rounded numbers finds the same
+            assert same_bits(again.unit, each.unit) or not each.values.any()
+            assert same_bits(again.into, each.into) or not each.values.any()

@@ -17,21 +17,17 @@ from psc_lightning.artifact.directory import Entry, Kind
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
 from psc_lightning.artifact.leftovers import Precisions
 from psc_lightning.artifact.moving import MapLocation, moved
-from psc_lightning.artifact.snapshots import (
-    Snapshot,
-    check_tensor,
-    part_of,
-    plain_name,
-    plain_state,
-    snapshots_of,
-    tell_extras,
-)
+from psc_lightning.artifact.snapshots import Snapshot, check_tensor, part_of, plain_state, snapshots_of, tell_extras
 from psc_lightning.artifact.streams import Stream, SymbolReader, SymbolWriter
-from psc_lightning.artifact.summary import Summary, batchnorm_batches, layer_types, report_of, summarise
+from psc_lightning.artifact.summary import Summary, batchnorm_batches, layer_types, report_of, summarise, tell_dense
+from psc_lightning.checkpoint import plain_name
 from psc_lightning.files import Place, Source, write_atomic
+from psc_lightning.live import note_read
 from psc_lightning.report.numbers import Report
 from psc_lightning.sharding import by_rank_zero, sharded_modules, whole
 from psc_lightning.stored import Stored, decode
+from psc_lightning.tape import Item, Recorder
+from psc_lightning.targets import tensors
 
 __all__ = ["inspect", "is_part", "load", "load_into", "load_stored", "measure", "save", "to_bytes", "verify"]
 
@@ -80,6 +76,8 @@ def save(
     """
     data, report = to_bytes(model, leftovers, names, fold_batchnorm, only)
     tell_extras(model)
+    if leftovers == "float32":
+        tell_dense(model, report)
     by_rank_zero(lambda: write_atomic(path, data), together=bool(sharded_modules(model)))
     return report
 
@@ -131,7 +129,7 @@ def to_bytes(
     if fold_batchnorm:
         model = folding.fold_batchnorm(model, None if fold_batchnorm is True else fold_batchnorm)
     with torch.no_grad():
-        snapshots = snapshots_of(model)
+        snapshots = snapshots_of(model, leftovers, only)
         with whole(model):
             writer = SymbolWriter()
             entries, bits, held = _put(writer, model, snapshots, leftovers, only)
@@ -161,12 +159,11 @@ def _put(
 ) -> tuple[list[Entry], list[float], dict[int, Summary]]:
     """Hand a model's tensors to a writer: what each is, what it cost in bits, what the report says of it."""
     state = part_of(plain_state(model), only)
-    snapshots = {name: snapshot for name, snapshot in snapshots.items() if name in state}
+    snapshots = {plain_name(name): snapshot for name, snapshot in snapshots.items() if plain_name(name) in state}
     for name in snapshots:
         check_tensor(name, snapshots[name][1])  # levels would make a number of an infinity
     for name, value in state.items():
         check_tensor(name, value)
-    leftovers.check(precisions, [name for name in state if name not in snapshots])
     entries = _entries(state, snapshots, precisions)
     repeated = {entry.alias for entry in entries}
     held: dict[int, Summary] = {}
@@ -176,14 +173,14 @@ def _put(
         before = writer.bits
         entry = entries[group[0]]
         if entry.kind is Kind.SLOTS:
-            slots, latent = snapshots[entry.name]
-            stored = slots.stored(latent)
+            form, latent = snapshots[entry.name]
+            stored = form.stored(latent)
             check_tensor(entry.name, stored.weight)
             held[group[0]] = summarise(list(stored.cores.values()), stored.method)
             if group[0] in repeated:
                 plain[group[0]] = summarise([stored.weight])
             del stored  # a large model's memory is better not held twice
-            slots.encode(writer, latent)
+            form.encode(writer, latent)
         else:
             together = {entries[i].name: state[entries[i].name] for i in group}
             leftovers.encode(writer, together, leftovers.stored_as(entry))
@@ -269,6 +266,9 @@ def load_into(
 ) -> list[str]:
     """Put a file's weights into a model of the same class, plain or live; all of them, or none on an error.
 
+    What the file knows of them beside their values (a byte for each, or two) is kept: `save` writes these again, and
+    `export_onnx` packs them, as long as they are what was read.
+
     Args:
         model: the model.
         path: the file; see `load`.
@@ -288,10 +288,13 @@ def load_into(
     if any(isinstance(value, Tensor) and value.is_meta for value in state.values()):
         raise ValueError("load_into: the model is on the meta device, without memory: model.to_empty(device=…) first")
     device = moved({"": torch.empty(0)}, map_location)[""].device
-    tensors = _read_for(model, path, max_bytes).tensors
-    given = {name: tensors[plain_name(name)] for name in state if plain_name(name) in tensors}
+    content = _read_for(model, path, max_bytes, keep=True)
+    given = {name: content.tensors[plain_name(name)] for name in state if plain_name(name) in content.tensors}
     own = {name: value for name, value in state.items() if not isinstance(value, Tensor)}  # which no file holds
     model.load_state_dict({**given, **own}, strict=len(given) + len(own) == len(state))
+    for target in tensors(model):
+        if (name := plain_name(target.name)) in content.tensors:
+            note_read(target.holders, content.tapes.get(name))
     if map_location is not None:
         model.to(device)
     filled = {state[name].data_ptr() for name in given if state[name].numel()}  # a tied one under another name, too
@@ -306,6 +309,7 @@ class _Content:
     entries: list[Entry]
     tensors: dict[str, Tensor]
     stored: dict[str, Stored]
+    tapes: dict[str, list[Item]]
     bits: list[float]
     streams: list[Stream]
 
@@ -352,26 +356,28 @@ def _decode(entries: Sequence[Entry], coded: Coded, max_bytes: int, keep: bool =
     reader = SymbolReader(coded, limit=max_bytes)
     tensors: dict[int, Tensor] = {}
     stored: dict[str, Stored] = {}
+    tapes: dict[str, list[Item]] = {}
     bits = [0.0] * len(entries)
     for group in leftovers.groups(entries):
         before = reader.bits
         entry = entries[group[0]]
         if entry.kind is Kind.SLOTS:
+            recorder = Recorder(reader)
             try:
-                one = decode(reader, entry.shape, entry.dtype)
+                one = decode(recorder if keep else reader, entry.shape, entry.dtype)
             except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
                 # Every number was in its range, but together they make no tensor; torch says so in many ways.
                 raise ArtifactError(f"{entry.name}: {error}") from error
             tensors[group[0]] = one.weight
             if keep:
-                stored[entry.name] = one
+                stored[entry.name], tapes[entry.name] = one, recorder.items
         else:
             parts = leftovers.decode(reader, [entries[i] for i in group])
             tensors.update(zip(group, parts, strict=True))
         _share(bits, entries, group, reader.bits - before)
     reader.finish()
     named = {entry.name: tensors[i if entry.alias is None else entry.alias] for i, entry in enumerate(entries)}
-    return _Content(list(entries), named, stored, bits, reader.streams)
+    return _Content(list(entries), named, stored, tapes, bits, reader.streams)
 
 
 def _address(value: object) -> int | None:
@@ -389,16 +395,16 @@ def _entries(state: Mapping[str, Tensor], snapshots: Mapping[str, Snapshot], pre
     for index, (name, tensor) in enumerate(state.items()):
         shape = tuple(tensor.shape)
         # The same memory compressed and not is two tensors; an empty one has no address of its own.
-        slots = snapshots[name][0] if name in snapshots else None
+        form = snapshots[name][0] if name in snapshots else None
         key = (
-            (slots, tensor.data_ptr(), tensor.dtype, shape, tensor.stride(), tensor.is_conj())
+            (form, tensor.data_ptr(), tensor.dtype, shape, tensor.stride(), tensor.is_conj())
             if tensor.numel()
             else name
         )
         first = seen.setdefault(key, index)
         if first != index:
             entries.append(Entry(name, Kind.ALIAS, tensor.dtype, shape, first))
-        elif slots is not None:
+        elif form is not None:
             entries.append(Entry(name, Kind.SLOTS, tensor.dtype, shape))
         else:
             entries.append(Entry(name, leftovers.kind_of(name, tensor.dtype, precisions), tensor.dtype, shape))

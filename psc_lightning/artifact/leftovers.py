@@ -88,7 +88,7 @@ def encode(writer: Writer, tensors: Mapping[str, Tensor], stored: torch.dtype | 
                 f"{float(whole.abs().max()):g}: use leftovers='float32'"
             )
     if isinstance(stored, Kind):
-        units = [power_of_two(part) for part in rounded]
+        units = [float(power_of_two(part)) for part in rounded]
         for unit in units:
             writer.integer(math.frexp(unit)[1] - 1)
         _LOG.write(writer, torch.cat([part / unit for part, unit in zip(rounded, units, strict=True)]), 1.0)

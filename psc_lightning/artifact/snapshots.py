@@ -1,43 +1,145 @@
-"""A live model as a file sees it: plain names, and what the slots would be at full strength."""
+"""A model as a file sees it: plain names, and what each tensor is stored as.
+
+As its slots say, at full strength; where it has none, or was loaded with what these would change: as the file did that it was
+read from, or as what it is recognised to be.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.artifact.directory import DTYPES
-from psc_lightning.live import compressed, under_names
-from psc_lightning.sharding import is_sharded, reshard
+from psc_lightning.artifact import leftovers
+from psc_lightning.artifact.directory import DTYPES, Entry
+from psc_lightning.artifact.leftovers import Precisions
+from psc_lightning.artifact.streams import SymbolWriter
+from psc_lightning.checkpoint import plain_name
+from psc_lightning.live import compressed, read_from, under_names
+from psc_lightning.recognition import recognise, same_bits
+from psc_lightning.sharding import gather, is_sharded, reshard, whole
 from psc_lightning.slots import Slots
-from psc_lightning.targets import matches_name, patterns
+from psc_lightning.stored import Stored
+from psc_lightning.symbols import Writer
+from psc_lightning.tape import Tape
+from psc_lightning.targets import Target, matches_name, patterns, tensors
 
-__all__ = ["Snapshot", "check", "check_tensor", "part_of", "plain_name", "plain_state", "snapshots_of", "tell_extras"]
+__all__ = [
+    "AXES",
+    "ENTRIES",
+    "Form",
+    "Snapshot",
+    "check",
+    "check_tensor",
+    "part_of",
+    "plain_state",
+    "snapshots_of",
+    "tell_extras",
+]
 
 _SHOWN = 8
 
-#: slots at full strength, and the latent weight they are of
-Snapshot = tuple[Slots, Tensor]
+#: what has fewer is stored as it is: by default no callback takes it, either
+AXES, ENTRIES = 2, 64
+_HEAD = 128  # bits that name methods and options
 
 
-def snapshots_of(model: nn.Module) -> dict[str, Snapshot]:
-    """What a file would hold of each tensor that is compressed, under every name that it has; one object for one tensor."""
-    reshard(model)
-    once = {id(tensor): tensor.snapshot(parameter) for _, tensor, parameter in compressed(model)}
-    found = {plain_name(name): once.get(id(tensor)) for name, tensor in under_names(model).items()}
-    return {name: snapshot for name, snapshot in found.items() if snapshot is not None}
+class Form(Protocol):
+    """What a tensor is stored as: slots at full strength, or what a file said."""
+
+    def stored(self, latent: Tensor) -> Stored:
+        """Its cores, and what makes the weight of them."""
+
+    def encode(self, writer: Writer, latent: Tensor) -> None:
+        """Store it."""
 
 
-def plain_name(name: str) -> str:
-    """A name without what torch.compile puts into it.
+#: and the latent weight that it is of
+Snapshot = tuple[Form, Tensor]
 
-    >>> plain_name("net._orig_mod.0.weight")
-    'net.0.weight'
+
+def snapshots_of(
+    model: nn.Module, precisions: Precisions = "float32", only: str | Iterable[str] | None = None
+) -> dict[str, Snapshot]:
+    """What a file would hold of each tensor of few numbers, under every name that it has; one object for one tensor.
+
+    Args:
+        model: live or plain; it is not changed.
+        precisions: of leftovers: what is recognised must be smaller than it would be as one.
+        only: patterns of what is asked for; see `part_of`.
+
+    Raises:
+        ValueError: as `leftovers.check` and `part_of`.
     """
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    slotted = under_names(model)
+    begun = {plain_name(name) for name, tensor in slotted.items() if tensor.slots.begun}
+    state = part_of(plain_state(model), only)
+    leftovers.check(precisions, [name for name in state if name not in begun])
+    reshard(model)
+    once: dict[int, tuple[Slots, Tensor] | None] = {}
+    strayed: dict[int, str] = {}
+    for name, tensor, parameter in compressed(model):
+        own = once[id(tensor)] = tensor.snapshot(parameter)
+        if own is not None and tensor.loaded and not same_bits(own[0].make(own[1]), gather(parameter)):
+            strayed[id(tensor)] = f"{name} ({own[0].method})"
+    found: dict[str, Snapshot] = {}
+    with whole(model):
+        for target in tensors(model):
+            own_of = {name: id(slotted.get(name)) for name in target.names}
+            known: Snapshot | None = None
+            if plain_name(target.name) in state and all(
+                key in strayed or once.get(key) is None for key in own_of.values()
+            ):
+                known = _read(target) or _recognised(target, precisions)
+            for name, key in own_of.items():
+                snapshot = known or once.get(key)
+                if snapshot is not None:
+                    found[name] = snapshot
+                if known is not None:
+                    strayed.pop(key, None)
+    if strayed:
+        warnings.warn(
+            f"load_state_dict wrote what their slots cannot hold to {', '.join(strayed.values())}: a file would hold another "
+            "weight. psc_lightning.load_checkpoint(model, path) takes factors and all from a whole checkpoint; "
+            "psc_lightning.detach(model) before loading keeps what is loaded as it is",
+            stacklevel=3,
+        )
+    return found
+
+
+def _read(target: Target) -> Snapshot | None:
+    """As the file had it that the tensor was read from, if it is still that."""
+    weight = target.parameter.detach().cpu()
+    items = read_from(*target.holders[0])
+    if items is None:
+        return None
+    tape = Tape(items, tuple(weight.shape), weight.dtype)
+    return (tape, weight) if same_bits(tape.stored(weight).weight, weight) else None
+
+
+def _recognised(target: Target, precisions: Precisions) -> Snapshot | None:
+    """As few numbers, if it holds no more, the cheapest; and if they are no longer: of few bits both ways are as short."""
+    weight, name = target.parameter.detach(), plain_name(target.name)
+    if weight.dim() < AXES or weight.numel() < ENTRIES or not weight.is_floating_point() or weight.is_meta:
+        return None
+    weight = weight.cpu()
+    kind = leftovers.kind_of(name, weight.dtype, precisions)
+    best, fewest = None, math.inf
+    for slots in recognise(weight, target.layout):
+        if best is None:
+            plain = SymbolWriter()
+            entry = Entry(name, kind, weight.dtype, tuple(weight.shape))
+            leftovers.encode(plain, {name: weight}, leftovers.stored_as(entry))
+            fewest = 1.01 * plain.bits + _HEAD
+        pricer = SymbolWriter()
+        slots.encode(pricer, weight)
+        if pricer.bits <= fewest:
+            best, fewest = slots, pricer.bits
+    return None if best is None else (best, weight)
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from psc_lightning.artifact.directory import Entry, Kind
-from psc_lightning.artifact.snapshots import plain_name
+from psc_lightning.artifact.snapshots import AXES, ENTRIES
 from psc_lightning.artifact.streams import Stream
+from psc_lightning.checkpoint import plain_name
 from psc_lightning.live import compressed
 from psc_lightning.report.numbers import Report, TensorReport
 from psc_lightning.symbols import PIECE
 
-__all__ = ["Summary", "batchnorm_batches", "layer_types", "report_of", "summarise"]
+__all__ = ["Summary", "batchnorm_batches", "layer_types", "report_of", "summarise", "tell_dense"]
 
 
 def layer_types(model: nn.Module) -> dict[str, str]:
@@ -108,3 +110,20 @@ def report_of(
         sha256=digest,
         tensors=rows,
     )
+
+
+def tell_dense(model: nn.Module, report: Report) -> None:
+    """Warn of a file in which all is plain, also what slots take by default, and no smaller for it."""
+    few = [len(row.shape) < AXES or math.prod(row.shape) < ENTRIES for row in report.tensors]
+    plain = all(row.method in ("plain", "shared") for row in report.tensors)
+    if (
+        plain
+        and not all(few)
+        and 2 * report.file_bytes > report.dense_bytes
+        and not any(True for _ in compressed(model))
+    ):
+        warnings.warn(
+            f"save: nothing in this file of {report.file_bytes:,} bytes is compressed: compress the model first, by callbacks"
+            " in a fit or psc_lightning.compress; what was compressed once comes back by psc_lightning.load_checkpoint",
+            stacklevel=3,
+        )

@@ -14,7 +14,7 @@ from psc_lightning.targets import Idle, Selection, Target, frozen, patterns, sel
 from psc_lightning.training.conductor import Conductor
 from psc_lightning.words import hinting
 
-__all__ = ["ActivationQuantization"]
+__all__ = ["ActivationQuantization", "inputs_of", "layers_of"]
 
 
 class ActivationQuantization(Callback):
@@ -78,7 +78,7 @@ class ActivationQuantization(Callback):
         chosen = select(model, self.targets, self.ignore, self.min_size, idle_still)
         types = ", ".join(sorted({type(target.layer).__name__ for target in chosen.targets}))
         for target in chosen.targets:
-            if not _layers(target):
+            if not layers_of(target):
                 chosen.leave(target, "no input of a Linear or Conv layer")
         if not chosen.targets:
             raise ValueError(
@@ -103,15 +103,11 @@ class ActivationQuantization(Callback):
         for target in (self.choose(model) if chosen is None else chosen).targets:
             inputs = self._inputs(target)
             if any(other is inputs for _, other in attached):  # of weights that were one, and are two now
-                inputs = self._fresh(target)
+                inputs = inputs_of(target, self.bits, self.state_key)
             attached.append((target, inputs))
         for target, inputs in attached:
-            hold(_layers(target), inputs)
+            hold(layers_of(target), inputs)
         return [(target.name.rpartition(".")[0], inputs) for target, inputs in attached]
-
-    def _fresh(self, target: Target) -> Activations:
-        channels = target.parameter.shape[0] if target.parameter.dim() > 2 else None
-        return Activations(self.bits, channels, self.state_key).to(target.parameter.device)
 
     def _inputs(self, target: Target) -> Activations:
         found = _found(target)
@@ -124,7 +120,7 @@ class ActivationQuantization(Callback):
                 f"{target.name}: its layer's inputs are rounded by {found.owner} with bits={found.bits}, this callback has "
                 f"bits={self.bits}; call psc_lightning.detach(model) before training it with other options"
             )
-        return self._fresh(target) if found is None else found
+        return inputs_of(target, self.bits, self.state_key) if found is None else found
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take part in a fit."""
@@ -132,11 +128,17 @@ class ActivationQuantization(Callback):
             Conductor.of(trainer).join_rounding(trainer, pl_module, self)
 
 
-def _layers(target: Target) -> list[nn.Module]:
+def layers_of(target: Target) -> list[nn.Module]:
     """The layers that multiply their input by this tensor."""
     return [layer for layer, name in target.holders if name == "weight" and takes_inputs(layer)]
 
 
+def inputs_of(target: Target, bits: int, owner: str) -> Activations:
+    """What can round the inputs of these layers."""
+    channels = target.parameter.shape[0] if target.parameter.dim() > 2 else None
+    return Activations(bits, channels, owner).to(target.parameter.device)
+
+
 def _found(target: Target) -> Activations | None:
     """What rounds the inputs of these layers already."""
-    return next(filter(None, map(of, _layers(target))), None)
+    return next(filter(None, map(of, layers_of(target))), None)

@@ -15,6 +15,7 @@ from torch import Tensor
 from psc_lightning.artifact import dense_bytes, measure
 from psc_lightning.artifact.leftovers import Precisions
 from psc_lightning.callbacks.rate import BITS, LADDERS, Rate, add, has_ladder, like
+from psc_lightning.checkpoint import plain_name
 from psc_lightning.ladder import rungs_of, set_threshold
 from psc_lightning.live import Place
 from psc_lightning.report.numbers import Report
@@ -36,7 +37,7 @@ _AIM = 0.985  # of the budget: what is steered to, so that the last step's noise
 _FEWEST = 1e-3  # the smallest share that a mask keeps
 #: what it has learned so far
 _STATE = ("weight", "kept", "_first", "_start", "_last", "_trend", "_outside", "_ratio", "_seen", "_measured")
-_TRIM = 0.1  # of the non-zero entries: the most that are set to zero at the end
+_TRIM = 0.25  # of the non-zero entries: the most that are set to zero at the end
 
 
 def in_bytes(budget: int | str, dense: int | None = None) -> int:
@@ -71,7 +72,7 @@ class ByteBudget(Callback):
     wanted)), at most 16 % at a time, up to 1,000 times a run. Levels without a zero (`binary`, `float16`) know no price:
     there the share that the mask keeps is steered alike. The size is that of the price's own model, put right by what
     `psc_lightning.measure` says of the file some twenty times a run. After the last step entries just above zero are set to
-    zero until the file fits, a tenth of them at most.
+    zero until the file fits, a quarter of them at most.
 
     Args:
         budget: bytes of the file: `27000`, `"27kB"` (1 kB = 1,000 bytes), `"1 MiB"`, `"3%"` of the dense size.
@@ -206,10 +207,15 @@ class ByteBudget(Callback):
         return sum(row.stored_bytes for row in report.tensors if row.name in self.rate.prices)
 
     def _calibrate(self, cast: Cast) -> None:
-        report = self._measure(cast)
-        inside = self._inside(report)
-        if self._start is None:  # once: a checkpoint in between takes BatchNorm's statistics anew, and must not steer
-            self._outside = report.file_bytes - inside
+        """Put the price's model right, by what has a price alone: a checkpoint takes BatchNorm's statistics anew, which
+        must not steer.
+        """
+        assert cast.module is not None
+        priced = [plain_name(name) for name in self.rate.prices]
+        part = measure(cast.module, leftovers=self.writing["leftovers"], only=priced)
+        inside = sum(row.stored_bytes for row in part.tensors)
+        if self._start is None:
+            self._outside = self._measure(cast).file_bytes - inside
         self._ratio = inside / max(1.0, (self.rate.bits or 0.0) / 8)
 
     def before_step(self, places: list[Place], scale: float) -> None:

@@ -40,7 +40,7 @@ class Rate:
         self.bits = 0.0
         for place in places:
             for core in rungs_of(place.tensor.slots, place.tensor.dense(place.parameter)):
-                found = Prices.learn(core.position, core.top, core.keep)
+                found = Prices.learn(core.position, core.top, core.keep, core.value)
                 self.prices.setdefault(place.name, {})[core.core] = found
                 self.bits += found.bits(core.position, core.keep)
 
@@ -51,7 +51,7 @@ class Rate:
             prices = self.prices.get(place.name, {})
             latent = place.tensor.dense(place.parameter)
             found: dict[str, Tensor] = {}
-            for core, position, slope, keep, _ in rungs_of(place.tensor.slots, latent) if prices else ():
+            for core, position, slope, keep, *_ in rungs_of(place.tensor.slots, latent) if prices else ():
                 if slope is not None:
                     rise = prices[core].slope(position).mul_(slope).mul_(position.sign())
                     found[core] = rise if keep is None else rise.mul_(keep)

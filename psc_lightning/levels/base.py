@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from psc_lightning.asking import Question, answer
 from psc_lightning.functional import Group, group_counts, split, spread
 from psc_lightning.options import grouping, one_of
-from psc_lightning.precision import PRECISIONS, power_of_two
+from psc_lightning.precision import PRECISIONS, Rounding
 from psc_lightning.strips import Survivors, blank_, strips, survivors, whole
 from psc_lightning.symbols import Reader, Writer, look_up, pieces
 
@@ -82,15 +84,21 @@ class Levels(nn.Module):
     def begin(self, core: Tensor, keep: Tensor | None = None) -> None:
         """Called once when the levels start: set what is trained from here on (steps, centroids)."""
 
-    @torch.no_grad()
     def refresh(self, core: Tensor, keep: Tensor | None = None) -> None:
         """Recompute scales and tables from the entries that `keep` marks; None: all."""
+        answer(self.refreshing(core, keep))
+
+    def refreshing(self, core: Tensor, keep: Tensor | None = None) -> Question[None]:
+        """`refresh`, which may have to ask."""
+        yield from self._take(self._measured(core, keep))
+
+    def _measured(self, core: Tensor, keep: Tensor | None) -> Sequence[Tensor]:
+        """The tables, not yet rounded; none where they are trained."""
         if not self.passes or not core.numel():
-            return
+            return []
         if whole(core, self.size):
             each = [self._tables_of(strip) for strip in survivors(core, keep, self.size, self.reads_only)]
-            self._take([torch.cat(parts) for parts in zip(*each)] if len(each) > 1 else each[0])
-            return
+            return [torch.cat(parts) for parts in zip(*each)] if len(each) > 1 else each[0]
         found: list[Tensor] = []
         for index in range(self.passes):
             totals: list[Tensor] = []
@@ -100,7 +108,7 @@ class Levels(nn.Module):
                 for total, part in zip(totals, sums, strict=True):
                     total[strip.groups] = self._join(total[strip.groups], part)
             found += self._found(index, *totals)
-        self._take(found)
+        return found
 
     def _tables_of(self, strip: Survivors) -> list[Tensor]:
         """All tables, not yet rounded, of the groups that lie whole in a strip."""
@@ -117,28 +125,20 @@ class Levels(nn.Module):
         """The tables of groups of these sums, in the order of `tables`, not yet rounded."""
         raise NotImplementedError
 
-    def _take(self, found: Sequence[Tensor]) -> None:
+    def _take(self, found: Sequence[Tensor]) -> Question[None]:
         """Keep tables, rounded to what a file holds."""
-        for (name, unit), table in zip(self.tables.items(), found, strict=True):
+        for (name, unit), table in zip(self.tables.items(), found):
             if unit is None:
                 getattr(self, name).copy_(table)
             else:
-                self._settle(table, name, unit)
+                yield self._rounding(table, name, unit)
 
-    def _round_to(self, values: Tensor, name: str, unit: Tensor) -> Tensor:
-        return self.precision.round(values, unit, positive=name != "offset")
+    def _rounding(self, values: Tensor, into: str, unit: str) -> Rounding:
+        return Rounding(values, self.precision, getattr(self, into), getattr(self, unit), positive=into != "offset")
 
     def _settle(self, values: Tensor, into: str = "scale", unit: str = "unit") -> None:
         """Round values to what the file holds, and keep them and their power of two in the tensors of these names."""
-        power: Tensor = getattr(self, unit)
-        power.fill_(power_of_two(values))
-        rounded = self._round_to(values, into, power)
-        # The largest may have been rounded up to the power itself. Then the next one is the unit, as it will be for those
-        # who start from what these levels make: they find the same again.
-        if power_of_two(rounded) > float(power):
-            power.mul_(2)
-            rounded = self._round_to(values, into, power)
-        getattr(self, into).copy_(rounded)
+        self._rounding(values, into, unit).do()
 
     # ----------------------------------------------------------------------------------------------- making
 
@@ -222,6 +222,11 @@ class Levels(nn.Module):
         raise ValueError(f"{type(self).__name__} has no zero that a weight could be drawn to")
 
     @property
+    def value_bits(self) -> float:
+        """Of an entry, where there is no zero: one of two values."""
+        return 1.0
+
+    @property
     def follows_scale(self) -> bool:
         """Whether a group that is multiplied by a number keeps its codes: then no price of codes can change its size."""
         return True
@@ -250,6 +255,9 @@ class Levels(nn.Module):
 
 def largest(strip: Survivors) -> Tensor:
     """The largest |x| of each row, by passes that write nothing."""
+    if strip.values.device.type != "cpu":
+        found: Tensor = torch.linalg.vector_norm(strip.values, math.inf, 1)  # one kernel; the CPU is slower at it
+        return found
     return torch.maximum(strip.values.amax(1), -strip.values.amin(1))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from psc_lightning.clustering import optimal_centroids
-from psc_lightning.functional import group_counts, split, spread
+from psc_lightning.functional import give_gradient, group_counts, split, spread
 from psc_lightning.levels.base import (
     Grouping,
     Levels,
@@ -132,19 +132,18 @@ class CodebookLevels(Levels):
 
     def _place_unit(self) -> None:
         """Take the power of two above the centroids, and above what they are rounded to."""
-        self.unit.fill_(power_of_two(self.centroids))
-        self.unit.clamp_(min=power_of_two(self.precision.round(self.centroids, self.unit, positive=False)))
+        self.unit.copy_(power_of_two(self.centroids, self.precision.up))
 
-    @torch.no_grad()
-    def refresh(self, core: Tensor, keep: Tensor | None = None) -> None:
-        """Put the centroids in order and find the nearest of each entry."""
-        # A trained centroid may have passed its neighbour; the optimizer's state moves with neither: a swap is rare.
+    def _measured(self, core: Tensor, keep: Tensor | None) -> Sequence[Tensor]:
+        # The centroids in order: a trained one may have passed its neighbour; the optimizer's state moves with neither: a
+        # swap is rare. Then the nearest of each entry.
         self.centroids.copy_(self.centroids.sort(1).values)
         self.unit.clamp_(min=power_of_two(self.centroids))
         table = self._table()
         middles = (table[:, 1:] + table[:, :-1]) / 2
         for groups, values, _, (codes,) in strips(core, self.size, None, self.codes):
             _assign(values.to(middles.dtype), middles[groups], codes)
+        return []
 
     def _table(self) -> Tensor:
         return self.precision.round(self.centroids.detach(), self.unit, positive=False)
@@ -214,7 +213,7 @@ class CodebookLevels(Levels):
     @torch.no_grad()
     def pull(self, core: Tensor, gradient: Tensor, keep: Tensor | None = None, strength: float = 1.0) -> Tensor:
         """The gradient itself; the centroids get theirs."""
-        self.centroids.grad = strength * self.centroid_gradient(gradient, keep)
+        give_gradient(self.centroids, strength * self.centroid_gradient(gradient, keep))
         return gradient
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from psc_lightning.asking import Question
 from psc_lightning.bits import read_kept, write_bits
 from psc_lightning.levels.base import Levels, Shape, largest
 from psc_lightning.strips import survivors
@@ -37,13 +38,17 @@ class Float16Levels(Levels):
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
 
-    @torch.no_grad()
-    def refresh(self, core: Tensor, keep: Tensor | None = None) -> None:
+    def refreshing(self, core: Tensor, keep: Tensor | None = None) -> Question[None]:
         """Nothing to compute; an overflow is an error."""
-        found = [float(largest(strip).max()) for strip in survivors(core, keep, self.size)]
-        limit = torch.finfo(self.stored).max
-        if not all(size <= limit for size in found):
-            raise ValueError(f"{self.stored} holds numbers up to {limit:g}, a weight of size {max(found):g} overflows")
+        found = [largest(strip).max() for strip in survivors(core, keep, self.size)]
+        size, limit = (yield torch.stack(found).max()) if found else 0.0, torch.finfo(self.stored).max
+        if not size <= limit:
+            raise ValueError(f"{self.stored} holds numbers up to {limit:g}, a weight of size {size:g} overflows")
+
+    @property
+    def value_bits(self) -> float:
+        """All that are stored."""
+        return 16.0
 
     def code(self, core: Tensor) -> Tensor:
         """The rounded number."""

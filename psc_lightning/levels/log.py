@@ -12,6 +12,7 @@ from torch import Tensor
 from psc_lightning.functional import spread
 from psc_lightning.levels.base import Grouping, Levels, Shape, largest, read_codes, read_group, write_codes, write_group
 from psc_lightning.options import one_of, whole
+from psc_lightning.precision import on
 from psc_lightning.strips import Survivors
 from psc_lightning.symbols import Reader, Writer
 
@@ -84,7 +85,9 @@ class LogLevels(Levels):
     def _position(self, magnitude: Tensor) -> Tensor:
         """root · log2, rounded to the nearest whole number; a very low one for zero."""
         mantissa, exponent = torch.frexp(magnitude)
-        edges = torch.tensor(self.edges, dtype=magnitude.dtype).to(magnitude.device)
+        edges = on(magnitude.device, tuple(self.edges)) if magnitude.dtype == torch.float32 else None
+        if edges is None:  # no core on a device
+            edges = torch.tensor(self.edges, dtype=magnitude.dtype).to(magnitude.device)
         # contiguous, else torch warns: the weight of a transposed convolution arrives permuted
         above = torch.bucketize((2 * mantissa).contiguous(), edges, out_int32=True)
         position = (exponent - 1) * self.root + above
@@ -111,7 +114,7 @@ class LogLevels(Levels):
         octave = torch.div(position, self.root, rounding_mode="floor").clamp(_LOWEST, 127)
         power = ((octave + 127) << 23).view(torch.float32)
         if self.root > 1:
-            table = torch.tensor(self.fractions, dtype=torch.float32).to(code.device)
+            table = on(code.device, tuple(self.fractions))
             power = power * table.index_select(0, (position % self.root).reshape(-1)).reshape(position.shape)
         return code.sign() * power + 0.0
 
@@ -153,7 +156,7 @@ class LogLevels(Levels):
         if self.root == 1:
             bits.bitwise_left_shift_(23)
         else:
-            table = torch.tensor(self.fractions, dtype=torch.float32).to(values.device)
+            table = on(values.device, tuple(self.fractions))
             steps = table.index_select(0, (bits & (self.root - 1)).view(-1)).view(values.shape)
             bits.bitwise_right_shift_(ROOTS.index(self.root)).bitwise_left_shift_(23)
             place.mul_(steps)

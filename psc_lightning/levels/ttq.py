@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.functional import group_counts, spread
+from psc_lightning.asking import Question, answer
+from psc_lightning.functional import give_gradient, group_counts, spread
 from psc_lightning.levels.base import Grouping, Levels, Scales, Shape, read_codes, read_group, write_codes, write_group
 from psc_lightning.precision import power_of_two, read_numbers, write_numbers
 from psc_lightning.strips import blank_, strips, survivors
@@ -66,7 +67,7 @@ class TrainedTernaryLevels(Levels):
     @torch.no_grad()
     def begin(self, core: Tensor, keep: Tensor | None = None) -> None:
         """Set n and p to the means of the two sides."""
-        mean, ends = self._place_limit(core, keep)
+        mean, ends = answer(self._place_limit(core, keep))
         missing, number = torch.zeros_like(ends), torch.zeros_like(ends)
         for strip in survivors(core, keep, self.size):
             at, limit = strip.groups, self.limit[strip.groups, None]
@@ -79,14 +80,12 @@ class TrainedTernaryLevels(Levels):
         other = torch.where(number.flip(1) > 0, found.flip(1), mean[:, None])
         self._settle(torch.where(number > 0, found, other), "sizes")
 
-    @torch.no_grad()
-    def refresh(self, core: Tensor, keep: Tensor | None = None) -> None:
+    def refreshing(self, core: Tensor, keep: Tensor | None = None) -> Question[None]:
         """Set Δ from the kept entries, and see that the power of two is above n and p, and what they are rounded to."""
-        self._place_limit(core, keep)
-        self.unit.clamp_(min=power_of_two(self.sizes))
-        self.unit.clamp_(min=power_of_two(self._rounded()))
+        yield from self._place_limit(core, keep)
+        self.unit.clamp_(min=power_of_two(self.sizes, self.precision.up))
 
-    def _place_limit(self, core: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _place_limit(self, core: Tensor, keep: Tensor | None) -> Question[tuple[Tensor, Tensor]]:
         """Set Δ; the mean |x| of each group, and its largest -x and x, at least 0: ``(groups, 2)``."""
         wide = core.dtype if core.element_size() >= 4 else torch.float32
         total, number, low, high = (torch.zeros(self.count, dtype=wide, device=core.device) for _ in range(4))
@@ -99,7 +98,7 @@ class TrainedTernaryLevels(Levels):
         mean, smaller = total / number.clamp_min(1), torch.minimum(low, high)
         limit = (0.7 * mean).float()
         lost = (smaller > 0) & (smaller <= limit)  # all of a side would be zero
-        if bool(lost.any()):
+        if (yield lost.any()):
             for strip in survivors(core, keep, self.size):
                 at, values = strip.groups, strip.values
                 level = (values == high[at, None]) | (values == -low[at, None]) | (values == 0)
@@ -142,7 +141,7 @@ class TrainedTernaryLevels(Levels):
                     there &= kept
                 total[at, side] += blank_(terms, there, torch.empty_like(terms)).sum(1, dtype=wide)
         total[:, 0].neg_()
-        self.sizes.grad = strength * total.to(self.sizes.dtype)
+        give_gradient(self.sizes, strength * total.to(self.sizes.dtype))
         return gradient
 
     @property

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.functional import split, spread, survivor_magnitude
+from psc_lightning.functional import give_gradient, split, spread, survivor_magnitude
 from psc_lightning.grid import grid_steps
 from psc_lightning.levels.base import (
     Grouping,
@@ -106,12 +106,11 @@ class UniformLevels(Levels):
                     break
         self._settle(step, "step")
 
-    @torch.no_grad()
-    def refresh(self, core: Tensor, keep: Tensor | None = None) -> None:
-        """Set the scales from the kept entries; where they are learned, only see that their power of two is above them."""
+    def _measured(self, core: Tensor, keep: Tensor | None) -> Sequence[Tensor]:
+        # A learned step is no statistic: its power of two is seen to be above it.
         if self.learned_step:
             self.unit.clamp_(min=power_of_two(self.step))
-        super().refresh(core, keep)
+        return super()._measured(core, keep)
 
     def _sums(self, index: int, strip: Survivors, *found: Tensor) -> tuple[Tensor, ...]:
         if self.bits == 1:
@@ -158,7 +157,7 @@ class UniformLevels(Levels):
         inside = ratio.abs() <= self.top
         slope = (self._round(ratio) - torch.where(inside, ratio, 0.0)).mul_(gradient)
         inside = inside if keep is None else inside | ~keep
-        self.step.grad = strength * split(blank_(slope, keep), self.group).sum(1).to(self.step.dtype)
+        give_gradient(self.step, strength * split(blank_(slope, keep), self.group).sum(1).to(self.step.dtype))
         return torch.where(inside, gradient, 0.0 if strength == 1 else (1 - strength) * gradient)
 
     @property

@@ -10,10 +10,11 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from psc_lightning.asking import Question, answer
 from psc_lightning.functional import Group, group_counts, zero_count
 from psc_lightning.masks.units import GRANULARITIES, Units
 from psc_lightning.options import grouping, one_of, share, whole
-from psc_lightning.selection import largest, magnitudes, mark_largest, numbers
+from psc_lightning.selection import choose, magnitudes, mark_largest, numbers
 from psc_lightning.strips import blank_, strips
 
 __all__ = ["Mask"]
@@ -103,9 +104,12 @@ class Mask(nn.Module):
     def restart(self) -> None:
         """Forget the labels: another weight has taken the place of the one that they were of; |weight| decides again."""
 
-    @torch.no_grad()
     def refresh(self, core: Tensor, strength: float = 1.0) -> None:
         """Choose which entries are zero now; `strength` scales the share."""
+        answer(self.refreshing(core, strength))
+
+    def refreshing(self, core: Tensor, strength: float = 1.0) -> Question[None]:
+        """`refresh`, which may have to ask."""
         if self.threshold == 0:
             self.kept.fill_(1)
             return
@@ -114,21 +118,20 @@ class Mask(nn.Module):
         if size == count and core.device.type == "cpu":
             self._refresh_row(core, zero_count(share, count))
             return
-        scores = self.score(core).float()
-        weights = None if self.by_magnitude else self.units.mean(core.abs()).float()
-        kept = torch.ones_like(scores, dtype=torch.bool).reshape(-1)
-        full = (count // size) * size
+        full, kept = (count // size) * size, []
         # All full groups at once, then the shorter last one: their counts of zeros differ.
         for part, width in ((slice(0, full), size), (slice(full, None), count - full)):
             if width:
-                rows = (-1, width)
-                chosen = largest(
-                    scores.reshape(-1)[part].reshape(rows),
-                    None if weights is None else weights.reshape(-1)[part].reshape(rows),
-                    zero_count(share, width),
-                )
-                kept[part] = chosen.reshape(-1)
-        self.keep.copy_(self.units.expand(kept))
+
+                def score(part: slice = part, width: int = width) -> Tensor:
+                    return self.score(core).float().reshape(-1)[part].reshape(-1, width)
+
+                def weights(part: slice = part, width: int = width) -> Tensor:
+                    return self.units.mean(core.abs()).float().reshape(-1)[part].reshape(-1, width)
+
+                chosen = yield from choose(score, None if self.by_magnitude else weights, zero_count(share, width))
+                kept.append(chosen.reshape(-1))
+        self.keep.copy_(self.units.expand(torch.cat(kept) if len(kept) > 1 else kept[0]))
 
     def _refresh_row(self, core: Tensor, zeros: int) -> None:
         """The same where all units are one group, on the CPU: nothing of the core's size is made but the mask."""

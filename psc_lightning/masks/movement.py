@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.functional import zero_count
+from psc_lightning.asking import Question
+from psc_lightning.functional import give_gradient, zero_count
 from psc_lightning.masks.base import Mask
-from psc_lightning.selection import largest, magnitudes, mark_largest, numbers
+from psc_lightning.selection import choose, magnitudes, mark_largest, numbers
 from psc_lightning.strips import blank_
 
 __all__ = ["MovementMask"]
@@ -15,13 +16,14 @@ __all__ = ["MovementMask"]
 _LAST = -(2.0**100)  # the score of what has been pruned before: a weight of zero has no gradient to raise it
 
 
-def _largest(weights: Tensor, scores: Tensor | None, zeros: int) -> Tensor:
+def _largest(weights: Tensor, scores: Tensor | None, zeros: int) -> Question[Tensor]:
     """All but the smallest in the order (score, |weight|, index); without scores by |weight|."""
     if zeros == 0 or zeros >= len(weights):
         return torch.full_like(weights, zeros == 0, dtype=torch.bool)
     if weights.device.type != "cpu":
-        magnitude = weights.abs()[None]
-        return largest(magnitude if scores is None else scores[None], magnitude, zeros)[0]
+        first = weights.abs() if scores is None else scores
+        chosen = yield from choose(lambda: first[None], lambda: weights.abs()[None], zeros)
+        return chosen[0]
     kept = torch.empty(len(weights), dtype=torch.bool)
     if scores is None:
         mark_largest(magnitudes(weights), None, zeros, kept.numpy())
@@ -66,9 +68,10 @@ class MovementMask(Mask):
         """One step of plain gradient descent on the scores, for use without an optimizer (one-shot)."""
         self.scores.sub_(self.units.mean(gradient * core))
 
-    @torch.no_grad()
-    def refresh(self, core: Tensor, strength: float = 1.0) -> None:
-        """Choose which entries are zero now; `strength` scales the share."""
+    def _seen(self) -> Tensor:
+        """Which rows have had a gradient."""
+        if self.scores.device.type != "cpu":
+            return ((self.scores != 0) & (self.scores != _LAST)).any(1)
         first = self.scores[:, 0]
         seen = (first != 0) & (first != _LAST)  # few rows need more than a glance
         rest = (~seen).nonzero().flatten()
@@ -79,10 +82,16 @@ class MovementMask(Mask):
                 others = others.masked_fill(others == _LAST, 0.0)
                 lowest = others.amin(1)
             seen[rest] = (others.amax(1) != 0) | (lowest != 0)
-        rows, columns = self.units.shape
-        number = int(seen.sum())
-        if self.threshold == 0 or self.group != "tensor" or number in (0, rows):
-            super().refresh(core, strength)
+        return seen
+
+    def refreshing(self, core: Tensor, strength: float = 1.0) -> Question[None]:
+        """Choose which entries are zero now; `strength` scales the share."""
+        (rows, columns), number = self.units.shape, 0
+        if self.threshold and self.group == "tensor":
+            seen = self._seen()
+            number = yield seen.sum()
+        if number in (0, rows):
+            yield from super().refreshing(core, strength)
             return
         share = self.threshold * strength
         zeros = zero_count(share, rows * columns)
@@ -98,13 +107,14 @@ class MovementMask(Mask):
             places = part.nonzero().flatten()
             magnitude = weights.index_select(0, places).float().reshape(-1)
             score = None if scores is None else scores.index_select(0, places).reshape(-1)
-            kept.index_copy_(0, places, _largest(magnitude, score, count).reshape(-1, columns))
+            chosen = yield from _largest(magnitude, score, count)
+            kept.index_copy_(0, places, chosen.reshape(-1, columns))
         self.keep.copy_(self.units.expand(kept))
 
     @torch.no_grad()
     def pull(self, core: Tensor, gradient: Tensor) -> Tensor:
         """The core's gradient; the scores get theirs, a unit's is the sum of its entries'."""
-        self.scores.grad = self.units.sum(gradient * core).to(self.scores.dtype)
+        give_gradient(self.scores, self.units.sum(gradient * core))
         return blank_(gradient, self.keep)
 
     @torch.no_grad()

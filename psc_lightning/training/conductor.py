@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from psc_lightning.activations import activations
+from psc_lightning.asking import answers
 from psc_lightning.live import compressed, hand_back
 from psc_lightning.sharding import sharded_modules
 from psc_lightning.slots import SLOTS
@@ -158,10 +159,11 @@ class Conductor(Callback):
         self.stepping.listen(trainer.optimizers)
         self.stepping.reshard()
         self._act(trainer, pl_module)
+        answers(  # what was written to since the last batch
+            place.tensor.settling(place.parameter, place.tensor.traced(place.parameter))
+            for place in self.cast.everywhere()
+        )
         for place in self.cast.everywhere():
-            if place.tensor.traced(place.parameter):  # written to since the last batch
-                place.tensor.absorb(place.parameter)
-            place.tensor.show_if_stale(place.parameter)
             place.tensor.refreshed = 0
         for penalty in self.cast.penalties:
             penalty.control(self.cast, trainer.global_step)
@@ -203,9 +205,10 @@ class Conductor(Callback):
         for place in self.cast.everywhere():
             tensor = place.tensor
             tensor.end_ramp(place.parameter)
-            if id(tensor) not in self.stepping.stepped:
-                tensor.absorb(place.parameter)
-            tensor.show_if_stale(place.parameter)
+        stepped = self.stepping.stepped
+        answers(
+            place.tensor.settling(place.parameter, id(place.tensor) not in stepped) for place in self.cast.everywhere()
+        )
         self.stepping.settled()
 
     # --------------------------------------------------------------------------------------- averages, endings
@@ -271,8 +274,7 @@ class Conductor(Callback):
         self._act(trainer, pl_module)
         for place in self.cast.everywhere():
             place.tensor.end_ramp(place.parameter)
-            place.tensor.absorb(place.parameter)
-            place.tensor.show_if_stale(place.parameter)
+        answers(place.tensor.settling(place.parameter, absorb=True) for place in self.cast.everywhere())
         self._refresh_batchnorm(trainer)
         for penalty in self.cast.penalties:
             penalty.finish(self.cast, partial(self._refresh_anew, trainer))

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from psc_lightning.activations import Activations
-from psc_lightning.slots import SLOTS, Slots
+from psc_lightning.slots import SLOTS, Slots, Spec
 from psc_lightning.training.averaging import Average
 from psc_lightning.training.cast import Cast
 
-__all__ = ["KEY", "check", "read", "write"]
+__all__ = ["KEY", "bits_of", "check", "difference", "difference_of_bits", "read", "specs_of", "write"]
 
 #: where it lies in a checkpoint, and the version of what lies there
-KEY, VERSION = "psc_lightning", 4
+KEY, VERSION = "psc_lightning", 5
 
 _ADVICE = "start from its weights: model.load_state_dict(torch.load(path)['state_dict'])"
 
@@ -28,14 +28,20 @@ def write(cast: Cast, averages: list[Average]) -> dict[str, Any]:
         "version": VERSION,
         "tensors": {
             place.name: {
-                "slots": _methods(place.tensor.slots),
+                "slots": {slot: asdict(specs[slot]) for slot in SLOTS if slot in (specs := place.tensor.slots.specs)},
+                "threshold": _threshold(place.tensor.slots),
                 "settings": settings[place.name],
                 "state": place.tensor.training_state(place.parameter),
             }
             for place in cast.everywhere()
         },
         "activations": {
-            name: {"slots": _rounded(inputs), "settings": settings[name], "state": inputs.training_state()}
+            name: {
+                "bits": inputs.bits,
+                "owner": inputs.owner,
+                "settings": settings[name],
+                "state": inputs.training_state(),
+            }
             for name, inputs in cast.rounding.layers.items()
         },
         "optimizer": cast.sidecars.state_dict(),
@@ -68,12 +74,11 @@ def read(entry: dict[str, Any], cast: Cast, averages: list[Average]) -> None:
         ValueError: it was trained with other methods.
     """
     tensors, activations = entry["tensors"], entry["activations"]
-    methods = {place.name: _methods(place.tensor.slots) for place in cast.everywhere()}
-    methods |= {name: _rounded(inputs) for name, inputs in cast.rounding.layers.items()}
-    both = tensors | activations
-    if other := _difference({name: dict(had["slots"]) for name, had in both.items()}, methods, _filled):
+    now = {place.name: place.tensor.slots.specs for place in cast.everywhere()}
+    bits = {name: inputs.bits for name, inputs in cast.rounding.layers.items()}
+    if other := difference(specs_of(entry), now) or difference_of_bits(bits_of(entry), bits):
         raise ValueError(f"{other}: resume with the same callbacks, or {_ADVICE}")
-    settings = {name: dict(had["settings"]) for name, had in both.items()}
+    settings = {name: dict(had["settings"]) for name, had in (tensors | activations).items()}
     had, has = Counter(entry["others"]), Counter(_others(cast, averages))
     less, more = (" and ".join(sorted((one - two).elements())) for one, two in ((had, has), (has, had)))
     for other in (
@@ -102,10 +107,39 @@ def read(entry: dict[str, Any], cast: Cast, averages: list[Average]) -> None:
         average.load_state_dict(state)
 
 
-def _methods(slots: Slots) -> dict[str, str]:
+def specs_of(entry: Mapping[str, Any]) -> dict[str, dict[str, Spec]]:
+    """What filled the slots of each tensor."""
+    return {name: {slot: Spec(**spec) for slot, spec in one["slots"].items()} for name, one in entry["tensors"].items()}
+
+
+def difference(
+    then: Mapping[str, Mapping[str, Spec]], now: Mapping[str, Mapping[str, Spec]], who: str = "this run"
+) -> str:
+    """Methods or options that are others now, in words; empty if none is. Whose callbacks they are does not count."""
+    had, has = ({name: _methods(specs) for name, specs in side.items()} for side in (then, now))
+    return _difference(had, has, _filled, who)
+
+
+def bits_of(entry: Mapping[str, Any]) -> dict[str, int]:
+    """To how many bits the inputs of each layer were rounded."""
+    return {name: one["bits"] for name, one in entry["activations"].items()}
+
+
+def difference_of_bits(then: Mapping[str, int], now: Mapping[str, int], who: str = "this run") -> str:
+    """As `difference`, of what `bits_of` gives."""
+    had, has = ({name: {"inputs": f"bits={bits}"} for name, bits in side.items()} for side in (then, now))
+    return _difference(had, has, lambda one: _filled(one) if one else "inputs that are not rounded", who)
+
+
+def _threshold(slots: Slots) -> float | None:
+    """The share of zeros now, which a budget may have steered away from what was asked for."""
+    return next((chain.mask.threshold for chain in slots.chains() if chain.mask is not None), None)
+
+
+def _methods(specs: Mapping[str, Spec]) -> dict[str, str]:
     """The methods and their options, in the order of the slots: what must be the same to go on."""
-    specs = [(slot, slots.specs[slot]) for slot in SLOTS if slot in slots.specs]
-    return {slot: ", ".join([spec.method, *(f"{k}={v}" for k, v in spec.options.items())]) for slot, spec in specs}
+    filled = [(slot, specs[slot]) for slot in SLOTS if slot in specs]
+    return {slot: ", ".join([spec.method, *(f"{k}={v}" for k, v in spec.options.items())]) for slot, spec in filled}
 
 
 def _settings(cast: Cast) -> dict[str, dict[str, Any]]:
@@ -126,7 +160,10 @@ def _others(cast: Cast, averages: list[Average]) -> list[str]:
 
 
 def _difference(
-    then: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]], told: Callable[[dict[str, Any]], str]
+    then: Mapping[str, dict[str, Any]],
+    now: Mapping[str, dict[str, Any]],
+    told: Callable[[dict[str, Any]], str],
+    who: str = "this run",
 ) -> str:
     """What the first tensor had that differs, what it has, and in how many others it is so; empty if none differs."""
     pairs = [(name, then.get(name, {}), now.get(name, {})) for name in {**now, **then}]
@@ -137,11 +174,7 @@ def _difference(
     if had.keys() == has.keys():
         had, has = ({key: one[key] for key in one if had[key] != has[key]} for one in (had, has))
     also = f" (and so on in {len(differing) - 1} more)" if len(differing) > 1 else ""
-    return f"{name}: the checkpoint was trained with {told(had)}, this run has {told(has)}{also}"
-
-
-def _rounded(inputs: Activations) -> dict[str, str]:
-    return {"activations": f"bits={inputs.bits}"}
+    return f"{name}: the checkpoint was trained with {told(had)}, {who} has {told(has)}{also}"
 
 
 def _filled(methods: dict[str, Any]) -> str:

@@ -15,8 +15,9 @@ from typing import Any
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from psc_lightning.latent import trace
+from psc_lightning.asking import answers
 from psc_lightning.live import Place
+from psc_lightning.marks import trace
 from psc_lightning.sharding import gather, is_sharded, local
 from psc_lightning.slots import SLOTS
 from psc_lightning.training.cast import Cast
@@ -109,15 +110,13 @@ class Stepping:
 
     def _lend_early(self, optimizer: Optimizer) -> list[_Kept]:
         """For an optimizer of others, which may look at weights, or move them, before it asks for a loss."""
-        kept = []
         places = self._of(optimizer)
-        for place in places:
-            parameter = place.parameter
-            shown = local(parameter) if place.tensor.swaps(parameter) else local(parameter).clone()
-            place.tensor.lend(parameter)
-            kept.append((place, shown, trace(parameter)))
+        shown = [
+            local(p) if place.tensor.swaps(p) else local(p).clone() for place in places for p in (place.parameter,)
+        ]
+        answers(place.tensor.lending(place.parameter) for place in places)
         self._lent[id(optimizer)] = places
-        return kept
+        return [(place, held, trace(place.parameter)) for place, held in zip(places, shown, strict=True)]
 
     def _ask(
         self, optimizer: Optimizer, closure: Callable[..., Any], kept: list[_Kept], *args: Any, **kwargs: Any
@@ -126,8 +125,7 @@ class Stepping:
         lent = self._lent.pop(id(optimizer), [])
         for place, shown, mark in kept:
             place.tensor.show_again(place.parameter, shown, mark)
-        for place in lent if not kept else ():
-            place.tensor.show(place.parameter)
+        answers(place.tensor.showing(place.parameter) for place in (lent if not kept else ()))
         kept.clear()
         result = closure(*args, **kwargs)
         self._ready(optimizer)
@@ -146,8 +144,7 @@ class Stepping:
         for place in places:
             if id(place.parameter) in frozen:
                 _average(place)
-            else:
-                place.tensor.lend(place.parameter)
+        answers(place.tensor.lending(place.parameter) for place in places if id(place.parameter) not in frozen)
         self._lent[id(optimizer)] = places
         for penalty in self.cast.penalties:
             penalty.before_step(places, _scale(optimizer))
@@ -192,13 +189,14 @@ class Stepping:
         cast.sidecars.step(factor, _scale(optimizer))
         self._mark_due(cast.trainer.global_step + 1)
         alone = cast.module is not None and cast.module.automatic_optimization
-        for place in self._lent.pop(id(optimizer), []):
+        lent = self._lent.pop(id(optimizer), [])
+        for place in lent:
             tensor = place.tensor
             tensor.slots.stale = tensor.slots.begun
             if alone:  # the batch's only step: hard from here on
                 tensor.end_ramp(place.parameter)
-            tensor.show(place.parameter)
             self.stepped.add(id(tensor))
+        answers(place.tensor.showing(place.parameter) for place in lent)
 
     def _mark_due(self, step: int) -> None:
         """Which slots recompute thresholds, scales and assignments after this step."""

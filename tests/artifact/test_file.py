@@ -268,12 +268,12 @@ def test_tied_compressed_weights_are_stored_once(tmp_path: Path) -> None:
     assert_same(found, dict(model.state_dict()))
 
 
-def test_a_parameter_held_with_and_without_slots_is_two_tensors(tmp_path: Path) -> None:
+def test_a_parameter_held_with_and_without_slots_is_one_tensor(tmp_path: Path) -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(30, 40), "head": nn.Linear(40, 30)})
     model["head"].weight = model["embed"].weight
     fill(model, ("embed.weight",), levels="binary")
     report = save(model, tmp_path / "model.psc")
-    assert [row.method for row in report.tensors] == ["binary", "plain", "plain"]
+    assert [row.method for row in report.tensors] == ["binary", "shared", "plain"]
     assert_same(load(tmp_path / "model.psc"), dict(model.state_dict()))
 
 

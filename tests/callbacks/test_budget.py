@@ -49,7 +49,7 @@ STEERED = {
     "log": lambda: [levels("log", bits=4)],
     "masked": lambda: [MaskLearning("magnitude", 0.5, schedule=AT_ONCE), levels("ternary")],
     "row": lambda: [WeightSharing("row", schedule=AT_ONCE), levels("uniform", bits=4)],
-    "low_rank": lambda: [WeightSharing("low_rank", schedule=AT_ONCE), levels("uniform", bits=4)],
+    "low_rank": lambda: [WeightSharing("low_rank", factor_lr=0.01, schedule=AT_ONCE), levels("uniform", bits=4)],
     "binary": lambda: [MaskLearning("magnitude", 0.0, schedule=AT_ONCE), levels("binary")],
     "mask_alone": lambda: [MaskLearning("magnitude", 0.0, schedule=AT_ONCE)],
 }

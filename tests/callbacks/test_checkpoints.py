@@ -69,8 +69,11 @@ def test_the_weights_are_hard_and_what_training_needs_is_beside_them(tmp_path):
     assert ours["averages"] == []
     assert list(ours["tensors"]) == NAMES
     for name, entry in ours["tensors"].items():
-        assert entry["slots"] == {"mask": "movement, threshold=0.6, granularity=element, group=tensor",
-                                  "levels": "ternary"}  # fmt: skip
+        assert {slot: (spec["method"], spec["options"]) for slot, spec in entry["slots"].items()} == {
+            "mask": ("movement", {"threshold": 0.6, "granularity": "element", "group": "tensor"}),
+            "levels": ("ternary", {}),
+        }
+        assert entry["threshold"] == 0.6
         state = entry["state"]
         assert torch.equal(state["latent"], dense[name])
         assert not torch.equal(state["latent"], model.get_parameter(name))

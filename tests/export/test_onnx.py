@@ -50,6 +50,24 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return export
 
 
+def test_a_model_that_was_read_is_packed_and_a_detached_one(tmp_path: Path, dense: Callable[[str], Path]) -> None:
+    """What makes its weights is known from the file, or recognised."""
+    model, x = build("LeNet-5")
+    psc_lightning.compress(model, "low_rank", levels="ternary")
+    psc_lightning.save(model, tmp_path / "model.psc")
+    export_onnx(model, tmp_path / "live.onnx", x)
+    read, _ = build("LeNet-5")
+    psc_lightning.load_into(read, tmp_path / "model.psc")
+    export_onnx(read, tmp_path / "read.onnx", x)
+    assert (tmp_path / "read.onnx").read_bytes() == (tmp_path / "live.onnx").read_bytes()
+    model, x = build("LeNet-5")
+    psc_lightning.compress(model, "binary")
+    export_onnx(detach(model), tmp_path / "detached.onnx", x)
+    assert (tmp_path / "detached.onnx").stat().st_size < dense("LeNet-5").stat().st_size / 8
+    with torch.no_grad():
+        assert difference(run(tmp_path / "detached.onnx", x), model(x)) <= 1e-5
+
+
 @pytest.mark.parametrize(("name", "preset"), CASES)
 def test_a_compressed_model(name: str, preset: str, tmp_path: Path, dense: Callable[[str], Path]) -> None:
     model, x = build(name)

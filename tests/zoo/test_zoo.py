@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import ModelCheckpoint
 from nets import difference, session
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.data import DataLoader
@@ -35,6 +36,7 @@ from psc_lightning import (
     export_onnx,
     load,
     load_into,
+    measure,
     plan,
     save,
     verify,
@@ -309,6 +311,10 @@ def test_what_is_saved_of_a_live_model_is_what_is_saved_of_it_detached(whole: Wh
     read = Task(whole.entry)
     read.net = type(whole.model.net).from_pretrained(tmp_path)
     assert torch.equal(read.logits(), whole.model.logits())
+    assert set(load_file(tmp_path / "model.safetensors")) <= set(whole.entry.build().state_dict())
+    assert (tmp_path / "model.safetensors").stat().st_size < 1.2 * measure(whole.model.net).dense_bytes
+    # And its few values are seen again, if not what ties them.
+    assert measure(read.net).file_bytes < 2 * measure(whole.model.net).file_bytes
 
 
 def test_conv1d_is_seen_with_its_outputs_first() -> None:

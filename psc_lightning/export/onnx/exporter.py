@@ -18,6 +18,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("ONNX export needs onnx and onnxscript: pip install onnx onnxscript") from error
 
 from psc_lightning.activations import Ranges, activations
+from psc_lightning.artifact.snapshots import snapshots_of
 from psc_lightning.export.onnx.axes import Shapes, check_open, open_axes, set_names, shapes_of, with_lengths
 from psc_lightning.export.onnx.channels import remove_dead_channels
 from psc_lightning.export.onnx.graph import Graph, reads
@@ -26,7 +27,7 @@ from psc_lightning.export.onnx.separable import split_convolutions
 from psc_lightning.export.onnx.weights import write_weight
 from psc_lightning.files import Place, write_atomic
 from psc_lightning.layout import Layout
-from psc_lightning.live import compressed, detach
+from psc_lightning.live import detach
 from psc_lightning.stored import Stored
 
 __all__ = ["export_onnx", "export_stored"]
@@ -80,13 +81,9 @@ def export_onnx(
     """
     # A LightningModule refers to its Trainer, which is not to be copied.
     plain = deepcopy(model, {id(getattr(model, "_trainer", None)): None})
-    stored = {}
     with torch.no_grad():
-        for name, tensor, parameter in compressed(plain):
-            snapshot = tensor.snapshot(parameter)
-            if snapshot is not None:
-                slots, latent = snapshot
-                stored[name] = slots.stored(latent)
+        snapshots = {id(form): (name, form, latent) for name, (form, latent) in snapshots_of(plain).items()}
+        stored = {name: form.stored(latent) for name, form, latent in snapshots.values()}
     rounding = {f"{name}.weight".removeprefix("."): found.ranges() for name, _, found in activations(plain)}
     ranges = {name: one for name, one in rounding.items() if one is not None}
     opened = (dynamic_batch, dynamic_shapes, input_names, output_names)

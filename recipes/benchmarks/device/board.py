@@ -28,12 +28,14 @@ class Board:
         device: `cuda` or `cpu`.
         small: small networks and few steps, to try the script.
         end: the `time.monotonic` after which no other row is started.
+        all: whether to measure all rows, not those alone that a few minutes are for.
     """
 
     path: Path
     device: str
     small: bool
     end: float
+    all: bool = False
     rows: list[Row] = field(default_factory=list)
 
     @property
