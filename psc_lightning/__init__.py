@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from psc_lightning.artifact import ArtifactError, load, load_into, measure, save, verify
     from psc_lightning.callbacks import (
+        ActivationQuantization,
         ByteBudget,
         Distillation,
         GradientClipping,
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "artifact": ("ArtifactError", "load", "load_into", "measure", "save", "verify"),
     "callbacks": (
+        "ActivationQuantization",
         "ByteBudget",
         "Distillation",
         "GradientClipping",
@@ -57,6 +59,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ActivationQuantization",
     "ArtifactError",
     "ByteBudget",
     "Distillation",

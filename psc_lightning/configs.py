@@ -30,7 +30,7 @@ def register() -> None:
     """Make `+compression=binary +schedule=cubic +clipping=layer` known to any Hydra application.
 
     Call it before `hydra.main` runs; a file of the same name in the application's own folder wins. The callbacks are
-    then in `psc_lightning.callbacks.presets.slots_and_budget(cfg.compression)` (a mapping to instantiate one by one) and in
+    then in `psc_lightning.callbacks.presets.wanted(cfg.compression)` (a mapping to instantiate one by one) and in
     `cfg.clipping`.
     """
     from hydra.core.config_search_path import ConfigSearchPath

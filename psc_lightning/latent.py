@@ -289,11 +289,11 @@ class Compressed:
         full = torch.where(zeroed, 0.0, latent + change)
         slots.stale = slots.begun
         if slots is self.slots:
-            self._tell(full, found)
+            self._warn_undone(full, found)
         return slots, full
 
-    def _tell(self, latent: Tensor, written: Tensor) -> None:
-        """Say once where a constraint that was written cannot hold."""
+    def _warn_undone(self, latent: Tensor, written: Tensor) -> None:
+        """Warn once where the slots undo what was written."""
         if self._warned:
             return
         twin = self.slots.twin()

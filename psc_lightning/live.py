@@ -1,19 +1,18 @@
 """The compressed tensors of a live model, which stays the plain model at any time.
 
 What a compressed tensor needs lies in a plain object under its layer's ``__dict__``: copies and pickles of the layer take it
-along; names, types, Parameters and states know nothing of it. Where a layer's input is rounded too, a forward pre-hook does
-it: a function of this module, so that it copies and pickles.
+along; names, types, Parameters and states know nothing of it.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
+from psc_lightning import activations
 from psc_lightning.latent import Compressed
 from psc_lightning.sharding import sharded_modules
 
@@ -28,7 +27,6 @@ __all__ = [
     "let_go",
     "note_read",
     "read_from",
-    "takes_inputs",
     "under_names",
 ]
 
@@ -68,8 +66,6 @@ def hold(holders: list[tuple[nn.Module, str]], tensor: Compressed) -> None:
             layer.__dict__[PLACE] = {}
             layer.register_load_state_dict_pre_hook(_note_loading)  # type: ignore[no-untyped-call]  # torch's
         layer.__dict__[PLACE][name] = tensor
-        if name == "weight" and tensor.slots.inputs is not None and takes_inputs(layer):
-            _hook(layer)
 
 
 def held(layer: nn.Module, name: str) -> Compressed | None:
@@ -82,10 +78,11 @@ def let_go(layer: nn.Module, name: str) -> None:
     """Forget a tensor's slots; its Parameter holds what it holds."""
     tensors = layer.__dict__.get(PLACE, {})
     tensors.pop(name, None)
-    _unhook(layer, (_round_input, _see_output))
     if not tensors and PLACE in layer.__dict__:
         del layer.__dict__[PLACE]
-        _unhook(layer, (_note_loading,))
+        hooks = layer._load_state_dict_pre_hooks
+        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is _note_loading]:
+            del hooks[key]
 
 
 def forget(module: nn.Module, tensor: Compressed) -> None:
@@ -140,8 +137,8 @@ def under_names(module: nn.Module) -> dict[str, Compressed]:
 def detach(module: M) -> M:
     """Bring all slots that have begun to full strength and forget all: the Parameters keep the hard weights, for good.
 
-    What it computes in eval stays bit for bit the same, but where inputs were rounded (`activations`): their ranges are no
-    part of the plain class, and go (`export_onnx` before).
+    What it computes in eval stays bit for bit the same, but where inputs were rounded (`ActivationQuantization`): their
+    ranges are no part of the plain class, and go (`export_onnx` before).
 
     Raises:
         ValueError: the model is sharded.
@@ -157,6 +154,7 @@ def detach(module: M) -> M:
     for _, layer, name, _ in list(_holders(module)):
         let_go(layer, name)
     for layer in module.modules():
+        activations.let_go(layer)
         layer.__dict__.pop(READ, None)
     return module
 
@@ -184,46 +182,4 @@ def _carry(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any)
     for name, tensor, parameter in compressed(module):
         for key, value in tensor.training_state(parameter).items():
             state[f"{prefix}{name}.{PLACE}.{key}"] = value
-
-
-def takes_inputs(layer: nn.Module) -> bool:
-    """Whether a layer multiplies one input by its weight, so that the input can be rounded."""
-    return isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-
-
-def _round_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Forward pre-hook."""
-    slots = layer.__dict__[PLACE]["weight"].slots
-    if args:
-        return (slots.rounded(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "input": slots.rounded(kwargs["input"])}
-
-
-def _see_output(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-    """Forward hook."""
-    slots = layer.__dict__[PLACE]["weight"].slots
-    if slots.inputs is not None and slots.inputs.observing:
-        slots.inputs.see_output(output, output.dim() + 1 - len(slots.stored_shape))
-
-
-def _hook(layer: nn.Module) -> None:
-    if _round_input not in layer._forward_pre_hooks.values():
-        _let_graphs_see_hooks()
-        layer.register_forward_pre_hook(_round_input, with_kwargs=True)
-        if not isinstance(layer, nn.Linear):
-            layer.register_forward_hook(_see_output)
-
-
-def _let_graphs_see_hooks() -> None:
-    """Else torch.compile takes a graph of a layer without hooks for one with them: it does not look, to be quick."""
-    dynamo = sys.modules.get("torch._dynamo")  # loaded by Lightning; by itself it takes longer than reading a file
-    if dynamo is not None and dynamo.config.skip_nnmodule_hook_guards:
-        dynamo.config.skip_nnmodule_hook_guards = False
-        dynamo.reset()
-
-
-def _unhook(layer: nn.Module, ours: tuple[Any, ...]) -> None:
-    for hooks in (layer._forward_pre_hooks, layer._forward_hooks, layer._load_state_dict_pre_hooks):
-        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) in ours]:
-            del hooks[key]
-            layer._forward_pre_hooks_with_kwargs.pop(key, None)
+    state.update(activations.carried(module, prefix))

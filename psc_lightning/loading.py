@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from psc_lightning import activations
+from psc_lightning.callbacks.activations import ActivationQuantization, inputs_of, layers_of
 from psc_lightning.callbacks.slot import SlotCallback
 from psc_lightning.checkpoint import plain_name, read_content, tensors_of
 from psc_lightning.ladder import set_threshold
@@ -65,14 +67,23 @@ def load_checkpoint(
     _compare(str(path), found, shapes, prefix)
     targets = {plain_name(name): target for target in tensors(model) for name in target.names}
     specs = {} if own is None else _without(prefix, entry.specs_of(own), targets, str(path))
+    rounded = {} if own is None else _without(prefix, _under_weights(own["activations"]), targets, str(path))
     ours = [one for one in _listed(callbacks) if isinstance(one, SlotCallback)]
-    if ours:
+    rounders = [one for one in _listed(callbacks) if isinstance(one, ActivationQuantization)]
+    bits = {name: one["bits"] for name, one in rounded.items()}
+    if ours or rounders:
+        asked = {plain_name(target.name): one.bits for one in rounders for target in one.choose(model).targets}
+        if own is not None and (differs := entry.difference_of_bits(bits, asked, "the model with these callbacks")):
+            raise ValueError(f"{path}: {differs}: give the callbacks of that run, or none")
         given = _of_callbacks(model, ours)
         if own is not None and (differs := entry.difference(specs, given, "the model with these callbacks")):
             raise ValueError(f"{path}: {differs}: give the callbacks of that run, or none")
         specs = given
     live = {plain_name(name): tensor.slots.specs for name, tensor, _ in compressed(model)}
     if live and (differs := entry.difference(specs, live, "the model")):
+        raise ValueError(f"{path}: {differs}: call psc_lightning.detach(model) first, or build it anew")
+    begun = {f"{name}.weight".removeprefix("."): one.bits for name, _, one in activations.activations(model)}
+    if begun and (differs := entry.difference_of_bits(bits, {plain_name(n): b for n, b in begun.items()}, "the model")):
         raise ValueError(f"{path}: {differs}: call psc_lightning.detach(model) first, or build it anew")
     made = {name: Compressed(_filled(targets[name], filled), name) for name, filled in specs.items()}
     for name, tensor in made.items():
@@ -88,7 +99,13 @@ def load_checkpoint(
         tensor.loaded = tensor.latent is not None and not torch.equal(
             tensor.slots.make(tensor.dense(parameter)), parameter
         )
+    for name, one in rounded.items():
+        inputs = inputs_of(targets[name], one["bits"], one["owner"])
+        activations.hold(layers_of(targets[name]), inputs)
+        inputs.load_training_state(one["state"])
     if own is None:
+        for rounder in rounders:
+            rounder.attach(model)
         warnings.warn(
             f"{path} holds weights only: what was trained beside them (factors, latent weights) is not there; "
             "psc_lightning.save recognises what has few values",
@@ -138,6 +155,11 @@ def _without(prefix: str, specs: Mapping[str, Any], targets: Mapping[str, Target
             "build the model that was trained"
         )
     return {name.removeprefix(prefix): filled for name, filled in plain.items()}
+
+
+def _under_weights(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of layers, by the names of their weights."""
+    return {f"{name}.weight".removeprefix("."): one for name, one in entries.items()}
 
 
 def _of_callbacks(model: nn.Module, callbacks: Sequence[SlotCallback]) -> dict[str, dict[str, Spec]]:

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from psc_lightning import activations
+from psc_lightning.activations import Activations
 from psc_lightning.artifact import to_bytes
+from psc_lightning.callbacks.activations import ActivationQuantization
 from psc_lightning.callbacks.budget import ByteBudget, in_bytes
 from psc_lightning.callbacks.presets import preset
 from psc_lightning.callbacks.slot import SlotCallback
@@ -39,9 +42,13 @@ def attach(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> None:
     Raises:
         ValueError: as the callbacks would before training.
     """
-    for callback in [callbacks] if not isinstance(callbacks, Sequence) else callbacks:
-        if isinstance(callback, SlotCallback):
-            callback.attach(model)
+    for callback in _ours(callbacks):
+        callback.attach(model)
+
+
+def _ours(callbacks: Callback | Sequence[Callback]) -> list[SlotCallback | ActivationQuantization]:
+    several = callbacks if isinstance(callbacks, Sequence) else [callbacks]
+    return [callback for callback in several if isinstance(callback, SlotCallback | ActivationQuantization)]
 
 
 def compress(
@@ -90,19 +97,20 @@ def compress(
     if isinstance(compression, str):
         if options.get("budget") is not None:
             raise ValueError("budget: nothing is trained here that could be steered; give ByteBudget to a Trainer")
-        made = preset(compression, threshold, **options)
-        callbacks = [callback for callback in made if isinstance(callback, SlotCallback)]
+        ours = _ours(preset(compression, threshold, **options))
     elif threshold is not None or options:
         raise ValueError(f"{', '.join(options) or 'threshold'}: an option of presets; callbacks have their own")
     else:
-        callbacks = [deepcopy(callback) for callback in compression if isinstance(callback, SlotCallback)]
+        ours = deepcopy(_ours(compression))
+    callbacks = [callback for callback in ours if isinstance(callback, SlotCallback)]
+    rounders = [callback for callback in ours if isinstance(callback, ActivationQuantization)]
     driven = ""
     labelled = any(callback.calibration_steps for callback in callbacks)  # a tying that takes labels if it gets them
     if any(callback.slot == "mask" and MASKS[callback.method].labels != "none" for callback in callbacks):
         driven = "is driven by labels"
-    elif any(callback.spec().activations for callback in callbacks):
+    elif rounders:
         driven = "rounds inputs that it has seen"
-    name = compression if isinstance(compression, str) else "+".join(callback.method for callback in callbacks)
+    name = compression if isinstance(compression, str) else "+".join(type(callback).__name__ for callback in ours)
     if (batches is None) != (loss is None) or (driven and batches is None):
         raise ValueError(
             f"batches, loss: compression={name!r} "
@@ -114,23 +122,29 @@ def compress(
     for _, target in chosen:
         if any(held(*holder) is not None for holder in target.holders):
             raise ValueError(f"{target.name} is compressed already; call psc_lightning.detach(model) first")
+    for name, _, _ in activations.activations(model) if rounders else ():
+        raise ValueError(f"{name}: its inputs are rounded already; call psc_lightning.detach(model) first")
     if left := left_out(selections):
         warnings.warn(left, stacklevel=2)
-    with _undone_on_error(chosen):
+    with _undone_on_error(model, chosen):
         filled = zip(callbacks, selections)
         places = [(callback, place) for callback, one in filled for place in callback.attach(model, one)]
+        inputs = [found for rounder in rounders for _, found in rounder.attach(model)]
         if batches is not None and loss is not None and (driven or labelled):
-            _calibrate(model, places, batches, loss)
+            _calibrate(model, places, inputs, batches, loss)
         for _, place in places:
             place.tensor.harden(place.parameter)
+        for found in inputs:
+            found.begun = True
         report = to_bytes(model)[1]
         report.notes = costly_masks(model, report.file_bytes)
         return report
 
 
 @contextmanager
-def _undone_on_error(chosen: Sequence[tuple[SlotCallback, Target]]) -> Iterator[None]:
-    """Where something fails within it, forget the slots again: the model is as it was."""
+def _undone_on_error(model: nn.Module, chosen: Sequence[tuple[SlotCallback, Target]]) -> Iterator[None]:
+    """Where something fails within it, forget what was attached again: the model is as it was."""
+    rounded = [layer for layer in model.modules() if activations.of(layer)]
     parameters = list({id(target.parameter): target.parameter for _, target in chosen}.values())
     values = [parameter.detach().clone() for parameter in parameters]
     try:
@@ -139,6 +153,9 @@ def _undone_on_error(chosen: Sequence[tuple[SlotCallback, Target]]) -> Iterator[
         for _, target in chosen:
             for layer, name in target.holders:
                 let_go(layer, name)
+        for layer in model.modules():
+            if layer not in rounded:
+                activations.let_go(layer)
         with torch.no_grad():
             for parameter, value in zip(parameters, values, strict=True):
                 parameter.copy_(value)
@@ -148,10 +165,11 @@ def _undone_on_error(chosen: Sequence[tuple[SlotCallback, Target]]) -> Iterator[
 def _calibrate(
     model: nn.Module,
     places: Sequence[tuple[SlotCallback, Place]],
+    inputs: Sequence[Activations],
     batches: Iterable[Any],
     loss: Callable[[nn.Module, Any], Tensor],
 ) -> None:
-    """Show the labels of all batches to the methods that want them; modes and gradients are left as they were."""
+    """Show all batches to who goes by labels or inputs; modes and gradients are left as they were."""
     from rich.progress import track
 
     training = [(layer, layer.training) for layer in model.modules()]
@@ -166,9 +184,8 @@ def _calibrate(
         ):
             for parameter, _, _ in before:
                 parameter.grad = None
-            for _, place in places:
-                if place.tensor.slots.inputs is not None:
-                    place.tensor.slots.inputs.observe()
+            for found in inputs:
+                found.observe()
             with torch.enable_grad():
                 value = loss(model, batch)
                 if not bool(value.detach().isfinite().all()):
@@ -183,9 +200,8 @@ def _calibrate(
             parameter.requires_grad_(learns)
         for layer, mode in training:
             layer.training = mode
-        for _, place in places:
-            if place.tensor.slots.inputs is not None:
-                place.tensor.slots.inputs.observing = False
+        for found in inputs:
+            found.observing = False
     if number < 0:
         raise ValueError("batches: expected one batch or more, found none; a generator can be read only once")
 
@@ -243,11 +259,15 @@ def plan(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> Plan:
     {'2.weight': 'separable does not apply: it has no kernel of two or more entries to separate'}
     """
     everything = callbacks if isinstance(callbacks, Sequence) else [callbacks]
-    ours = [callback for callback in everything if isinstance(callback, SlotCallback)]
+    ours = _ours(everything)
+    fillers = [callback for callback in ours if isinstance(callback, SlotCallback)]
     copy = deepcopy(model)
     skipped: dict[str, list[str]] = {}
     labelled: list[tuple[str, Place]] = []
-    for callback in ours:
+    for rounder in deepcopy(ours):
+        if isinstance(rounder, ActivationQuantization):
+            rounder.attach(copy)
+    for callback in fillers:
         callback = deepcopy(callback)
         chosen = callback.choose(copy)
         places = callback.attach(copy, chosen)
@@ -257,7 +277,7 @@ def plan(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> Plan:
             reasons = skipped.setdefault(name, [])
             if reason not in reasons:
                 reasons.append(reason)
-    for callback in ours[:1]:
+    for callback in fillers[:1]:
         callback.check(copy)
     _foresee(copy, labelled)
     taken = {}

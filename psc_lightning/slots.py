@@ -17,7 +17,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.activations import Activations
 from psc_lightning.asking import Question, answer
 from psc_lightning.chain import Chain, Strengths
 from psc_lightning.functional import float32_by_default, give_gradient
@@ -76,7 +75,6 @@ class Slots(nn.Module):
         self.pending = False  # levels have begun, but not yet been fitted to a core
         self.tying: Tying | None = None
         self.cores = nn.ModuleDict()
-        self.inputs: Activations | None = None
 
     # ---------------------------------------------------------------------------------------------- filling
 
@@ -110,9 +108,6 @@ class Slots(nn.Module):
             }
             cores[name] = Chain(parts.get("mask", old.mask), parts.get("levels", old.levels), padding).to(device)
         self.cores, self.specs = nn.ModuleDict(cores), specs
-        if spec.activations is not None:
-            channels = shape[0] if len(shape) > 2 else None
-            self.inputs = Activations(spec.activations, channels).to(device)
 
     @property
     def begun(self) -> bool:
@@ -311,7 +306,7 @@ class Slots(nn.Module):
         (first,) = torch.autograd.grad(list(cores.values()), dense, pulled)
         return first
 
-    def awake(self) -> Iterator[nn.Parameter]:
+    def active_sidecars(self) -> Iterator[nn.Parameter]:
         """The sidecars of the slots that have begun."""
         for slot, phase in zip(SLOTS, self.phase):
             if phase:
@@ -334,12 +329,6 @@ class Slots(nn.Module):
                 if mask is not None and own is not None:
                     mask.observe(core, own)
 
-    def rounded(self, x: Tensor) -> Tensor:
-        """What a layer's input becomes: as the levels' owner says, from where they begin (and no softer then)."""
-        if self.inputs is not None and self.inputs.observing:
-            self.inputs.see(x)
-        return self.inputs(x) if self.inputs is not None and self.phase[2] else x
-
     # ---------------------------------------------------------------------------------------------- storing
 
     @torch.no_grad()
@@ -348,10 +337,7 @@ class Slots(nn.Module):
         at = self.strengths
         cores = {name: self.chain(name).value(core, latent.dtype, at) for name, core in self.reduce(latent).items()}
         tying = self.tying if self.phase[0] else None
-        inputs = self.inputs.grid() if self.inputs is not None and self.phase[2] else None
-        seen = self.inputs.output if self.inputs is not None else None
-        outputs = None if seen is None else torch.stack((seen.low, seen.high))
-        return Stored(self.method, dict(cores), self._expand(cores, latent), self.layout, tying, inputs, outputs)
+        return Stored(self.method, dict(cores), self._expand(cores, latent), self.layout, tying)
 
     @torch.no_grad()
     def encode(self, writer: Writer, latent: Tensor) -> None:

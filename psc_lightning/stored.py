@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psc_lightning.activations import Grid
 from psc_lightning.bits import read_kept
 from psc_lightning.layout import Layout
 from psc_lightning.levels import LEVELS
@@ -32,8 +31,6 @@ class Stored:
         weight: the effective weight.
         layout: where its output axis is.
         tying: what makes the weight, output axis first, from the cores; None: the one core is it.
-        inputs: what the inputs of its layers are rounded to, which no file holds; None: nothing.
-        outputs: the lowest and the highest output of a convolution, a row each, which was seen then.
     """
 
     method: str
@@ -41,8 +38,6 @@ class Stored:
     weight: Tensor
     layout: Layout
     tying: Tying | None
-    inputs: Grid | None = None
-    outputs: Tensor | None = None
 
 
 def decode(reader: Reader, shape: Shape, dtype: torch.dtype) -> Stored:

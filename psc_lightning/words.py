@@ -75,7 +75,7 @@ _OURS = {
 
 _MEANING = {
     "threshold": "the share of weights that are zero, 0 to 1",
-    "bits": "of a weight's level",
+    "bits": "of a level",
     "k": "how many centroids a codebook has",
     "group": "weights that share a scale: tensor, channel, or how many",
     "granularity": "what becomes zero together",
@@ -129,14 +129,16 @@ def hint(word: str, allowed: Iterable[str]) -> str:
 
 
 def elsewhere(word: str) -> str:
-    """What an error adds where a callback takes this word, or what people mean by it.
+    """What an error adds where callbacks take this word, or what people mean by it.
 
     >>> from psc_lightning.callbacks import WeightSharing
     >>> elsewhere("n_components")
     '; WeightSharing takes rank'
     """
+    if known(word, ["activations"]):
+        return "; ActivationQuantization(bits) rounds the inputs of layers"
     found = ((who, _nearest(word, taken)) for who, taken in _TAKEN.items())
-    return next((f"; {who} takes {name}" for who, name in found if name), "")
+    return "".join(f"; {who} takes {name}" for who, name in found if name)
 
 
 def hinting(function: Callable[P, R]) -> Callable[P, R]:

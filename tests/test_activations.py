@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
 
-from psc_lightning.activations import Activations, Grid
+from psc_lightning import detach
+from psc_lightning.activations import Activations, Grid, activations, hold, of, takes_inputs
 
 
 def seen(low: float, high: float, bits: int = 2) -> Activations:
@@ -100,3 +105,76 @@ def test_half_precision_models_keep_exact_ranges():
     nn.Sequential(inputs)  # a range is a buffer: it moves, and is saved, with its layer
     assert set(inputs.state_dict()) == {"input.low", "input.high"}
     assert inputs.grid() == before
+
+
+# ------------------------------------------------------------------------------------------------------- layers
+
+
+@pytest.mark.parametrize(
+    ("make", "takes", "hooks"),
+    [
+        (lambda: nn.Linear(8, 5), True, (1, 0)),
+        (lambda: nn.Conv2d(3, 4, 3), True, (1, 1)),
+        (lambda: nn.Embedding(8, 5), False, (0, 0)),
+        (lambda: nn.ConvTranspose2d(3, 4, 3), False, (0, 0)),
+    ],
+    ids=["Linear", "Conv2d", "Embedding", "ConvTranspose2d"],
+)
+def test_inputs_are_rounded_by_a_hook_that_goes(make: Callable[[], nn.Module], takes: bool, hooks: tuple[int, int]):
+    layer = make()
+    assert takes_inputs(layer) == takes
+    if takes:
+        inputs = Activations(4, channels=4 if hooks[1] else None)
+        hold([layer], inputs)
+        hold([layer], inputs)  # again
+    assert (len(layer._forward_pre_hooks), len(layer._forward_hooks)) == hooks
+    twin = pickle.loads(pickle.dumps(deepcopy(layer)))
+    for one in (twin, layer):
+        detach(one)
+        assert (len(one._forward_pre_hooks), len(one._forward_hooks)) == (0, 0)
+        assert not one._forward_pre_hooks_with_kwargs
+        assert not one._load_state_dict_pre_hooks
+
+
+def test_an_input_is_rounded_wherever_it_is_given():
+    layer, x, inputs = nn.Linear(8, 5), torch.randn(3, 8), Activations(4)
+    hold([layer], inputs)
+    plain = layer(x)
+    inputs.observing = True
+    assert torch.equal(layer(x), plain)  # it has not begun
+    inputs.observing, inputs.begun = False, True
+    rounded = inputs(x)
+    assert len(rounded.unique()) <= 16
+    wanted = nn.functional.linear(rounded, layer.weight, layer.bias)
+    assert not torch.equal(wanted, plain)
+    assert torch.equal(layer(x), wanted)
+    assert torch.equal(layer(input=x), wanted)
+    twin = deepcopy(layer)
+    of(twin).observing = True
+    twin(10 * x)
+    assert torch.equal(layer(x), wanted)  # a copy's ranges are its own
+    assert [name for name, _, _ in activations(nn.Sequential(layer, twin))] == ["0", "1"]
+
+
+def test_the_state_of_training():
+    inputs = Activations(8, channels=2)
+    inputs.see(torch.tensor([-1.0, 2.0]))
+    inputs.see_output(torch.tensor([[1.0, 5.0]]), axis=1)
+    inputs.begun = True
+    other = Activations(8, channels=2)
+    other.load_training_state(inputs.training_state())
+    assert other.begun
+    assert other.ranges().inputs == inputs.grid()
+    assert other.ranges().outputs.tolist() == [[1, 5], [1, 5]]
+    inputs.begun = False
+    assert inputs.ranges() is None
+
+
+def test_ranges_go_where_the_model_goes():
+    """As far as a machine without another device shows it: what a moved layer gives has its device, and no error comes."""
+    layer, inputs = nn.Linear(8, 5), Activations(4)
+    hold([layer], inputs)
+    inputs.see(torch.tensor([-1.0, 2.0]))
+    inputs.begun = True
+    assert layer.to("meta")(torch.zeros(3, 8, device="meta")).device.type == "meta"
+    assert {bound.device.type for bound in inputs.buffers()} == {"meta"}

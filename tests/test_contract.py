@@ -1,4 +1,4 @@
-"""What every method promises on every layer, alone and in company; a new method is picked up from its dictionary."""
+"""What every method promises on every layer, alone and in combinations; a new method is picked up from its dictionary."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def options_of(slot: str, name: str) -> list[dict[str, Any]]:
     return FOLDERS[slot][1].get(name, [{}])
 
 
-def company() -> Iterator[dict[str, Choice]]:
+def combinations() -> Iterator[dict[str, Choice]]:
     """Every method alone and every pair of two slots' methods, with their first options; all triples where asked for."""
     ties, masks, levels = ([None, *((n, options_of(slot, n)[0]) for n in FOLDERS[slot][0])] for slot in SLOTS)
     if "PSC_TRIPLES" in os.environ:  # PSC_TRIPLES=1 pytest tests/test_contract.py
@@ -105,22 +105,22 @@ def company() -> Iterator[dict[str, Choice]]:
 
 
 def shares(layer: str) -> Iterator[tuple[int, dict[str, Choice]]]:
-    """A layer's share of the company, numbered: each method alone, and every fourth of the pairs, each beside its layers."""
+    """A layer's share of the combinations, numbered: each method alone, and a fourth of the pairs beside its layers."""
     at = list(LAYERS).index(layer)
-    for number, choice in enumerate(company()):
+    for number, choice in enumerate(combinations()):
         alone = sum(part is not None for part in choice.values()) == 1
         if alone or number % 4 == at % 4 or "PSC_TRIPLES" in os.environ:
             yield number, choice
 
 
-def test_company_holds_every_pair():
-    found = {(a, b) for choice in company() for a, b in itertools.combinations(map(str, choice.items()), 2)}
+def test_combinations_hold_every_pair():
+    found = {(a, b) for choice in combinations() for a, b in itertools.combinations(map(str, choice.items()), 2)}
     for one, other in itertools.combinations(SLOTS, 2):
         for a, b in itertools.product(FOLDERS[one][0], FOLDERS[other][0]):
             pair = (str((one, (a, options_of(one, a)[0]))), str((other, (b, options_of(other, b)[0]))))
             assert pair in found, (a, b)
     shared = [str(choice) for layer in LAYERS for _, choice in shares(layer)]
-    assert all(shared.count(str(choice)) >= len(LAYERS) // 4 for choice in company())
+    assert all(shared.count(str(choice)) >= len(LAYERS) // 4 for choice in combinations())
 
 
 def alone() -> Iterator[dict[str, Choice]]:
@@ -251,7 +251,7 @@ def check_law_one(layer: str, choice: dict[str, Choice], tape: type, same_bits: 
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_the_file_is_the_model_in_every_company(layer: str, tape, same_bits):
+def test_the_file_is_the_model_in_every_combination(layer: str, tape, same_bits):
     for seed, choice in shares(layer):
         check_law_one(layer, choice, tape, same_bits, seed=seed)
 
@@ -264,7 +264,7 @@ def test_the_file_is_the_model_with_every_option(dtype: torch.dtype, tape, same_
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_the_file_is_the_model_in_company_in_other_types(dtype: torch.dtype, tape, same_bits):
+def test_the_file_is_the_model_in_combinations_in_other_types(dtype: torch.dtype, tape, same_bits):
     for tying, levels in itertools.product(TYINGS, LEVELS):
         for options in options_of("levels", levels):
             choice = {"tying": (tying, {}), "mask": ("magnitude", SHARE), "levels": (levels, options)}
@@ -316,7 +316,7 @@ def test_odd_values(kind: str, tape, same_bits):
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 1), (3, 1, 1, 1), (1, 3, 5, 7), (13, 2, 1, 3)], ids=str)
 def test_odd_shapes(shape: tuple[int, ...], tape, same_bits):
-    for choice in itertools.chain(alone(), company()):
+    for choice in itertools.chain(alone(), combinations()):
         module = nn.Module()
         module.weight = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
         tying = choice.get("tying")
@@ -340,7 +340,7 @@ def model(choice: dict[str, Choice]) -> nn.Module:
 @pytest.mark.parametrize("first", [None, *TYINGS])
 @pytest.mark.parametrize("second", [None, *MASKS])
 def test_size_sum_and_sameness_of_the_file(first, second, tmp_path, same_bits):
-    for choice in company():
+    for choice in combinations():
         if [part and part[0] for part in (choice["tying"], choice["mask"])] != [first, second]:
             continue
         whole, why = model(choice), label("a model", choice)
@@ -392,7 +392,7 @@ def check_gradients(tensor: Compressed, weight: nn.Parameter, seed: int, why: st
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_gradients_are_finite_reach_everything_that_is_trained_and_are_those_of_the_whole_graph(layer: str, same_bits):
-    whole = company() if layer in ("Conv2d", "ConvTranspose2d, grouped") else ()
+    whole = combinations() if layer in ("Conv2d", "ConvTranspose2d, grouped") else ()
     for seed, choice in enumerate(itertools.chain(alone(), whole)):
         built = build(layer, choice, seed=seed)
         if built is not None:
@@ -434,7 +434,7 @@ def test_gradients_pass_masks_and_ties_of_every_kind_in_a_ramp_too(levels, layer
 
 def test_strength_zero_is_the_parameter_itself(same_bits):
     for layer in ("Conv2d", "ConvTranspose2d, grouped", "LSTM"):
-        for choice in company():
+        for choice in combinations():
             make, name = LAYERS[layer]
             module = make()
             weight = module._parameters[name]
@@ -488,7 +488,7 @@ def test_strength_between_blends_levels_and_scales_the_share_of_a_mask(strength:
 
 
 def each(layer: str) -> Iterator[tuple[dict[str, Choice], nn.Module, str, Compressed]]:
-    """A layer under every method by itself, and its share of the company, that applies to it."""
+    """A layer under every method by itself, and its share of the combinations, that applies to it."""
     for _, choice in shares(layer):
         built = build(layer, choice)
         if built is not None:

@@ -8,7 +8,7 @@ from copy import deepcopy
 import pytest
 import torch
 from far import Far, FarDevice
-from test_contract import LAYERS, Choice, alone, applies, company, fill, label
+from test_contract import LAYERS, Choice, alone, applies, combinations, fill, label
 
 from psc_lightning.asking import answers
 from psc_lightning.callbacks import GradientClipping
@@ -29,7 +29,7 @@ def _cycle(slots: Slots, latent: torch.Tensor, gradient: torch.Tensor) -> list[t
         made.append(slots.make(latent, torch.empty_like(latent)).clone())
         pulled = slots.pull(latent, gradient.clone())
         made += [] if pulled is None else [pulled]
-        learning = [sidecar for sidecar in slots.awake() if sidecar.grad is not None]
+        learning = [sidecar for sidecar in slots.active_sidecars() if sidecar.grad is not None]
         assert all(
             sidecar.grad.stride() == sidecar.stride() for sidecar in learning
         )  # a fused optimizer takes no others
@@ -64,7 +64,7 @@ def test_clipping_elsewhere_is_clipping_on_the_cpu(options):
     torch.testing.assert_close(far.weight.grad.near, layer.weight.grad, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("choice", [*alone(), *company()], ids=lambda choice: label("", choice))
+@pytest.mark.parametrize("choice", [*alone(), *combinations()], ids=lambda choice: label("", choice))
 @pytest.mark.parametrize("layer", ["Conv2d"])
 def test_a_step_elsewhere_is_the_step_on_the_cpu(layer: str, choice: dict[str, Choice]):
     torch.manual_seed(0)
@@ -101,7 +101,7 @@ def _step(choice: dict[str, Choice], tensors: int, strengths: tuple[float, ...] 
             for slot in ("tying", "mask", "levels"):
                 tensor.set_strength(slot, 0.5, weight)
         answers(tensor.showing(weight) for tensor, weight in pairs)
-        sidecars = Sidecars([(0.01, [sidecar for tensor in held for sidecar in tensor.slots.awake()])])
+        sidecars = Sidecars([(0.01, [sidecar for tensor in held for sidecar in tensor.slots.active_sidecars()])])
         for strength in strengths:
             device.waits.clear()
             device.launches.clear()
@@ -121,7 +121,7 @@ def _step(choice: dict[str, Choice], tensors: int, strengths: tuple[float, ...] 
     return device
 
 
-@pytest.mark.parametrize("choice", [*alone(), *company()], ids=lambda choice: label("", choice))
+@pytest.mark.parametrize("choice", [*alone(), *combinations()], ids=lambda choice: label("", choice))
 def test_a_step_waits_for_a_device_as_often_for_many_tensors_as_for_one(choice: dict[str, Choice]):
     one, many = _step(choice, 1).waits, _step(choice, 2).waits
     if (choice.get("tying") or ("",))[0] in ("separable", "low_rank"):

@@ -167,6 +167,8 @@ def test_a_method_tells_all_about_itself(folder: str, name: str, cls: type):
     assert first.endswith((".", ":")) or ": " in first
     assert "Stored: " in rest
     assert "Args" in rest or not options_of(cls)
+    assert "Shapes:" in rest or "Args, shapes: see" in rest
+    assert "Raises:" in rest or folder != "tying"  # each applies to some weights only
     assert "Source: " in rest
     assert ">>> " in rest
     assert "radient" in rest or "∂" in rest

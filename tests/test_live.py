@@ -8,14 +8,15 @@ from copy import deepcopy
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 
-from psc_lightning import MaskLearning, StraightThroughQuantization, compress
+from psc_lightning import ActivationQuantization, MaskLearning, StraightThroughQuantization, compress
 from psc_lightning.artifact import to_bytes
 from psc_lightning.latent import Compressed
 from psc_lightning.layout import Layout
 from psc_lightning.levels import LEVELS
-from psc_lightning.live import PLACE, compressed, detach, held, hold, let_go, takes_inputs, under_names
+from psc_lightning.live import PLACE, compressed, detach, held, hold, let_go, under_names
 from psc_lightning.masks import MASKS
 from psc_lightning.slots import Slots, Spec
 from psc_lightning.tying import TYINGS
@@ -34,6 +35,12 @@ def fill(layer: nn.Module, *names: str, hard: bool = True, method: str = "ternar
             tensor.harden(parameter)
         found.append(tensor)
     return found
+
+
+def rounding() -> list[Callback]:
+    """Of weights and of inputs."""
+    levels = StraightThroughQuantization("uniform", bits=7, min_size=1)
+    return [levels, ActivationQuantization(min_size=1)]
 
 
 def harden(model: nn.Module) -> None:
@@ -210,8 +217,7 @@ def test_it_can_be_compiled_exported_scripted_and_traced(inputs: bool):
     torch.compiler.reset()  # it does not look at hooks when it takes a graph of another layer of this shape
     layer, x = nn.Linear(8, 5), torch.randn(3, 8)
     if inputs:
-        levels = StraightThroughQuantization("uniform", bits=7, activations=8, min_size=1)
-        compress(layer, [levels], batches=[x], loss=lambda net, batch: net(batch).square().mean())
+        compress(layer, rounding(), batches=[x], loss=lambda net, batch: net(batch).square().mean())
         assert not torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-5)
     else:
         fill(layer)
@@ -236,8 +242,7 @@ def test_a_graph_of_a_plain_layer_is_not_taken_for_one_whose_inputs_are_rounded(
     layer, x = nn.Linear(8, 5), torch.randn(3, 8)
     made = torch.compile(layer if same else nn.Linear(8, 5), backend="eager", fullgraph=True)
     made(x)
-    levels = StraightThroughQuantization("uniform", bits=7, activations=8, min_size=1)
-    compress(layer, [levels], batches=[x], loss=lambda net, batch: net(batch).square().mean())
+    compress(layer, rounding(), batches=[x], loss=lambda net, batch: net(batch).square().mean())
     if not same:
         made = torch.compile(layer, backend="eager", fullgraph=True)
     assert torch.equal(made(x), layer(x))
@@ -607,52 +612,3 @@ def test_a_copy_notes_its_own_loading():
         assert not held(layer, "weight").loaded
         detach(twin)
         assert not twin._load_state_dict_pre_hooks
-
-
-def rounds_inputs(layer: nn.Module) -> nn.Module:
-    shape = tuple(layer.weight.shape)
-    slots = Slots(Layout.of(layer), shape)
-    slots.fill("levels", Spec("uniform", activations=4))
-    hold([(layer, "weight")], Compressed(slots))
-    return layer
-
-
-@pytest.mark.parametrize(
-    ("make", "takes", "hooks"),
-    [
-        (lambda: nn.Linear(8, 5), True, (1, 0)),
-        (lambda: nn.Conv2d(3, 4, 3), True, (1, 1)),
-        (lambda: nn.Embedding(8, 5), False, (0, 0)),
-        (lambda: nn.ConvTranspose2d(3, 4, 3), False, (0, 0)),
-    ],
-    ids=["Linear", "Conv2d", "Embedding", "ConvTranspose2d"],
-)
-def test_inputs_are_rounded_by_a_hook_that_goes_with_the_slots(make, takes: bool, hooks: tuple[int, int]):
-    layer = make()
-    assert takes_inputs(layer) == takes
-    rounds_inputs(layer)
-    hold([(layer, "weight")], held(layer, "weight"))  # again
-    assert (len(layer._forward_pre_hooks), len(layer._forward_hooks)) == hooks
-    twin = pickle.loads(pickle.dumps(deepcopy(layer)))
-    for one in (twin, layer):
-        detach(one)
-        assert (len(one._forward_pre_hooks), len(one._forward_hooks)) == (0, 0)
-        assert not one._forward_pre_hooks_with_kwargs
-
-
-def test_an_input_is_rounded_wherever_it_is_given():
-    layer, x = rounds_inputs(nn.Linear(8, 5)), torch.randn(3, 8)
-    tensor = held(layer, "weight")
-    tensor.slots.inputs.observing = True
-    layer(x)
-    tensor.slots.inputs.observing = False
-    tensor.harden(layer.weight)
-    rounded = tensor.slots.rounded(x)
-    assert len(rounded.unique()) <= 16
-    wanted = nn.functional.linear(rounded, layer.weight, layer.bias)
-    assert torch.equal(layer(x), wanted)
-    assert torch.equal(layer(input=x), wanted)
-    twin = deepcopy(layer)
-    held(twin, "weight").slots.inputs.observing = True
-    twin(10 * x)
-    assert torch.equal(layer(x), wanted)  # a copy's ranges are its own

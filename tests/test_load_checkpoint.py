@@ -11,8 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from training import (
     COMBINATIONS,
+    INPUTS,
     QUIET,
     RUNS,
+    A,
     M,
     Net,
     Q,
@@ -27,6 +29,7 @@ from training import (
 )
 
 from psc_lightning import detach, load, load_checkpoint, measure, save
+from psc_lightning.activations import activations
 from psc_lightning.artifact import to_bytes
 from psc_lightning.ladder import set_threshold
 from psc_lightning.live import compressed
@@ -62,6 +65,23 @@ def test_a_fresh_model_is_the_trained_one_again(name, trained):
     assert differences(latents(fresh), latents(model)) == []
     assert differences(sidecars(fresh), sidecars(model)) == []
     assert to_bytes(fresh)[0] == to_bytes(model)[0]
+
+
+def test_inputs_are_rounded_as_they_were(trained):
+    model, path = trained("integers")
+    fresh, net = Net("sgd"), layers()
+    load_checkpoint(fresh, path)
+    load_checkpoint(net, path, [M("magnitude", threshold=0.2), Q("uniform", bits=7), A()])
+    had = {name: one.ranges() for name, _, one in activations(model.net)}
+    for one in (fresh.net, net):
+        assert {name: found.ranges().inputs for name, _, found in activations(one)} == {
+            n: r.inputs for n, r in had.items()
+        }
+    assert torch.equal(net.eval()(INPUTS), model.eval()(INPUTS))
+    for callbacks, has in (([A(7)], "bits=7"), ([], "inputs that are not rounded")):
+        with pytest.raises(ValueError, match=rf"bits=8\), the model with these callbacks has .*{has}"):
+            load_checkpoint(Net(), path, [M("magnitude", threshold=0.2), Q("uniform", bits=7), *callbacks])
+    fit([A()], fresh, max_epochs=1)
 
 
 def test_the_network_in_it_takes_the_prefix_off(trained, tmp_path):

@@ -305,7 +305,7 @@ def test_labels_are_computed_within_no_grad_too():
     ("call", "message"),
     [
         ({"compression": "bianry"}, "compression: expected one of binary, codebook"),
-        ({"compression": "float", "k": 4}, "k: compression='float' has no such option; it has bits"),
+        ({"compression": "float", "k": 4}, "k: compression='float' has no such option; it has activations, bits"),
         ({"compression": "float", "bitts": 4}, "bitts: compression='float' has no such option"),
         ({"compression": "float", "threshold": 1.5}, "threshold: expected a share"),
         ({"compression": "float", "threshold": -0.1}, "threshold: expected a finite number"),

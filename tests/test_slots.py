@@ -207,11 +207,11 @@ def test_a_mask_may_keep_the_gradient_from_what_it_drops():
 def test_what_is_trained_beside_the_weight_gets_its_gradient_once_it_has_begun():
     slots, latent = make((6, 8), mask=("movement", SHARE), levels=("codebook", {"k": 4}))
     assert slots.straight  # nothing has begun
-    assert list(slots.awake()) == []
+    assert list(slots.active_sidecars()) == []
     slots.set_strength("levels", 1.0, latent)
     slots.refresh(latent)
     assert not slots.straight
-    assert list(slots.awake()) == list(slots.sidecars("levels"))
+    assert list(slots.active_sidecars()) == list(slots.sidecars("levels"))
     slots.pull(latent, torch.ones(6, 8))
     centroids, scores = slots.chain("core").levels.centroids, slots.chain("core").mask.scores
     assert float(centroids.grad.sum()) == 48.0  # each entry belongs to one centroid

@@ -82,7 +82,7 @@ OWN = """
 import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from psc_lightning.callbacks.presets import slots_and_budget
+from psc_lightning.callbacks.presets import wanted
 from psc_lightning.configs import register
 
 register()
@@ -90,7 +90,7 @@ register()
 @hydra.main(version_base=None, config_path="conf", config_name="mine")
 def app(cfg):
     assert isinstance(cfg.compression, DictConfig)
-    made = [instantiate(node, _convert_="all") for node in slots_and_budget(cfg.compression).values()]
+    made = [instantiate(node, _convert_="all") for node in wanted(cfg.compression).values()]
     print(cfg.epochs, [repr(one.state_key) for one in made])
     print(cfg.compression.threshold, instantiate(cfg.compression.callbacks.mask).schedule.kind)
 

@@ -74,10 +74,12 @@ def test_a_word_that_another_method_or_callback_takes_says_which():
     ):
         with pytest.raises(TypeError, match=rf"^MaskLearning: there is no argument '{word}'; it takes .*; {said}"):
             MaskLearning(**{word: 3})
+    with pytest.raises(TypeError, match=r"; ActivationQuantization\(bits\) rounds the inputs of layers$"):
+        StraightThroughQuantization(activations=8)
     for word, said in (
         ("num_bits", "bits is an option of levels='log', levels='uniform'$"),
         ("rank", "rank is an option of tying='low_rank', tying='separable'$"),
-        ("abits", "StraightThroughQuantization takes activations$"),
+        ("abits", r"did you mean activations \(bits of the inputs of layers\)\?$"),
     ):
         with pytest.raises(ValueError, match=rf"^{word}: compression='binary' has no such option; .*; {said}"):
             preset("binary", **{word: 3})

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from psc_lightning import (
+    ActivationQuantization,
     ByteBudget,
     Distillation,
     MaskLearning,
@@ -225,7 +226,7 @@ def run_state(model: LightningModule, made: Trainer) -> dict[str, Any]:
     }
 
 
-Q, M, W = StraightThroughQuantization, MaskLearning, WeightSharing
+A, Q, M, W = ActivationQuantization, StraightThroughQuantization, MaskLearning, WeightSharing
 
 #: Callbacks of every method, in every order; `s` is their schedule.
 COMBINATIONS: dict[str, Callable[[Any], list[Callback]]] = {
@@ -269,5 +270,5 @@ STEERED: dict[str, Callable[[Any], list[Callback]]] = {
 #: And one whose file, which holds weights only, is not all that the model computes with.
 RUNS: dict[str, Callable[[Any], list[Callback]]] = {
     **COMBINATIONS,
-    "integers": lambda s: [M("magnitude", threshold=0.2, schedule=s), Q("uniform", bits=7, activations=8, schedule=s)],
+    "integers": lambda s: [M("magnitude", threshold=0.2, schedule=s), Q("uniform", bits=7, schedule=s), A(schedule=s)],
 }

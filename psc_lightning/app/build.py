@@ -23,7 +23,7 @@ from psc_lightning.app.errors import UsageError, explain
 from psc_lightning.app.sweep import check_sweeper
 from psc_lightning.app.task import Classifier
 from psc_lightning.artifact.leftovers import LEFTOVERS
-from psc_lightning.callbacks.presets import readers, slots_and_budget
+from psc_lightning.callbacks.presets import readers, wanted
 from psc_lightning.options import positive, whole
 from psc_lightning.words import hint
 
@@ -47,7 +47,7 @@ GROUPS = ("compression", "clipping", "distillation", "data", "model", "optimizer
 
 def build_callbacks(cfg: DictConfig) -> list[Callback]:
     """Return the callbacks of the preset, of the clipping, and the user's own."""
-    nodes = {f"compression.callbacks.{name}": node for name, node in slots_and_budget(cfg.compression).items()}
+    nodes = {f"compression.callbacks.{name}": node for name, node in wanted(cfg.compression).items()}
     nodes |= {key: cfg[key] for key in ("clipping", "distillation") if cfg[key]}
     nodes |= {f"callbacks.{name}": node for name, node in cfg.callbacks.items()}
     if "mask" not in cfg.compression.callbacks and cfg.compression.get("threshold"):
@@ -163,9 +163,9 @@ def check_settings(cfg: DictConfig) -> None:
     if value("trainer.max_epochs") == value("trainer.max_steps") == -1 and not value("trainer.max_time"):
         raise UsageError("trainer.max_epochs=-1: training would have no end; give trainer.max_steps")
     for key in ("max_epochs", "max_steps", "limit_train_batches"):
-        if value(f"trainer.{key}") == 0 and slots_and_budget(cfg.compression):
+        if value(f"trainer.{key}") == 0 and wanted(cfg.compression):
             raise UsageError(f"trainer.{key}=0: nothing would be trained, so nothing compressed")
-    if value("trainer.fast_dev_run") and slots_and_budget(cfg.compression):
+    if value("trainer.fast_dev_run") and wanted(cfg.compression):
         raise UsageError(
             "trainer.fast_dev_run: its few steps leave no checkpoint and tell nothing; for a quick try give "
             "trainer.max_epochs=1 and trainer.limit_train_batches=20"

@@ -1,4 +1,4 @@
-"""The command line of `train.py` and `psc-train`: Hydra's entry, one job of it, and how its errors are told."""
+"""The command line of `train.py` and `psc-train`: Hydra's entry, one job of it, and how its errors are reported."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ from psc_lightning.app.resume import ResumePoint, resumed
 from psc_lightning.app.run_folder import Run
 from psc_lightning.artifact import to_bytes
 from psc_lightning.callbacks import ByteBudget
-from psc_lightning.callbacks.presets import slots_and_budget
+from psc_lightning.callbacks.presets import wanted
 from psc_lightning.oneshot import costly_masks
 from psc_lightning.report.notes import main_metric, notes_of, predictions
 from psc_lightning.report.plots import Curve, draw
@@ -204,7 +204,7 @@ def is_main() -> bool:
 def one_shot(cfg: DictConfig, dense: LightningModule, data: LightningDataModule, calibration: int) -> LightningModule:
     """Return a copy of the dense module, compressed without training, by labels of so many batches."""
     module = copy.deepcopy(dense)
-    if not slots_and_budget(cfg.compression):
+    if not wanted(cfg.compression):
         return module
     seed(cfg)  # the same batches whether the baseline was trained just now or lay in the cache
     batches = list(islice(data.train_dataloader(), calibration))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from psc_lightning.callbacks.activations import ActivationQuantization
 from psc_lightning.callbacks.budget import ByteBudget
 from psc_lightning.callbacks.clipping import GradientClipping
 from psc_lightning.callbacks.distillation import Distillation
@@ -11,6 +12,7 @@ from psc_lightning.callbacks.rate import RatePenalty
 from psc_lightning.callbacks.sharing import WeightSharing
 
 __all__ = [
+    "ActivationQuantization",
     "ByteBudget",
     "Distillation",
     "GradientClipping",

@@ -40,6 +40,7 @@ class MaskLearning(SlotCallback):
         refresh_batchnorm: training batches from which BatchNorm's statistics are taken anew, before each validation and at
             the end (the last ones' inputs are kept, up to 4 MB of each); 0: none. None: 8 at the end, before a validation
             as many of them as take 2 % of an epoch's time.
+
     Raises:
         ValueError: a wrong value (the argument is named), or, before training starts, a pattern that matches nothing or
             a slot that is taken.
@@ -92,7 +93,7 @@ class MaskLearning(SlotCallback):
         if group == "channel" and granularity in ("column", "channel"):
             raise ValueError(
                 f"group: 'channel' leaves nothing to choose from with granularity={granularity!r}, whose units span "
-                "channels or are whole ones; use group='tensor'"
+                "channels or are channels; use group='tensor'"
             )
         if block is not None and granularity not in ("row", "column"):
             raise ValueError(f"block: granularity={granularity!r} does not read it; it is of row and column")

@@ -14,9 +14,11 @@ from psc_lightning.slots import SLOTS
 from psc_lightning.targets import patterns
 from psc_lightning.words import elsewhere, hint, known
 
-__all__ = ["composed", "preset", "readers", "slots_and_budget"]
+__all__ = ["composed", "preset", "readers", "wanted"]
 
 _NOT_OPTIONS = ("name", "callbacks", "untied")
+#: callbacks that are there where the key of their name has a value
+_OPTIONAL = ("activations", "budget")
 
 
 def _methods(folder: Path) -> list[str]:
@@ -60,14 +62,15 @@ def composed(compression: str, **slots: str) -> Any:
     return OmegaConf.merge(*parts)
 
 
-def slots_and_budget(config: Any) -> dict[str, Any]:
-    """The callbacks of a composed compression by name: its filled slots', and a budget's where there is one."""
+def wanted(config: Any) -> dict[str, Any]:
+    """The callbacks of a composed compression by name: of filled slots, and of `activations` and `budget` if given."""
+    nodes: dict[str, Any] = dict(config["callbacks"].items())
     return {
         name: node
-        for name, node in config["callbacks"].items()
+        for name, node in nodes.items()
         if node
         and "_target_" in node  # not what a preset sets for a slot that was left empty
-        and (name != "budget" or config.get("budget", name) is not None)
+        and (name not in _OPTIONAL or config.get(name, name) is not None)
     }
 
 
@@ -89,8 +92,9 @@ def preset(
         threshold: share of the core's entries that are zero; None: the preset's default.
         tying, mask, levels: another method in that slot (`"none"` leaves it empty); None: the preset's.
         schedule: a `Schedule`, its kind, or a mapping, for all of them. None: linear up to 70 % of training.
-        options: the methods' options (`bits`, `group`, `rank`, …), `targets`, `ignore`, `min_size`, and `budget`: bytes of
-            the file (`2500`, `"27kB"`, `"3%"` of the dense size), which training then steers to.
+        options: the methods' options (`bits`, `group`, `rank`, …), `targets`, `ignore`, `min_size`, `activations`: bits of
+            the inputs of layers (see `ActivationQuantization`), and `budget`: bytes of the file (`2500`, `"27kB"`, `"3%"`
+            of the dense size), which training then steers to.
 
     Raises:
         ValueError: an unknown preset or method, an option that none of them reads, or a wrong value; it is named.
@@ -120,7 +124,7 @@ def preset(
         config[key] = patterns(key, value) if key in ("targets", "ignore") else value  # classes become names
     resolved = OmegaConf.to_container(OmegaConf.create({"compression": config}), resolve=True)
     assert isinstance(resolved, dict)
-    parts = slots_and_budget(resolved["compression"])
+    parts = wanted(resolved["compression"])
     for part in parts.values():
         if "schedule" in part and (schedule is not None or part["schedule"] is None):
             part["schedule"] = schedule

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from psc_lightning.callbacks.slot import SlotCallback
 from psc_lightning.levels import LEVELS
-from psc_lightning.live import takes_inputs
-from psc_lightning.options import one_of, whole
 from psc_lightning.schedule import Schedule
-from psc_lightning.slots import Spec
-from psc_lightning.targets import Idle, Selection, frozen
 from psc_lightning.words import hinting
 
 __all__ = ["StraightThroughQuantization"]
-
-# Whole multiples of a scale: what integers can be multiplied by.
-_INTEGERS = ("uniform", "binary", "ternary")
 
 
 class StraightThroughQuantization(SlotCallback):
@@ -42,15 +33,12 @@ class StraightThroughQuantization(SlotCallback):
         min_size: fewest entries of a tensor.
         schedule: a `Schedule`, its kind, or a mapping; during the ramp weights are blended with their levels. None:
             linear up to 70 % of training.
-        activations: `uniform`, `binary`, `ternary`: 2 … 8 bits of the inputs of targeted `Linear` and `Conv` layers, which
-            are rounded from the moment that the levels begin, to a range seen in training. `export_onnx` of the live
-            model then runs in 8 bit integers; a .psc file and `detach` keep the weights only. None: not rounded.
         scales: what scales and centroids are stored as, and rounded to while training: `float32`, `float16` (times a power
             of two a tensor), `log8` (8 bits on a grid of 2^(1/8), within 4.5 %). None: float16.
-
         refresh_batchnorm: training batches from which BatchNorm's statistics are taken anew, before each validation and at
             the end (the last ones' inputs are kept, up to 4 MB of each); 0: none. None: 8 at the end, before a validation
             as many of them as take 2 % of an epoch's time.
+
     Raises:
         ValueError: a wrong value (the argument is named), or, before training starts, a pattern that matches nothing or
             a slot that is taken.
@@ -82,30 +70,11 @@ class StraightThroughQuantization(SlotCallback):
         ignore: str | list[str] | None = None,
         min_size: int = 64,
         schedule: Schedule | str | dict[str, Any] | None = None,
-        activations: int | None = None,
         scales: str | None = None,
         refresh_batchnorm: int | None = None,
     ) -> None:
-        if activations is not None:
-            one_of("levels", levels, _INTEGERS)
-            whole("activations", activations, 2, 8)
-        self.activations = activations
         given = {"bits": bits, "k": k, "group": group, "learned_step": learned_step, "form": form, "root": root}
         given["scales"] = scales
         super().__init__(
             levels, given, targets, ignore, min_size, schedule, step_lr, refresh, refresh_batchnorm=refresh_batchnorm
         )
-
-    def spec(self) -> Spec:
-        """What this callback puts into a slot."""
-        return Spec(self.method, self.options, self.state_key, self.activations)
-
-    def choose(self, model: nn.Module, idle: Idle = frozen) -> Selection:
-        """The tensors it takes, and why it leaves the others."""
-        chosen = super().choose(model, idle)
-        if self.activations and not any(takes_inputs(layer) for t in chosen.targets for layer, _ in t.holders):
-            found = ", ".join(sorted({type(target.layer).__name__ for target in chosen.targets}))
-            raise ValueError(
-                f"activations: only inputs of Linear and Conv layers can be rounded, the targets are {found}"
-            )
-        return chosen

@@ -34,10 +34,10 @@ class WeightSharing(SlotCallback):
         ignore: the same, for what to leave out.
         min_size: fewest entries of a tensor.
         schedule: a tying has no soft phase: it begins at the schedule's `begin`.
-
         refresh_batchnorm: training batches from which BatchNorm's statistics are taken anew, before each validation and at
             the end (the last ones' inputs are kept, up to 4 MB of each); 0: none. None: 8 at the end, before a validation
             as many of them as take 2 % of an epoch's time.
+
     Raises:
         ValueError: a wrong value (the argument is named), or, before training starts, a pattern that matches nothing, a
             method that applies nowhere, or a slot that is taken.

@@ -183,8 +183,8 @@ class SlotCallback(Callback):
         if taken is not None and taken.owner == self.state_key:
             if taken != self.spec():
                 raise ValueError(
-                    f"{target.name}: its {self.slot} slot holds {taken.owner} with {taken.given}, this callback has "
-                    f"{self.spec().given}; call psc_lightning.detach(model) before training it with other options"
+                    f"{target.name}: its {self.slot} slot holds {taken.owner} with {taken.options}, this callback has "
+                    f"{self.options}; call psc_lightning.detach(model) before training it with other options"
                 )
             return False
         try:

@@ -36,12 +36,15 @@ class Levels(nn.Module):
     reader of a file do the same few exact operations.
 
     A method whose tables follow from statistics of each group says these (`_sums`, `_found`), names its tables
-    (`tables`) and how they turn a strip into levels (`_snap`); then all are done strip by strip.
+    (`tables`) and how they index a strip into levels (`_snap`); then all are done strip by strip.
 
     Args:
         shape: the core's shape.
         group: which entries share a scale: `tensor`, `channel`, or n consecutive entries.
         scales: what scales and centroids are rounded to: `float32`, `float16` or `log8`.
+
+    Shapes:
+        cores, codes and values: `shape`; tables: ``(groups,)``, or ``(groups, K)`` where a group has K levels of its own.
     """
 
     code_number: ClassVar[int]
@@ -49,10 +52,10 @@ class Levels(nn.Module):
     straight: bool = True
     #: whether zero is one of the values, so that a mask's zeros cost no more than other entries
     zero: ClassVar[bool] = True
-    #: how often a group must be looked at, and how the sums of its parts are joined
-    looks: int = 0
-    #: whether a look writes nothing: two passes over all of a core are then faster than strips
-    glances: bool = False
+    #: how many passes over a group its tables take, and how the sums of its parts are joined
+    passes: int = 0
+    #: whether a pass writes nothing: two of them over all of a core are then faster than strips
+    reads_only: bool = False
     _join: Callable[..., Tensor] = staticmethod(torch.add)
     #: the types whose strips `_snap` can take
     _snaps: ClassVar[tuple[torch.dtype, ...]] = ()
@@ -91,34 +94,34 @@ class Levels(nn.Module):
 
     def _measured(self, core: Tensor, keep: Tensor | None) -> Sequence[Tensor]:
         """The tables, not yet rounded; none where they are trained."""
-        if not self.looks or not core.numel():
+        if not self.passes or not core.numel():
             return []
         if whole(core, self.size):
-            each = [self._look(strip) for strip in survivors(core, keep, self.size, self.glances)]
+            each = [self._tables_of(strip) for strip in survivors(core, keep, self.size, self.reads_only)]
             return [torch.cat(parts) for parts in zip(*each)] if len(each) > 1 else each[0]
         found: list[Tensor] = []
-        for look in range(self.looks):
+        for index in range(self.passes):
             totals: list[Tensor] = []
             for strip in survivors(core, keep, self.size):
-                sums = self._sums(look, strip, *(table[strip.groups] for table in found))
+                sums = self._sums(index, strip, *(table[strip.groups] for table in found))
                 totals = totals or [torch.zeros(self.count, dtype=part.dtype, device=part.device) for part in sums]
                 for total, part in zip(totals, sums, strict=True):
                     total[strip.groups] = self._join(total[strip.groups], part)
-            found += self._found(look, *totals)
+            found += self._found(index, *totals)
         return found
 
-    def _look(self, strip: Survivors) -> list[Tensor]:
+    def _tables_of(self, strip: Survivors) -> list[Tensor]:
         """All tables, not yet rounded, of the groups that lie whole in a strip."""
         found: list[Tensor] = []
-        for look in range(self.looks):
-            found += self._found(look, *self._sums(look, strip, *found))
+        for index in range(self.passes):
+            found += self._found(index, *self._sums(index, strip, *found))
         return found
 
-    def _sums(self, look: int, strip: Survivors, *found: Tensor) -> tuple[Tensor, ...]:
-        """What a look finds in each row of a strip, given the tables found before: zero or above, 0 for no entries."""
+    def _sums(self, index: int, strip: Survivors, *found: Tensor) -> tuple[Tensor, ...]:
+        """What a pass sums up in each row of a strip, given the tables found before: zero or above, 0 for no entries."""
         raise NotImplementedError
 
-    def _found(self, look: int, *sums: Tensor) -> tuple[Tensor, ...]:
+    def _found(self, index: int, *sums: Tensor) -> tuple[Tensor, ...]:
         """The tables of groups of these sums, in the order of `tables`, not yet rounded."""
         raise NotImplementedError
 

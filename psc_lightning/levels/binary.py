@@ -44,6 +44,8 @@ class BinaryLevels(Levels):
         form: `sign` or `01`.
         scales: what s (and the offset) is stored as, and rounded to: `float32`, `float16` or `log8`.
 
+    Shapes: see `Levels`.
+
     >>> levels = BinaryLevels((1, 4), group="tensor")
     >>> x = torch.tensor([[0.5, -1.5, 1.0, -1.0]])
     >>> levels.refresh(x)
@@ -77,7 +79,7 @@ class BinaryLevels(Levels):
     ) -> None:
         super().__init__(shape, group, scales)
         self.form = form
-        self.looks = 1 if form == "sign" else 2  # the middle first, then the means on its two sides
+        self.passes = 1 if form == "sign" else 2  # the middle first, then the means on its two sides
         self.tables = (
             {"scale": "unit"} if form == "sign" else {"middle": None, "offset": "offset_unit", "scale": "unit"}
         )
@@ -88,11 +90,11 @@ class BinaryLevels(Levels):
             self.register_buffer("offset", torch.zeros(self.count))
             self.register_buffer("middle", torch.zeros(self.count))
 
-    def _sums(self, look: int, strip: Survivors, *found: Tensor) -> tuple[Tensor, ...]:
+    def _sums(self, index: int, strip: Survivors, *found: Tensor) -> tuple[Tensor, ...]:
         values, spare = strip.values, strip.spare()
         if self.form == "sign":
             return torch.abs(values, out=spare).sum(1), strip.number()
-        if look == 0:
+        if index == 0:
             return values.sum(1), strip.number()
         (middle,), number = found, strip.number()
         torch.gt(values, middle[:, None], out=spare)
@@ -101,7 +103,7 @@ class BinaryLevels(Levels):
         upper = spare.mul_(values).sum(1)
         return upper, above, torch.sub(values, spare, out=spare).sum(1), number - above
 
-    def _found(self, look: int, *sums: Tensor) -> tuple[Tensor, ...]:
+    def _found(self, index: int, *sums: Tensor) -> tuple[Tensor, ...]:
         total, number, *others = sums
         mean = total / number.clamp_min(1)
         if not others:

@@ -82,6 +82,8 @@ class CodebookLevels(Levels):
         group: which entries share a codebook (default the tensor: a codebook a channel costs more than it gives).
         scales: what the centroids are stored as, and rounded to: `float32`, `float16` or `log8`.
 
+    Shapes: see `Levels`.
+
     >>> levels = CodebookLevels((1, 4), k=2, group="tensor")
     >>> x = torch.tensor([[1.0, 2.0, -4.0, -6.0]])
     >>> levels.begin(x); levels.refresh(x)

@@ -19,6 +19,8 @@ class Float16Levels(Levels):
 
     Pseudo-gradient: ∂/∂x = g. Stored: 16 bits an entry, its two bytes entropy-coded apart.
 
+    Shapes: see `Levels`.
+
     Raises:
         ValueError: where a weight is larger than 65504.
 
@@ -80,6 +82,8 @@ class BFloat16Levels(Float16Levels):
     """``x̂ = bfloat16(x)``: 8 significant bits, float32's range.
 
     Pseudo-gradient: ∂/∂x = g. Stored: 16 bits an entry, its two bytes entropy-coded apart.
+
+    Shapes: see `Levels`.
 
     >>> levels = BFloat16Levels((1, 4))
     >>> levels.hard(torch.tensor([[1.0, 0.1, -2.0, 3.0]])).tolist()

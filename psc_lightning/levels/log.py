@@ -46,6 +46,8 @@ class LogLevels(Levels):
         group: which entries share their largest exponent.
         root: 1, 2, 4 or 8: the base is 2, √2, 2^¼, 2^⅛.
 
+    Shapes: see `Levels`.
+
     >>> levels = LogLevels((1, 4), bits=3, group="tensor")
     >>> x = torch.tensor([[3.0, -1.3, 0.4, 5.0]])
     >>> levels.refresh(x)
@@ -57,8 +59,8 @@ class LogLevels(Levels):
     """
 
     code_number = 5
-    looks = 1
-    glances = True
+    passes = 1
+    reads_only = True
     _join = staticmethod(torch.maximum)
     _snaps = (torch.float32,)
 
@@ -92,10 +94,10 @@ class LogLevels(Levels):
         out: Tensor = torch.where(magnitude > 0, position, torch.full_like(position, _LOWEST * self.root - 1))
         return out
 
-    def _sums(self, look: int, strip: Survivors, *found: Tensor) -> tuple[Tensor, ...]:
+    def _sums(self, index: int, strip: Survivors, *found: Tensor) -> tuple[Tensor, ...]:
         return (largest(strip),)
 
-    def _found(self, look: int, *sums: Tensor) -> tuple[Tensor, ...]:
+    def _found(self, index: int, *sums: Tensor) -> tuple[Tensor, ...]:
         # At most 2^126, far from overflow; at least the smallest normal number.
         return (self._position(sums[0]).clamp(_LOWEST * self.root, 126 * self.root),)
 

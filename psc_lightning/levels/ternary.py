@@ -24,6 +24,8 @@ class TernaryLevels(Levels):
         group: which entries share s and Δ.
         scales: what s is stored as, and rounded to: `float32`, `float16` or `log8`.
 
+    Shapes: see `Levels`.
+
     >>> levels = TernaryLevels((1, 4), group="tensor")
     >>> x = torch.tensor([[0.25, -2.0, 1.0, 0.75]])
     >>> levels.refresh(x)
@@ -34,7 +36,7 @@ class TernaryLevels(Levels):
     """
 
     code_number = 4
-    looks = 2
+    passes = 2
     _snaps = (torch.float32, torch.float64)
 
     unit: Tensor
@@ -48,17 +50,17 @@ class TernaryLevels(Levels):
         self.register_buffer("scale", torch.ones(self.count))
         self.register_buffer("limit", torch.ones(self.count))
 
-    def _sums(self, look: int, strip: Survivors, *found: Tensor) -> tuple[Tensor, ...]:
+    def _sums(self, index: int, strip: Survivors, *found: Tensor) -> tuple[Tensor, ...]:
         sizes = torch.abs(strip.values, out=strip.spare())
-        if look == 0:
+        if index == 0:
             return sizes.sum(1), strip.number()
         large = torch.gt(sizes, found[0][:, None], out=strip.spare(1))
         return sizes.mul_(large).sum(1), large.sum(1)
 
-    def _found(self, look: int, *sums: Tensor) -> tuple[Tensor, ...]:
+    def _found(self, index: int, *sums: Tensor) -> tuple[Tensor, ...]:
         total, number = sums
         mean = total / number.clamp_min(1)
-        return (0.7 * mean,) if look == 0 else (mean,)
+        return (0.7 * mean,) if index == 0 else (mean,)
 
     def code(self, core: Tensor) -> Tensor:
         """-1, 0, 1."""

@@ -30,6 +30,8 @@ class TrainedTernaryLevels(Levels):
         group: which entries share n, p and Δ: `tensor`, `channel`, or a number of entries in memory order, ≥ 1.
         scales: what n and p are stored as, and rounded to: `float32`, `float16` or `log8`.
 
+    Shapes: see `Levels`.
+
     >>> levels = TrainedTernaryLevels((1, 5), group="tensor")
     >>> x = torch.tensor([[0.25, -2.0, 1.0, 1.5, -0.25]])
     >>> levels.begin(x); levels.refresh(x)

@@ -45,6 +45,8 @@ class UniformLevels(Levels):
         learned_step: train s, by the plugin's own AdamW (`step_lr`).
         scales: what s is stored as, and rounded to: `float32`, `float16` or `log8`.
 
+    Shapes: see `Levels`.
+
     >>> levels = UniformLevels((1, 4), bits=3, group="tensor")
     >>> x = torch.tensor([[0.1, -0.75, 0.4, 0.5]])
     >>> levels.refresh(x)
@@ -71,9 +73,9 @@ class UniformLevels(Levels):
     ) -> None:
         super().__init__(shape, group, scales)
         self.bits, self.learned_step = bits, learned_step
-        self.straight, self.looks = not learned_step, int(not learned_step)
+        self.straight, self.passes = not learned_step, int(not learned_step)
         self.top = max(1, 2 ** (bits - 1) - 1)
-        self._join, self.glances = (torch.add, False) if bits == 1 else (torch.maximum, True)
+        self._join, self.reads_only = (torch.add, False) if bits == 1 else (torch.maximum, True)
         self.register_buffer("unit", torch.ones(()))
         if learned_step:
             self.step = nn.Parameter(torch.ones(self.count))
@@ -110,12 +112,12 @@ class UniformLevels(Levels):
             self.unit.clamp_(min=power_of_two(self.step))
         return super()._measured(core, keep)
 
-    def _sums(self, look: int, strip: Survivors, *found: Tensor) -> tuple[Tensor, ...]:
+    def _sums(self, index: int, strip: Survivors, *found: Tensor) -> tuple[Tensor, ...]:
         if self.bits == 1:
             return torch.abs(strip.values, out=strip.spare()).sum(1), strip.number()
         return (largest(strip),)
 
-    def _found(self, look: int, *sums: Tensor) -> tuple[Tensor, ...]:
+    def _found(self, index: int, *sums: Tensor) -> tuple[Tensor, ...]:
         return (sums[0] / (sums[1].clamp_min(1) if self.bits == 1 else self.top),)
 
     def _scale(self) -> Tensor:

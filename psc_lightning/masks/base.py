@@ -37,6 +37,9 @@ class Mask(nn.Module):
             position; `channel`: a whole output row. A unit's score and weight are the means over its entries.
         group: the share holds for the `tensor`, for each `channel`, or for each n consecutive units.
         block: n of `row` and `column`; None: 4, for `row` the kernel's width where there is one.
+
+    Shapes:
+        cores and `kept`: `shape`; scores: a matrix of units, ``(O, N)`` for `element`.
     """
 
     #: whether every entry gets the gradient of the weight that stands in its place (so that masked ones may return), and

@@ -95,7 +95,7 @@ class MovementMask(Mask):
             return
         share = self.threshold * strength
         zeros = zero_count(share, rows * columns)
-        # The same share of both, and as many in all as ever.
+        # The same share of both, and the exact number in all.
         of_seen = min(max(zeros - round(share * (rows - number) * columns), 0), number * columns)
         if float(self.scores.amin()) == _LAST:  # but none is dropped in one for what is zero in the other
             held = (self.scores == _LAST).sum(1)

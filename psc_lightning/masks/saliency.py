@@ -24,7 +24,7 @@ class SaliencyMask(Mask):
     Forward: ``w · m`` with m = 0 at the smallest score. Pseudo-gradient: ∂/∂w = g·m.
     Stored: one bit a unit, entropy-coded. The sums are training state only.
 
-    Args: see `Mask`, and
+    Args, shapes: see `Mask`, and
         label: `gradient_weight` or `fisher`.
 
     >>> mask = SaliencyMask((1, 2), threshold=0.5)

@@ -16,6 +16,7 @@ from psc_lightning.schedule import Schedule
 from psc_lightning.slots import SLOTS
 from psc_lightning.targets import Idle, Selection, left_out
 from psc_lightning.training.batchnorm import MOST, SHARE
+from psc_lightning.training.rounding import Rounder, Rounding
 from psc_lightning.training.run.length import Length
 from psc_lightning.training.sidecars import Sidecars
 
@@ -103,10 +104,11 @@ class Cast:
         fillers: in the order of the slots, whatever the user's.
         clippers, penalties: in the user's.
         places: where the tensors of each filler are, by its key.
+        rounding: those that have inputs rounded, and where.
         left: what to say of tensors that only defaults leave out.
         sidecars: the optimizer of what slots train.
         length: how long the run is.
-        reached: the strength of each filler so far, by its key: a ramp never goes down when the length is estimated anew.
+        reached: the strength of each callback so far, by its key: a ramp never goes down when the length is estimated anew.
         zeros: by a tensor's name, where its mask's ramp starts, for the weight was sparse before: a strength.
         base_rate: the user's learning rate that training started with.
         trainer, module: of the run; None when there is none.
@@ -116,6 +118,7 @@ class Cast:
     clippers: list[Clipper] = field(default_factory=list)
     penalties: list[Penalty] = field(default_factory=list)
     places: dict[str, list[Place]] = field(default_factory=dict)
+    rounding: Rounding = field(default_factory=Rounding)
     left: str | None = None
     sidecars: Sidecars = field(default_factory=lambda: Sidecars([]))
     length: Length = field(default_factory=Length)
@@ -130,6 +133,7 @@ class Cast:
         self.fillers = [one for one in self.fillers if any(one is other for other in present)]
         self.clippers = [one for one in self.clippers if any(one is other for other in present)]
         self.penalties = [one for one in self.penalties if any(one is other for other in present)]
+        self.rounding.start(present)
         self.length, self.reached, self.zeros, self.base_rate = Length(), {}, {}, None
 
     @property
@@ -148,6 +152,7 @@ class Cast:
         chosen = {filler.state_key: filler.choose(module, idle) for filler in self.fillers}
         self._let_go(module, chosen)
         self.places = {filler.state_key: filler.attach(module, chosen[filler.state_key]) for filler in self.fillers}
+        self.rounding.attach(module, idle)
         self.left = left_out(chosen.values())
         self.sidecars = Sidecars([(filler.lr, self._trained(filler)) for filler in self.fillers])
 
@@ -185,9 +190,9 @@ class Cast:
         kept = max(known) if known else MOST
         return kept, kept if known else max(1, int(min(MOST, SHARE * epoch)))
 
-    def known(self, filler: SlotFiller) -> bool:
-        """Whether it is known at which steps a filler's schedule begins and ends."""
-        return self.length.known or filler.schedule.counts_steps
+    def known(self, one: SlotFiller | Rounder) -> bool:
+        """Whether it is known at which steps a callback's schedule begins and ends."""
+        return self.length.known or one.schedule.counts_steps
 
     def begins(self, filler: SlotFiller) -> float:
         """The optimizer step at which a slot begins: not before its labels are in, which only a tied core can have.
@@ -214,10 +219,14 @@ class Cast:
 
     def strength(self, filler: SlotFiller, step: int) -> float:
         """How hard a slot acts at an optimizer step."""
-        reached = self.reached.get(filler.state_key, 0.0)
-        if not self.known(filler) or step < self.begins(filler):
+        return self.reached.get(filler.state_key, 0.0) if step < self.begins(filler) else self.scheduled(filler, step)
+
+    def scheduled(self, one: SlotFiller | Rounder, step: int) -> float:
+        """How hard a callback acts that waits for no labels."""
+        reached = self.reached.get(one.state_key, 0.0)
+        if not self.known(one):
             return reached
-        return max(reached, filler.schedule.strength(step, self.total, self.length.since))
+        return max(reached, one.schedule.strength(step, self.total, self.length.since))
 
     def strength_in(self, place: Place, filler: SlotFiller, step: int) -> float:
         """The same in one tensor: a mask's ramp starts from the zeros that a weight has when its schedule begins."""

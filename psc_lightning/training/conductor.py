@@ -10,11 +10,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import distributed
 
+from psc_lightning.activations import activations
 from psc_lightning.asking import answers
 from psc_lightning.live import compressed, hand_back
 from psc_lightning.sharding import sharded_modules
@@ -23,6 +22,7 @@ from psc_lightning.training import entry
 from psc_lightning.training.averaging import Average
 from psc_lightning.training.batchnorm import Inputs, note_refreshed
 from psc_lightning.training.cast import Cast, Clipper, Penalty, SlotFiller
+from psc_lightning.training.rounding import Rounder
 from psc_lightning.training.run import builds_late, callbacks_of, idle_in, insert, is_named, notices, user_rate
 from psc_lightning.training.stepping import Stepping
 
@@ -66,19 +66,18 @@ class Conductor(Callback):
                 "use DDP or ModelParallelStrategy (FSDP2)"
             )
         owners = [t.slots.specs[filler.slot].owner for _, t, _ in compressed(module) if filler.slot in t.slots.specs]
-        if _spawns(trainer) and filler.state_key not in owners:
-            raise ValueError(
-                f"{who}: the processes of strategy='ddp_spawn' (ddp_fork, ddp_notebook) "
-                "hand back a state dict, which a model without slots would take as if nothing had been compressed: call "
-                "psc_lightning.attach(model, callbacks) before fit, or use strategy='ddp'"
-            )
+        _check_spawned(trainer, who, filler.state_key in owners)
         self._start(trainer)
         self.cast.add(filler)
-        try:
-            filler.attach(module, filler.choose(module, idle_in(trainer, [])))  # those of an older run do not count
-        except ValueError:
-            if not builds_late(module):
-                raise
+        _attach(filler, trainer, module)
+
+    def join_rounding(self, trainer: Trainer, module: LightningModule, rounder: Rounder) -> None:
+        """Take in a callback that has inputs rounded; attach it, where the layers are there already."""
+        owners = [inputs.owner for _, _, inputs in activations(module)]
+        _check_spawned(trainer, type(rounder).__name__, rounder.state_key in owners)
+        self._start(trainer)
+        self.cast.rounding.add(rounder)
+        _attach(rounder, trainer, module)
 
     def join_clipping(self, trainer: Trainer, clipper: Clipper) -> None:
         """Take in a callback that clips."""
@@ -108,8 +107,10 @@ class Conductor(Callback):
         self._refuse_pruning(trainer)
         for filler in self.cast.fillers[:1]:
             filler.check(pl_module)
-        for place in self.cast.everywhere() if _spawns(trainer) else ():
-            place.tensor.unshare()
+        if _spawns(trainer):
+            self.cast.rounding.unshare()
+            for place in self.cast.everywhere():
+                place.tensor.unshare()
         self.averages = [Average(one) for one in callbacks_of(trainer) if is_named(one, *_AVERAGING)]
         self._restore()
 
@@ -164,10 +165,9 @@ class Conductor(Callback):
         )
         for place in self.cast.everywhere():
             place.tensor.refreshed = 0
-            if place.tensor.slots.inputs is not None:
-                place.tensor.slots.inputs.observe()
         for penalty in self.cast.penalties:
             penalty.control(self.cast, trainer.global_step)
+        self.cast.rounding.observe()
         self.stepping.borrow()
         if self.inputs is not None and any(place.tensor.slots.begun for place in self.cast.everywhere()):
             self.inputs.see(batch)
@@ -182,6 +182,9 @@ class Conductor(Callback):
                         average.begin(module, place)
                 place.tensor.set_strength(filler.slot, strength, place.parameter)
             self.cast.reached[filler.state_key] = self.cast.strength(filler, trainer.global_step)
+        for rounder in self.cast.rounding.rounders:
+            strength = self.cast.reached[rounder.state_key] = self.cast.scheduled(rounder, trainer.global_step)
+            self.cast.rounding.act(rounder, strength)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -191,34 +194,22 @@ class Conductor(Callback):
         if trainer.global_step >= self.cast.total:  # the last: what begins in the very end begins
             self._act(trainer, pl_module)
         self._settle()
-        self._agree_on_inputs()
+        self.cast.rounding.agree()
         for average in self.averages:
             average.follow(self.cast.everywhere())
 
     def _settle(self) -> None:
         """End a batch: hard weights, frozen Parameters frozen again, no activation ranges recorded."""
         self.stepping.reshard()
+        self.cast.rounding.settle()
         for place in self.cast.everywhere():
             tensor = place.tensor
-            if tensor.slots.inputs is not None:
-                tensor.slots.inputs.observing = False
             tensor.end_ramp(place.parameter)
         stepped = self.stepping.stepped
         answers(
             place.tensor.settling(place.parameter, id(place.tensor) not in stepped) for place in self.cast.everywhere()
         )
         self.stepping.settled()
-
-    def _agree_on_inputs(self) -> None:
-        """All processes go on with the mean of the ranges that they have seen."""
-        seen = [slots.inputs for slots in (place.tensor.slots for place in self.cast.everywhere()) if slots.inputs]
-        if seen and distributed.is_available() and distributed.is_initialized():
-            bounds = [bound for inputs in seen for one in inputs.ranges() for bound in (one.low, one.high)]
-            sums = torch.cat([bound.reshape(-1) for bound in bounds])
-            distributed.all_reduce(sums)
-            means = sums / distributed.get_world_size()
-            for bound, mean in zip(bounds, torch.split(means, [bound.numel() for bound in bounds])):
-                bound.copy_(mean.reshape(bound.shape))
 
     # --------------------------------------------------------------------------------------- averages, endings
 
@@ -302,7 +293,7 @@ class Conductor(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add our entry."""
-        if self.cast.places:
+        if self.cast.places or self.cast.rounding.layers:
             self.stepping.reshard()
             self._show_averages(pl_module)
             self._refresh_batchnorm(trainer)
@@ -332,3 +323,21 @@ class Conductor(Callback):
 def _spawns(trainer: Trainer) -> bool:
     """Whether the run's processes start from this one, and hand back a state dict."""
     return is_named(trainer.strategy.launcher, "_MultiProcessingLauncher")
+
+
+def _check_spawned(trainer: Trainer, who: str, attached: bool) -> None:
+    if _spawns(trainer) and not attached:
+        raise ValueError(
+            f"{who}: the processes of strategy='ddp_spawn' (ddp_fork, ddp_notebook) "
+            "hand back a state dict, which a model without slots would take as if nothing had been compressed: call "
+            "psc_lightning.attach(model, callbacks) before fit, or use strategy='ddp'"
+        )
+
+
+def _attach(callback: SlotFiller | Rounder, trainer: Trainer, module: LightningModule) -> None:
+    """Attach a callback; again, when all layers are there, where the user's hooks may build some."""
+    try:
+        callback.attach(module, callback.choose(module, idle_in(trainer, [])))  # those of an older run do not count
+    except ValueError:
+        if not builds_late(module):
+            raise

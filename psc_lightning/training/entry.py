@@ -13,12 +13,12 @@ from psc_lightning.slots import SLOTS, Slots, Spec
 from psc_lightning.training.averaging import Average
 from psc_lightning.training.cast import Cast
 
-__all__ = ["KEY", "check", "difference", "read", "specs_of", "write"]
+__all__ = ["KEY", "bits_of", "check", "difference", "difference_of_bits", "read", "specs_of", "write"]
 
 #: where it lies in a checkpoint, and the version of what lies there
 KEY, VERSION = "psc_lightning", 5
 
-_CURE = "start from its weights: model.load_state_dict(torch.load(path)['state_dict'])"
+_ADVICE = "start from its weights: model.load_state_dict(torch.load(path)['state_dict'])"
 
 
 def write(cast: Cast, averages: list[Average]) -> dict[str, Any]:
@@ -34,6 +34,15 @@ def write(cast: Cast, averages: list[Average]) -> dict[str, Any]:
                 "state": place.tensor.training_state(place.parameter),
             }
             for place in cast.everywhere()
+        },
+        "activations": {
+            name: {
+                "bits": inputs.bits,
+                "owner": inputs.owner,
+                "settings": settings[name],
+                "state": inputs.training_state(),
+            }
+            for name, inputs in cast.rounding.layers.items()
         },
         "optimizer": cast.sidecars.state_dict(),
         "total_steps": cast.length.total if cast.length.known else None,
@@ -53,7 +62,7 @@ def check(entry: Any) -> dict[str, Any]:
     """
     if not isinstance(entry, dict) or entry.get("version") != VERSION:
         raise ValueError(
-            f"the checkpoint's entry {KEY!r} is of another version of psc_lightning and cannot be resumed from; {_CURE}"
+            f"the checkpoint's entry {KEY!r} is of another version of psc_lightning and cannot be resumed from; {_ADVICE}"
         )
     return entry
 
@@ -64,10 +73,12 @@ def read(entry: dict[str, Any], cast: Cast, averages: list[Average]) -> None:
     Raises:
         ValueError: it was trained with other methods.
     """
-    tensors = entry["tensors"]
-    if other := difference(specs_of(entry), {place.name: place.tensor.slots.specs for place in cast.everywhere()}):
-        raise ValueError(f"{other}: resume with the same callbacks, or {_CURE}")
-    settings = {name: dict(had["settings"]) for name, had in tensors.items()}
+    tensors, activations = entry["tensors"], entry["activations"]
+    now = {place.name: place.tensor.slots.specs for place in cast.everywhere()}
+    bits = {name: inputs.bits for name, inputs in cast.rounding.layers.items()}
+    if other := difference(specs_of(entry), now) or difference_of_bits(bits_of(entry), bits):
+        raise ValueError(f"{other}: resume with the same callbacks, or {_ADVICE}")
+    settings = {name: dict(had["settings"]) for name, had in (tensors | activations).items()}
     had, has = Counter(entry["others"]), Counter(_others(cast, averages))
     less, more = (" and ".join(sorted((one - two).elements())) for one, two in ((had, has), (has, had)))
     for other in (
@@ -85,6 +96,8 @@ def read(entry: dict[str, Any], cast: Cast, averages: list[Average]) -> None:
     for place in cast.everywhere():
         place.tensor.load_training_state(place.parameter, tensors[place.name]["state"])
         place.tensor.reconcile(place.parameter)
+    for name, inputs in cast.rounding.layers.items():
+        inputs.load_training_state(activations[name]["state"])
     cast.sidecars.load_state_dict(entry["optimizer"])
     length = dict(entry["length"])
     cast.reached, cast.zeros = length.pop("reached"), length.pop("zeros")
@@ -107,6 +120,17 @@ def difference(
     return _difference(had, has, _filled, who)
 
 
+def bits_of(entry: Mapping[str, Any]) -> dict[str, int]:
+    """To how many bits the inputs of each layer were rounded."""
+    return {name: one["bits"] for name, one in entry["activations"].items()}
+
+
+def difference_of_bits(then: Mapping[str, int], now: Mapping[str, int], who: str = "this run") -> str:
+    """As `difference`, of what `bits_of` gives."""
+    had, has = ({name: {"inputs": f"bits={bits}"} for name, bits in side.items()} for side in (then, now))
+    return _difference(had, has, lambda one: _filled(one) if one else "inputs that are not rounded", who)
+
+
 def _threshold(slots: Slots) -> float | None:
     """The share of zeros now, which a budget may have steered away from what was asked for."""
     return next((chain.mask.threshold for chain in slots.chains() if chain.mask is not None), None)
@@ -115,7 +139,7 @@ def _threshold(slots: Slots) -> float | None:
 def _methods(specs: Mapping[str, Spec]) -> dict[str, str]:
     """The methods and their options, in the order of the slots: what must be the same to go on."""
     filled = [(slot, specs[slot]) for slot in SLOTS if slot in specs]
-    return {slot: ", ".join([spec.method, *(f"{k}={v}" for k, v in spec.given.items())]) for slot, spec in filled}
+    return {slot: ", ".join([spec.method, *(f"{k}={v}" for k, v in spec.options.items())]) for slot, spec in filled}
 
 
 def _settings(cast: Cast) -> dict[str, dict[str, Any]]:
@@ -124,7 +148,7 @@ def _settings(cast: Cast) -> dict[str, dict[str, Any]]:
     for filler in cast.fillers:
         for place in cast.of(filler):
             found[place.name] |= {f"{filler.slot}.{key}": value for key, value in filler.settings.items()}
-    return found
+    return found | cast.rounding.settings
 
 
 def _others(cast: Cast, averages: list[Average]) -> list[str]:

@@ -208,7 +208,7 @@ class Stepping:
 def _average(place: Place) -> None:
     """Sidecars of a frozen weight get the mean of all processes' gradients, as DDP gives others."""
     if distributed.is_available() and distributed.is_initialized():
-        for sidecar in place.tensor.slots.awake():
+        for sidecar in place.tensor.slots.active_sidecars():
             if sidecar.grad is not None:
                 distributed.all_reduce(sidecar.grad)
                 sidecar.grad.div_(distributed.get_world_size())

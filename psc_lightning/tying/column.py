@@ -27,6 +27,12 @@ class ColumnSharing(Tying):
         shape: the matrix view's shape, ``(O, I, *kernel)``.
         block: n ≥ 1; None: 4. Longer than O: the whole column.
 
+    Shapes:
+        weight ``(O, I, *kernel)`` → core ``(⌈O/n⌉, I, *kernel)``.
+
+    Raises:
+        ValueError: fewer than two outputs.
+
     >>> import torch
     >>> tying = ColumnSharing.build((3, 2), block=2)
     >>> w = torch.tensor([[1.0, 2.0], [3.0, 6.0], [5.0, 7.0]], requires_grad=True)

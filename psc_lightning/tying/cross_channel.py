@@ -31,6 +31,12 @@ class CrossChannelSharing(Tying):
         groups: G ≥ 2, a divisor of I.
         labels: `saliency` (|g·w|) or `magnitude` (|w|).
 
+    Shapes:
+        weight ``(O, I, *kernel)`` → bank ``(O, I/G, *kernel)``.
+
+    Raises:
+        ValueError: I is not divisible by G.
+
     >>> import torch
     >>> tying = CrossChannelSharing.build((1, 4), groups=2)
     >>> w = torch.tensor([[1.0, 2.0, 3.0, 4.0]])

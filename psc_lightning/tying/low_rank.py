@@ -38,6 +38,9 @@ class LowRank(Tying):
         shape: the matrix view's shape, ``(O, I, *kernel)``, N = I · prod(kernel).
         rank: R ≥ 1, or a share in (0, 1) of min(O, N). None: 0.25.
 
+    Shapes:
+        weight ``(O, I, *kernel)`` → U ``(O, R)`` and V ``(R, N)``.
+
     Raises:
         ValueError: where the two factors would hold as many numbers as the weight.
 

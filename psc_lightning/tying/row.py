@@ -27,6 +27,12 @@ class RowSharing(Tying):
         shape: the matrix view's shape, ``(O, I, *kernel)``, N = I · prod(kernel).
         block: n ≥ 1; None: the kernel's width, 4 where that is 1 or there is none. Longer than N: the whole row.
 
+    Shapes:
+        weight ``(O, I, *kernel)`` → core ``(O, ⌈N/n⌉)``.
+
+    Raises:
+        ValueError: rows of fewer than two entries.
+
     >>> import torch
     >>> tying = RowSharing.build((1, 4), block=2)
     >>> w = torch.tensor([[1.0, 3.0, 5.0, 7.0]], requires_grad=True)

@@ -30,6 +30,9 @@ class Separable(Tying):
         shape: the matrix view's shape, ``(O, I, *kernel)``.
         rank: R ≥ 1, or a share in (0, 1) of min(O, k). None: 1, the depthwise-separable convolution.
 
+    Shapes:
+        weight ``(O, I, *kernel)`` → p ``(O, I, R)`` and d ``(I, R, *kernel)``.
+
     Raises:
         ValueError: without a kernel larger than one entry, or where the factors would be no smaller.
 

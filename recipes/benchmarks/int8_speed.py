@@ -25,7 +25,7 @@ import torch
 from lightning import Trainer, seed_everything
 from torch import Tensor, nn
 
-from psc_lightning import StraightThroughQuantization, export_onnx
+from psc_lightning import ActivationQuantization, StraightThroughQuantization, export_onnx
 from psc_lightning.app.baseline import read_checkpoint
 from psc_lightning.app.data import ImageData
 from psc_lightning.app.models import ResNet20
@@ -42,7 +42,10 @@ def fine_tuned(net: nn.Module, args: argparse.Namespace, bits: int) -> nn.Module
     seed_everything(0, verbose=False)
     adamw = functools.partial(torch.optim.AdamW, lr=args.lr)
     module = Classifier(copy.deepcopy(net), adamw)
-    rounding = StraightThroughQuantization("uniform", bits=bits, activations=8, schedule="constant")
+    rounding = [
+        StraightThroughQuantization("uniform", bits=bits, schedule="constant"),
+        ActivationQuantization(schedule="constant"),
+    ]
     quiet = {
         "logger": False,
         "enable_progress_bar": False,
@@ -50,7 +53,7 @@ def fine_tuned(net: nn.Module, args: argparse.Namespace, bits: int) -> nn.Module
         "enable_checkpointing": False,
     }
     data = ImageData(cifar10, MEAN, STD, folder=args.data, batch_size=128, validation=0.02, augment="crop_and_flip")
-    trainer = Trainer(accelerator="cpu", max_steps=args.steps, limit_val_batches=0, callbacks=[rounding], **quiet)
+    trainer = Trainer(accelerator="cpu", max_steps=args.steps, limit_val_batches=0, callbacks=rounding, **quiet)
     trainer.fit(module, data)
     return module.net.eval()
 

@@ -13,7 +13,7 @@ from lightning import Callback, LightningDataModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from psc_lightning.app.run_folder import register_resolvers
-from psc_lightning.callbacks.presets import slots_and_budget
+from psc_lightning.callbacks.presets import wanted
 from psc_lightning.configs import config_dir, register
 from psc_lightning.schedule import Schedule
 
@@ -58,8 +58,8 @@ def test_each_file_builds_what_it_names(path: Path, tmp_path: Path) -> None:
     cfg = composed(f"{group}={name}", "trainer.accelerator=cpu", *([own[group]] if name == "custom" else []))
     built = {}
     for key, node in nodes(cfg):
-        if key == "compression.callbacks.budget" and cfg.compression.budget is None:
-            continue  # there is no budget
+        if key.startswith("compression.callbacks.") and key.split(".")[-1] not in wanted(cfg.compression):
+            continue
         more = {"save_dir": str(tmp_path)} if key == "logger" else {"logger": False} if key == "trainer" else {}
         built[key] = instantiate(node, _convert_="all", **more)
     assert {"data", "model.net", "trainer"} <= set(built)
@@ -76,7 +76,7 @@ def test_there_are_the_promised_presets() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_each_preset_builds_its_callbacks(name: str) -> None:
     cfg = composed(f"compression={name}", "compression.threshold=0.25", "schedule=linear", "schedule.end=0.5")
-    built = {key: instantiate(node, _convert_="all") for key, node in slots_and_budget(cfg.compression).items()}
+    built = {key: instantiate(node, _convert_="all") for key, node in wanted(cfg.compression).items()}
     assert cfg.compression.name == name
     assert ("mask" in built) == (name != "none")
     if built:
@@ -86,6 +86,17 @@ def test_each_preset_builds_its_callbacks(name: str) -> None:
     if name == "small":
         assert schedules.pop("levels") == Schedule("constant")  # whatever the others follow: its price grows instead
     assert all(schedule == Schedule("linear", 0.0, 0.5) for schedule in schedules.values())
+
+
+@pytest.mark.parametrize("levels", ["uniform", "codebook"])
+def test_bits_of_inputs_are_one_key(levels: str) -> None:
+    """Whatever the weights are rounded to; without it the callback is left out."""
+    overrides = ["compression=binary", f"compression/levels={levels}", "compression.targets=net.*"]
+    assert "activations" not in wanted(composed(*overrides).compression)
+    made = instantiate(
+        wanted(composed(*overrides, "compression.activations=4").compression)["activations"], _convert_="all"
+    )
+    assert (type(made).__name__, made.bits, made.targets) == ("ActivationQuantization", 4, ["net.*"])
 
 
 @pytest.mark.parametrize("name", ["weight", "layer", "global", "agc"])

@@ -571,7 +571,7 @@ def test_refresh_waits_its_steps():
     assert all(step % 4 == 0 for step in changed)
 
 
-# ------------------------------------------------------------------------------------------------------- company
+# ------------------------------------------------------------------------------------------------------- beside others
 
 
 @pytest.mark.parametrize("first", [True, False])

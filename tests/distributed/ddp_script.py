@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from training import RUNS, Loader, Net, conductor, latents, layers, sidecars, slotted
 
 import psc_lightning
+from psc_lightning.activations import activations
 from psc_lightning.callbacks.slot import SlotCallback
 
 torch.set_num_threads(1)
@@ -105,8 +106,10 @@ def trainer(callbacks: Sequence[Callback], **options: Any) -> Trainer:
 
 
 def beside(model: nn.Module) -> dict[str, Tensor]:
-    """What lies beside the weights: ``<name>:latent`` and the buffers and Parameters of each tensor's slots."""
+    """What lies beside the weights: ``<name>:latent``, buffers and Parameters of each tensor's slots, ranges of inputs."""
     found = {f"{name}:latent": latent for name, latent in latents(model).items()}
+    for name, _, inputs in activations(model):
+        found |= {f"{name}:inputs.{key}": value for key, value in inputs.training_state().items()}
     return found | {
         f"{name}:{key}": value for name, slots, _ in slotted(model) for key, value in slots.state_dict().items()
     }

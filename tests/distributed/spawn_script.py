@@ -12,6 +12,8 @@ from lightning.pytorch import seed_everything
 from training import COMBINATIONS, Loader, Net, latents
 
 import psc_lightning
+from psc_lightning import ActivationQuantization
+from psc_lightning.activations import activations
 
 
 def main(devices: int, folder: Path) -> None:
@@ -20,12 +22,19 @@ def main(devices: int, folder: Path) -> None:
     for name in ("ternary_movement", "separable_lsq"):
         seed_everything(0, verbose=False)
         model = Net("sgd")
-        callbacks = COMBINATIONS[name]({"kind": "linear", "begin": 3, "end": 8})
+        schedule = {"kind": "linear", "begin": 3, "end": 8}
+        callbacks = [*COMBINATIONS[name](schedule), ActivationQuantization(4, schedule=schedule)]
         psc_lightning.attach(model, callbacks)
         made = trainer(callbacks, devices=devices, strategy="ddp_spawn" if devices > 1 else "auto")
         made.fit(model, Loader(), Loader(count=1))
         psc_lightning.save(model, folder / f"{devices}-{name}.psc")
-        torch.save({"model": dict(model.state_dict()), "latents": latents(model)}, folder / f"{devices}-{name}.pt")
+        ranges = {
+            f"{layer}.{key}": value
+            for layer, _, found in activations(model)
+            for key, value in found.training_state().items()
+        }
+        states = {"model": dict(model.state_dict()), "latents": latents(model), "ranges": ranges}
+        torch.save(states, folder / f"{devices}-{name}.pt")
     if devices > 1:
         try:
             trainer(callbacks, devices=1, strategy="ddp_spawn").fit(Net("sgd"), Loader(), Loader(count=1))

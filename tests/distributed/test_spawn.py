@@ -30,6 +30,13 @@ def test_latent_weights_come_back_beside_the_hard_ones(runs, name):
     assert not torch.equal(two["latents"]["net.3.weight"], two["model"]["net.3.weight"])
 
 
+@pytest.mark.parametrize("name", ["ternary_movement", "separable_lsq"])
+def test_ranges_of_inputs_come_back(runs, name):
+    two, one = (torch.load(runs / f"{devices}-{name}.pt", weights_only=True)["ranges"] for devices in (2, 1))
+    assert [bool(two[f"net.{layer}.begun"]) for layer in (0, 3, 7)] == [True, True, True]
+    assert differences(two, one) == []
+
+
 def test_a_model_without_slots_is_refused(runs):
     assert (
         "call psc_lightning.attach(model, callbacks) before fit, or use strategy='ddp'"

@@ -33,7 +33,10 @@ def write_sizes(tensors: Mapping[str, Tensor], path: str) -> None:
     Path(path).write_text(" ".join(f"{name}:{tensor.numel()}" for name, tensor in tensors.items()))
 
 
-def write_outputs(model: nn.Module, stored: Mapping[str, Stored], path: str, example: Any, dynamic_batch: bool) -> None:
+def write_outputs(
+    model: nn.Module, stored: Mapping[str, Stored], path: str, example: Any, dynamic_batch: bool, **names: Any
+) -> None:
+    assert not any(names.values())
     if not dynamic_batch:
         raise ValueError("batch: this format leaves it open; give --dynamic-batch")
     Path(path).write_text(f"{sorted(stored)} {tuple(model(*example).shape)}")

@@ -14,11 +14,20 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from lightning.pytorch import Callback
 from nets import NETS, build, run, session
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from psc_lightning import MaskLearning, StraightThroughQuantization, WeightSharing, compress, export_onnx
+from psc_lightning import (
+    ActivationQuantization,
+    MaskLearning,
+    StraightThroughQuantization,
+    WeightSharing,
+    compress,
+    export_onnx,
+)
+from psc_lightning.activations import of
 from psc_lightning.app.models import Block
 from psc_lightning.latent import Compressed
 from psc_lightning.live import held
@@ -31,13 +40,16 @@ def tensor_of(layer: nn.Module) -> Compressed:
     return found
 
 
-def rounding(**options) -> StraightThroughQuantization:
-    return StraightThroughQuantization(**{"levels": "uniform", "bits": 7, "activations": 8, "min_size": 1, **options})
+def rounding(activations: int = 8, **options) -> list[Callback]:
+    """Of weights and of inputs."""
+    levels = StraightThroughQuantization(**{"levels": "uniform", "bits": 7, "min_size": 1, **options})
+    where = {key: options[key] for key in ("targets", "min_size") if key in options}
+    return [levels, ActivationQuantization(activations, **{"min_size": 1, **where})]
 
 
 def rounded(model: nn.Module, batches: list[Tensor], *others, **options) -> nn.Module:
     """A model in eval whose layers have seen inputs."""
-    compress(model, [*others, rounding(**options)], batches=batches, loss=lambda net, x: net(x).square().mean())
+    compress(model, [*others, *rounding(**options)], batches=batches, loss=lambda net, x: net(x).square().mean())
     return model.eval()
 
 
@@ -123,7 +135,7 @@ def test_a_linear_layer_is_exact_up_to_the_bias(name: str, levels: dict[str, obj
     model = rounded(nn.Sequential(make()), [torch.randn(shape)], **levels, activations=activations)
     x = 1.5 * torch.randn(shape)  # also beyond what was seen
     export_onnx(model, tmp_path / "model.onnx", x)
-    inputs = tensor_of(model[0]).slots.inputs.grid()
+    inputs = of(model[0]).grid()
     with torch.no_grad():
         wanted = model(x)
         step = inputs.scale * model[0].weight.abs().amax()
@@ -231,7 +243,7 @@ def test_two_readers_of_one_value_keep_their_own_grids(tmp_path: Path):
 
     torch.manual_seed(0)
     model, x = Two(), torch.randn(8, 16)
-    both = [rounding(targets="first"), rounding(targets="second", activations=2)]
+    both = [*rounding(targets="first"), *rounding(targets="second", activations=2)]
     compress(model, both, batches=[x], loss=lambda net, batch: net(batch).square().mean())
     export_onnx(model, tmp_path / "model.onnx", x)
     with torch.no_grad():
@@ -249,6 +261,18 @@ def test_what_runs_in_floating_point_is_named(tmp_path: Path):
         wanted = model(x)
         assert (run(tmp_path / "model.onnx", x) - wanted).abs().max() <= 0.03 * wanted.abs().max()
     assert runs(tmp_path / "model.onnx")["QLinearConv"] == 1
+
+
+def test_inputs_of_a_weight_that_no_slot_makes_are_rounded_too(tmp_path: Path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(288, 5)), torch.randn(2, 4, 8, 8)
+    compress(model, [ActivationQuantization(2)], batches=[x], loss=lambda net, batch: net(batch).square().mean())
+    with pytest.warns(UserWarning, match=r"^0\.weight, 2\.weight: computed in floating point"):
+        export_onnx(model.eval(), tmp_path / "model.onnx", x)
+    with torch.no_grad():
+        wanted = model(x)
+        assert not torch.allclose(nn.functional.linear(model[1](model[0](x)), model[2].weight, model[2].bias), wanted)
+    assert torch.allclose(run(tmp_path / "model.onnx", x, as_it_is=True), wanted, atol=1e-5)
 
 
 def test_products_that_16_bits_do_not_hold_are_told(tmp_path: Path):
@@ -281,7 +305,9 @@ def test_dead_channels_are_left_out_of_integers_too(dynamic_batch: bool, tmp_pat
 def test_a_model_that_has_seen_no_input_is_exported_as_before(tmp_path: Path):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(16, 16)).eval(), torch.randn(2, 16)
-    rounding().attach(model)
+    for callback in rounding():
+        callback.attach(model)
+    of(model[0]).begun = True
     tensor_of(model[0]).harden(model[0].weight)
     export_onnx(model, tmp_path / "model.onnx", x)
     with torch.no_grad():

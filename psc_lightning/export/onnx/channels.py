@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from psc_lightning.activations import Ranges
 from psc_lightning.export.onnx.graph import Graph, leave_out_unused, reads
 from psc_lightning.stored import Stored
 
@@ -31,15 +32,18 @@ _POOLS = {"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"}
 _X_TIMES_W_TURNED = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
 
 
-def remove_dead_channels(model: GraphProto, graph: Graph, held: Mapping[str, Stored]) -> dict[str, Stored]:
+def remove_dead_channels(
+    model: GraphProto, graph: Graph, held: Mapping[str, Stored], ranges: dict[str, Ranges]
+) -> dict[str, Stored]:
     """Leave out dead channels of a graph, in place; `held` with what is left of its weights.
 
     Args:
         model: the graph, with the shapes of its values; its compressed weights are neither inputs nor constants.
         graph: knows which names are free.
         held: name → compressed weight.
+        ranges: name of such a weight → what its layers' inputs are rounded to, and their outputs' ranges, which are cut, too.
     """
-    found = _Model(model, graph, dict(held))
+    found = _Model(model, graph, dict(held), ranges)
     for layer in found.layers.values():
         chain = found.chain(layer)
         if chain is not None:
@@ -78,8 +82,8 @@ class _Layer:
 class _Model:
     """A graph whose layers and constants can be looked up and cut."""
 
-    def __init__(self, model: GraphProto, graph: Graph, held: dict[str, Stored]) -> None:
-        self.graph, self.held = graph, held
+    def __init__(self, model: GraphProto, graph: Graph, held: dict[str, Stored], ranges: dict[str, Ranges]) -> None:
+        self.graph, self.held, self.ranges = graph, held, ranges
         self.constants = {tensor.name: tensor for tensor in model.initializer}
         self.users: dict[str, list[NodeProto]] = {value.name: [NodeProto()] for value in model.output}
         self.makers = {name: node for node in model.node for name in node.output}
@@ -112,15 +116,17 @@ class _Model:
 
     def cut(self, place: tuple[NodeProto, int], axis: int, keep: Array) -> None:
         """Keep some rows (axis 0) or columns (axis 1) of a layer's weight."""
-        held = self.held.get(place[0].input[place[1]])
+        name = place[0].input[place[1]]
+        held, ranges = self.held.get(name), self.ranges.get(name)
         if held is None:
             self.set(place, _known(self.values(place)).compress(keep, axis))
             return
         kept = torch.from_numpy(keep.nonzero()[0])
         cores = {name: core.index_select(axis, kept) for name, core in held.cores.items()}
         weight = held.weight.index_select(axis, kept)
-        outputs = held.outputs if held.outputs is None or axis == 1 else held.outputs.cpu().index_select(1, kept)
-        self.held[place[0].input[place[1]]] = replace(held, cores=cores, weight=weight, outputs=outputs)
+        self.held[name] = replace(held, cores=cores, weight=weight)
+        if ranges is not None and ranges.outputs is not None and axis == 0:
+            self.ranges[name] = replace(ranges, outputs=ranges.outputs.cpu().index_select(1, kept))
 
     def _layer(self, node: NodeProto) -> _Layer | None:
         """The layer that a node is the heart of, if its weight is its own and can be cut."""

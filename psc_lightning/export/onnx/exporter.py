@@ -17,6 +17,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("ONNX export needs onnx and onnxscript: pip install onnx onnxscript") from error
 
+from psc_lightning.activations import Ranges, activations
 from psc_lightning.artifact.snapshots import snapshots_of
 from psc_lightning.export.onnx.axes import Shapes, check_open, open_axes, set_names, shapes_of, with_lengths
 from psc_lightning.export.onnx.channels import remove_dead_channels
@@ -25,6 +26,7 @@ from psc_lightning.export.onnx.integers import run_in_integers
 from psc_lightning.export.onnx.separable import split_convolutions
 from psc_lightning.export.onnx.weights import write_weight
 from psc_lightning.files import Place, write_atomic
+from psc_lightning.layout import Layout
 from psc_lightning.live import detach
 from psc_lightning.stored import Stored
 
@@ -51,7 +53,7 @@ def export_onnx(
     (onnxruntime does by default) then works at the speed of the dense model. Convolutions under `separable` become
     two; channels that are zero are left out where nothing branches. The model itself stays as it is.
 
-    Where the model rounds the inputs of layers (`StraightThroughQuantization(activations=8)`), these layers compute in 8
+    Where the model rounds the inputs of layers (`ActivationQuantization`), these layers compute in 8
     bit integers: between QuantizeLinear and DequantizeLinear, BatchNorm folded. A convolution's result is rounded once
     more than in training then, to one of 256 numbers. The ranges are the live model's: export it before `detach`; a .psc
     file holds weights only. What cannot run in integers is named in a warning, and so is a choice of bits that some
@@ -82,9 +84,10 @@ def export_onnx(
     with torch.no_grad():
         snapshots = {id(form): (name, form, latent) for name, (form, latent) in snapshots_of(plain).items()}
         stored = {name: form.stored(latent) for name, form, latent in snapshots.values()}
-    export_stored(
-        detach(plain), stored, path, example, weights, dynamic_batch, dynamic_shapes, input_names, output_names
-    )
+    rounding = {f"{name}.weight".removeprefix("."): found.ranges() for name, _, found in activations(plain)}
+    ranges = {name: one for name, one in rounding.items() if one is not None}
+    opened = (dynamic_batch, dynamic_shapes, input_names, output_names)
+    export_stored(detach(plain), stored, path, example, weights, *opened, ranges)
 
 
 def export_stored(
@@ -97,6 +100,7 @@ def export_stored(
     dynamic_shapes: Shapes | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
+    ranges: Mapping[str, Ranges] | None = None,
 ) -> None:
     """Write a plain model whose named weights are also known as what a file stores; see `export_onnx`.
 
@@ -108,6 +112,7 @@ def export_stored(
         weights: `packed` or `dequantize`.
         dynamic_batch, dynamic_shapes: axes of inputs to leave open.
         input_names, output_names: what to call inputs and outputs.
+        ranges: name of a weight → what the inputs of its layers are rounded to.
     """
     if weights not in _WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(_WEIGHTS)}, got {weights!r}")
@@ -115,6 +120,10 @@ def export_stored(
         example = (example,)
     # A tied weight has several names, and the exporter chooses one.
     tensors = {id(plain.get_parameter(name)): held for name, held in stored.items()}
+    rounded = {id(plain.get_parameter(name)): one for name, one in (ranges or {}).items()}
+    for name in ranges or ():  # of a weight that no slot makes
+        weight = plain.get_parameter(name).detach()
+        tensors.setdefault(id(plain.get_parameter(name)), Stored("plain", {"core": weight}, weight, Layout(), None))
     named = plain.named_parameters(remove_duplicate=False)
     held = {name: tensors[id(tensor)] for name, tensor in named if id(tensor) in tensors}
     opaque = {name for name in held if _is_float32(held[name])}
@@ -122,10 +131,12 @@ def export_stored(
     model, names = _trace(plain.cpu().eval(), with_lengths(example, axes), opaque, axes, input_names, output_names)
     held = {value: held[name] for value, name in names.items()}
     check_open(model.graph, axes, dynamic_batch)
+    parameters = {value: id(plain.get_parameter(name)) for value, name in names.items()}
+    seen = {value: rounded[parameter] for value, parameter in parameters.items() if parameter in rounded}
     graph = Graph(_names(model.graph))
-    held = remove_dead_channels(model.graph, graph, held)
+    held = remove_dead_channels(model.graph, graph, held, seen)
     model.graph.ClearField("value_info")
-    held = run_in_integers(model.graph, graph, held)
+    held = run_in_integers(model.graph, graph, held, seen)
     held = split_convolutions(model.graph, graph, held)
     for name, one in held.items():
         graph.rename(write_weight(graph, one, dequantize=weights == "dequantize"), name)

@@ -88,7 +88,7 @@ class Graph:
         )
 
     def rename(self, value: str, name: str) -> None:
-        """Let the last node bear the name by which a graph asks for its value."""
+        """Give the last node the name by which a graph asks for its value."""
         if self.nodes[-1].output[0] != value:
             raise ValueError(f"{value} is not what the last node gives")
         self.nodes[-1].output[0] = name

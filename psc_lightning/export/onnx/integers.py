@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, helper, numpy_helper
 
-from psc_lightning.activations import Grid, grid
+from psc_lightning.activations import Grid, Ranges, grid
 from psc_lightning.export.onnx.graph import Graph, leave_out_unused, reads
 from psc_lightning.export.onnx.packing import integer_constant, multiples
 from psc_lightning.export.onnx.weights import core_values
@@ -35,20 +35,23 @@ _BACKWARDS = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueez
 _FORWARDS = _BACKWARDS | {"Slice", "Pad"}
 
 
-def run_in_integers(model: GraphProto, graph: Graph, held: Mapping[str, Stored]) -> dict[str, Stored]:
+def run_in_integers(
+    model: GraphProto, graph: Graph, held: Mapping[str, Stored], ranges: Mapping[str, Ranges]
+) -> dict[str, Stored]:
     """Round the inputs of layers as they are in training, and let them compute in integers, in place.
 
     Args:
         model: the graph; its compressed weights are neither inputs nor constants.
         graph: takes constants, and the nodes that rebuild weights.
         held: name → compressed weight.
+        ranges: name of such a weight → what the inputs of its layers are rounded to.
 
     Returns:
         What is left of `held`: weights that are read as floating-point numbers.
     """
-    if all(stored.inputs is None for stored in held.values()):
+    if not ranges:
         return dict(held)
-    made = _Integers(model, graph, held)
+    made = _Integers(model, graph, held, ranges)
     layers = [layer for layer in made.layers if layer.codes is not None and made.bounded(layer)]
     made.move()
     for layer in layers:
@@ -107,7 +110,9 @@ class _Layer:
 class _Integers:
     """A graph in which values have grids."""
 
-    def __init__(self, model: GraphProto, graph: Graph, held: Mapping[str, Stored]) -> None:
+    def __init__(
+        self, model: GraphProto, graph: Graph, held: Mapping[str, Stored], ranges: Mapping[str, Ranges]
+    ) -> None:
         self.model, self.graph = model, graph
         self.constants = {tensor.name: tensor for tensor in model.initializer}
         self.turned = {node.output[0]: node for node in model.node if node.op_type == "Transpose"}
@@ -116,16 +121,15 @@ class _Integers:
         for node in model.node:
             name = node.input[1] if node.op_type in ("Conv", "Gemm", "MatMul") else ""
             name = self.turned[name].input[0] if node.op_type == "MatMul" and name in self.turned else name
-            inputs = held[name].inputs if name in held else None
-            if inputs is not None:
-                found.append((name, node, inputs))
-        for _, node, inputs in found:
-            self._give(node, inputs)
+            if name in held and name in ranges:
+                found.append((name, node))
+        for name, node in found:
+            self._give(node, ranges[name].inputs)
         self.users: dict[str, list[NodeProto]] = {value.name: [NodeProto()] for value in model.output}
         for node in model.node:
             for name in reads(node):
                 self.users.setdefault(name, []).append(node)
-        self.layers = [self._layer(name, held[name], node, inputs) for name, node, inputs in found]
+        self.layers = [self._layer(name, held[name], node, ranges[name]) for name, node in found]
         self.move()
 
     def _give(self, node: NodeProto, inputs: Grid) -> None:
@@ -145,8 +149,8 @@ class _Integers:
     def _read(self, name: str) -> Array:
         return numpy_helper.to_array(self.constants[name])
 
-    def _layer(self, name: str, stored: Stored, node: NodeProto, inputs: Grid) -> _Layer:
-        layer = _Layer(name, node, inputs, node.output[0], biased=(node, 2))
+    def _layer(self, name: str, stored: Stored, node: NodeProto, ranges: Ranges) -> _Layer:
+        layer = _Layer(name, node, ranges.inputs, node.output[0], biased=(node, 2))
         plain = stored.tying is None and not stored.layout.transposed
         found = multiples(core_values(stored.cores["core"])) if plain else None
         if found is None:
@@ -160,7 +164,8 @@ class _Integers:
             bias = self.constants.get(reader.input[at]) if at < len(reader.input) else None
             if bias is not None and list(bias.dims) == [len(layer.scales)]:
                 layer.bias = numpy_helper.to_array(bias).astype(np.float64)
-        seen = None if stored.outputs is None else stored.outputs.double().cpu().numpy()
+        outputs = ranges.outputs
+        seen = None if outputs is None else outputs.double().cpu().numpy()
         norm = self._only_user(layer.result, "BatchNormalization") if node.op_type == "Conv" else None
         if norm is not None:
             gain, shift, mean, variance = (self._read(name).astype(np.float64) for name in list(norm.input)[1:])
@@ -172,7 +177,7 @@ class _Integers:
             layer.scales = layer.scales * np.abs(factor)
             layer.norm, layer.result = norm, norm.output[0]
             seen = None if seen is None else (seen - mean) * factor + shift
-        if stored.outputs is not None and seen is not None and bool((stored.outputs[1] > stored.outputs[0]).any()):
+        if outputs is not None and seen is not None and bool((outputs[1] > outputs[0]).any()):
             layer.low, layer.high = float(seen.min()), float(seen.max())
         return layer
 

@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from psc_lightning.live import Place
 from psc_lightning.slots import HARD, SLOTS
 from psc_lightning.training.cast import Cast, SlotFiller
+from psc_lightning.training.rounding import Rounder
 from psc_lightning.training.run import callbacks_of, is_named
 from psc_lightning.training.run.length import planned
 
@@ -19,8 +20,13 @@ __all__ = ["at_end", "at_start", "when_known"]
 _SPARSE = 0.5  # share of zeros from which on a weight has been pruned: ternary levels alone give 0.42
 
 
-def _who(filler: SlotFiller) -> str:
-    return f"{type(filler).__name__}({filler.method!r})"
+def _who(one: SlotFiller | Rounder) -> str:
+    method = getattr(one, "method", None)  # no Rounder has one
+    return type(one).__name__ + (f"({method!r})" if method else "")
+
+
+def _scheduled(cast: Cast) -> list[SlotFiller | Rounder]:
+    return [*cast.fillers, *cast.rounding.rounders]
 
 
 def at_start(cast: Cast, trainer: Trainer, module: LightningModule, taken_up: bool, resumed: bool) -> None:
@@ -31,15 +37,16 @@ def at_start(cast: Cast, trainer: Trainer, module: LightningModule, taken_up: bo
         taken_up: whether it goes on from a checkpoint of a run without us.
         resumed: whether it goes on from one of ours.
     """
-    for filler in cast.fillers:
-        if not cast.known(filler) and not cast.length.will_be_known(trainer):
+    for one in _scheduled(cast):
+        if not cast.known(one) and not cast.length.will_be_known(trainer):
             try:
-                filler.schedule.strength(0, cast.total)  # says what is a share
+                one.schedule.strength(0, cast.total)  # says what is a share
             except ValueError as error:
                 raise ValueError(
-                    f"{_who(filler)}: {error} (Schedule(begin=100, end=500)), or give the run a length: "
+                    f"{_who(one)}: {error} (Schedule(begin=100, end=500)), or give the run a length: "
                     "Trainer(max_steps=…), or for data without one limit_train_batches=…"
                 ) from None
+    for filler in cast.fillers:
         _labels(cast, filler)
     _unknown(cast, trainer)
     if taken_up:
@@ -69,7 +76,7 @@ def _labels(cast: Cast, filler: SlotFiller) -> None:
 
 def _unknown(cast: Cast, trainer: Trainer) -> None:
     """A length that is known later, or never exactly."""
-    relative = [_who(filler) for filler in cast.fillers if not filler.schedule.counts_steps]
+    relative = [_who(one) for one in _scheduled(cast) if not one.schedule.counts_steps]
     if relative and cast.length.follows_time(trainer):
         rank_zero_info(
             f"a time limits this run: {', '.join(relative)} follow(s) the share of it that is used, and a second run will "
@@ -204,6 +211,7 @@ def at_end(cast: Cast, step: int) -> None:
     """Slots that never began, or were hardened in mid-ramp."""
     for filler in cast.fillers:
         _cut_short(cast, filler, step)
+    cast.rounding.warn_unbegun(step)
 
 
 def _cut_short(cast: Cast, filler: SlotFiller, step: int) -> None:

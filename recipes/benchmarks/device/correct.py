@@ -17,7 +17,7 @@ from step.nets import Fit, Net, numbers
 from torch import Tensor, nn
 
 import psc_lightning
-from psc_lightning import ByteBudget, RatePenalty
+from psc_lightning import ActivationQuantization, ByteBudget, RatePenalty
 from psc_lightning.levels import LEVELS
 from psc_lightning.live import compressed
 from psc_lightning.masks import MASKS
@@ -42,7 +42,9 @@ CHOSEN: dict[str, Method] = {
     **{f"mask: {name}": Method(lambda net, name=name: [mask(name)]) for name in MASKS},  # type: ignore[misc]
     **{f"tying: {name}": Method(lambda net, name=name: [sharing(name)]) for name in TYINGS},  # type: ignore[misc]
     "uniform, learned step": Method(lambda net: [levels("uniform", bits=4, learned_step=True)]),
-    "uniform, inputs rounded": Method(lambda net: [levels("uniform", bits=7, activations=8)]),
+    "uniform, inputs rounded": Method(
+        lambda net: [levels("uniform", bits=7), ActivationQuantization(schedule="constant")]
+    ),
     "uniform, rate penalty": Method(lambda net: [levels("uniform", bits=4), RatePenalty(weight=1e-6, every=2)]),
     "codebook by channel": Method(lambda net: [levels("codebook", k=4, group="channel")]),
     "uniform, log8 scales": Method(lambda net: [levels("uniform", bits=4, scales="log8")]),
