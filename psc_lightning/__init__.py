@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from psc_lightning.configs import config_dir
     from psc_lightning.export.onnx import export_onnx
     from psc_lightning.folding import fold_batchnorm
-    from psc_lightning.live import detach
     from psc_lightning.loading import load_checkpoint
     from psc_lightning.oneshot import Plan, attach, compress, plan
     from psc_lightning.report.numbers import Report, TensorReport
     from psc_lightning.schedule import Schedule
+    from psc_lightning.slots.live import detach
     from psc_lightning.training.batchnorm import refresh_batchnorm
 
 __version__ = "0.1.0"
@@ -50,7 +50,7 @@ _HOMES = {
     "configs": ("config_dir",),
     "export.onnx": ("export_onnx",),
     "folding": ("fold_batchnorm",),
-    "live": ("detach",),
+    "slots.live": ("detach",),
     "loading": ("load_checkpoint",),
     "oneshot": ("Plan", "attach", "compress", "plan"),
     "report.numbers": ("Report", "TensorReport"),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.functional import straight_through
+from psc_lightning.numerics.functional import straight_through
 
 __all__ = ["Activations", "Grid", "Range", "Ranges", "activations", "grid", "hold", "let_go", "of", "takes_inputs"]
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Tracer
 
-from psc_lightning.layout import Layout
-from psc_lightning.live import held
 from psc_lightning.sharding import sharded_modules
+from psc_lightning.slots.layout import Layout
+from psc_lightning.slots.live import held
 
 __all__ = ["fold_batchnorm"]
 

@@ -15,12 +15,12 @@ from psc_lightning import activations
 from psc_lightning.callbacks.activations import ActivationQuantization, inputs_of, layers_of
 from psc_lightning.callbacks.slot import SlotCallback
 from psc_lightning.checkpoint import plain_name, read_content, tensors_of
-from psc_lightning.ladder import set_threshold
-from psc_lightning.latent import Compressed
-from psc_lightning.live import compressed, hold
 from psc_lightning.sharding import sharded_modules
-from psc_lightning.slots import SLOTS, Slots, Spec
-from psc_lightning.targets import Target, tensors
+from psc_lightning.slots.ladder import set_threshold
+from psc_lightning.slots.latent import Compressed
+from psc_lightning.slots.live import compressed, hold
+from psc_lightning.slots.slots import SLOTS, Slots, Spec
+from psc_lightning.slots.targets import Target, tensors
 from psc_lightning.training import entry
 
 if TYPE_CHECKING:

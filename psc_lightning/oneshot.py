@@ -21,12 +21,12 @@ from psc_lightning.callbacks.activations import ActivationQuantization
 from psc_lightning.callbacks.budget import ByteBudget, in_bytes
 from psc_lightning.callbacks.presets import preset
 from psc_lightning.callbacks.slot import SlotCallback
-from psc_lightning.chain import Chain
-from psc_lightning.live import Place, compressed, held, let_go
 from psc_lightning.masks import MASKS, Mask
 from psc_lightning.report.numbers import Report
 from psc_lightning.sharding import is_sharded
-from psc_lightning.targets import Target, left_out, tensors
+from psc_lightning.slots.chain import Chain
+from psc_lightning.slots.live import Place, compressed, held, let_go
+from psc_lightning.slots.targets import Target, left_out, tensors
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback

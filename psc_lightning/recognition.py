@@ -15,14 +15,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from psc_lightning.chain import Chain
-from psc_lightning.functional import Group, split
-from psc_lightning.grid import grid_steps
-from psc_lightning.layout import Layout
 from psc_lightning.levels import LEVELS, ROOTS, Levels
 from psc_lightning.masks import MASKS, Mask
-from psc_lightning.precision import PRECISIONS, power_of_two
-from psc_lightning.slots import HARD, SLOTS, Slots, Spec
+from psc_lightning.numerics.functional import Group, split
+from psc_lightning.numerics.grid import grid_steps
+from psc_lightning.numerics.precision import PRECISIONS, power_of_two
+from psc_lightning.slots.chain import Chain
+from psc_lightning.slots.layout import Layout
+from psc_lightning.slots.slots import HARD, SLOTS, Slots, Spec
 
 __all__ = ["recognise", "same_bits"]
 

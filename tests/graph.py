@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.chain import Chain, Strengths
-from psc_lightning.functional import spread
 from psc_lightning.levels import Levels
 from psc_lightning.levels.codebook import CodebookLevels
 from psc_lightning.levels.ttq import TrainedTernaryLevels
 from psc_lightning.levels.uniform import UniformLevels
 from psc_lightning.masks import Mask
-from psc_lightning.slots import Slots
+from psc_lightning.numerics.functional import spread
+from psc_lightning.slots.chain import Chain, Strengths
+from psc_lightning.slots.slots import Slots
 
 __all__ = ["chained", "levelled", "masked", "straight", "through_all"]
 

@@ -16,14 +16,14 @@ from graph import through_all
 from torch import Tensor, nn
 
 from psc_lightning.artifact import load, load_into, to_bytes
-from psc_lightning.functional import zero_count
-from psc_lightning.latent import Compressed
-from psc_lightning.layout import Layout
 from psc_lightning.levels import LEVELS
-from psc_lightning.live import detach, held, hold
 from psc_lightning.masks import MASKS
-from psc_lightning.slots import SLOTS, Slots, Spec
-from psc_lightning.stored import decode
+from psc_lightning.numerics.functional import zero_count
+from psc_lightning.slots.latent import Compressed
+from psc_lightning.slots.layout import Layout
+from psc_lightning.slots.live import detach, held, hold
+from psc_lightning.slots.slots import SLOTS, Slots, Spec
+from psc_lightning.slots.stored import decode
 from psc_lightning.tying import TYINGS
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], str]] = {

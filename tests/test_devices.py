@@ -10,9 +10,9 @@ import torch
 from far import Far, FarDevice
 from test_contract import LAYERS, Choice, alone, applies, combinations, fill, label
 
-from psc_lightning.asking import answers
 from psc_lightning.callbacks import GradientClipping
-from psc_lightning.slots import Slots
+from psc_lightning.numerics.asking import answers
+from psc_lightning.slots.slots import Slots
 from psc_lightning.training.sidecars import Sidecars
 
 

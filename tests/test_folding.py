@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from psc_lightning import StraightThroughQuantization, compress, fold_batchnorm, load, load_into, save
 from psc_lightning.app.models import ResNet20
 from psc_lightning.artifact import to_bytes
-from psc_lightning.live import compressed
+from psc_lightning.slots.live import compressed
 
 
 def shaken(model: nn.Module) -> nn.Module:

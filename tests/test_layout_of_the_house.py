@@ -27,19 +27,16 @@ METHODS = [(folder, name, cls) for folder, (methods, _) in FOLDERS.items() for n
 
 # Lower layers first; a module may import from its own package and from lower layers.
 LAYERS = [
-    {"words", "asking"},
-    {"symbols", "strips", "selection", "clustering", "grid", "options", "files", "strict_json"},
-    {"bits", "functional", "prices", "schedule", "layout", "configs", "sharding", "checkpoint"},
-    {"precision", "report", "marks"},
+    {"words"},
+    {"symbols", "options", "files", "strict_json"},
+    {"prices", "schedule", "configs", "sharding", "checkpoint"},
+    {"report", "numerics"},
     {"tying", "masks", "levels", "activations"},
-    {"stored", "chain", "spec"},
     {"slots"},
-    {"latent", "ladder", "recognition", "tape"},
-    {"live"},
-    {"folding", "targets"},
+    {"folding", "recognition"},
     {"training", "artifact"},
     {"callbacks"},
-    {"oneshot", "export", "loading"},
+    {"export", "oneshot", "loading"},
     {"app"},
     {"cli"},
 ]

@@ -31,8 +31,8 @@ from training import (
 from psc_lightning import detach, load, load_checkpoint, measure, save
 from psc_lightning.activations import activations
 from psc_lightning.artifact import to_bytes
-from psc_lightning.ladder import set_threshold
-from psc_lightning.live import compressed
+from psc_lightning.slots.ladder import set_threshold
+from psc_lightning.slots.live import compressed
 from psc_lightning.training.entry import KEY
 
 pytestmark = QUIET

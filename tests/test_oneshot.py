@@ -21,7 +21,7 @@ from psc_lightning import (
     plan,
 )
 from psc_lightning.artifact import to_bytes
-from psc_lightning.live import compressed
+from psc_lightning.slots.live import compressed
 
 PRESETS = sorted(path.stem for path in (config_dir() / "compression").glob("*.yaml"))
 DRIVEN = ("mask", "deep")

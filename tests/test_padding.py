@@ -11,9 +11,9 @@ from training import QUIET, trainer
 
 from psc_lightning import MaskLearning, StraightThroughQuantization, WeightSharing, compress, load, save
 from psc_lightning.levels import LEVELS
-from psc_lightning.live import compressed
 from psc_lightning.masks import MASKS
 from psc_lightning.masks.units import GRANULARITIES
+from psc_lightning.slots.live import compressed
 
 pytestmark = QUIET
 

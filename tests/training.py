@@ -23,8 +23,8 @@ from psc_lightning import (
     StraightThroughQuantization,
     WeightSharing,
 )
-from psc_lightning.live import compressed
-from psc_lightning.slots import Slots
+from psc_lightning.slots.live import compressed
+from psc_lightning.slots.slots import Slots
 from psc_lightning.training.conductor import Conductor
 from psc_lightning.training.entry import KEY
 

@@ -22,12 +22,12 @@ from psc_lightning.artifact.streams import Stream, SymbolReader, SymbolWriter
 from psc_lightning.artifact.summary import Summary, batchnorm_batches, layer_types, report_of, summarise, tell_dense
 from psc_lightning.checkpoint import plain_name
 from psc_lightning.files import Place, Source, write_atomic
-from psc_lightning.live import note_read
 from psc_lightning.report.numbers import Report
 from psc_lightning.sharding import by_rank_zero, sharded_modules, whole
-from psc_lightning.stored import Stored, decode
-from psc_lightning.tape import Item, Recorder
-from psc_lightning.targets import tensors
+from psc_lightning.slots.live import note_read
+from psc_lightning.slots.stored import Stored, decode
+from psc_lightning.slots.tape import Item, Recorder
+from psc_lightning.slots.targets import tensors
 
 __all__ = ["inspect", "is_part", "load", "load_into", "load_stored", "measure", "save", "to_bytes", "verify"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from psc_lightning.artifact.directory import Entry, Kind
-from psc_lightning.bits import read_bits, write_bits
-from psc_lightning.precision import PRECISIONS, power_of_two
+from psc_lightning.numerics.bits import read_bits, write_bits
+from psc_lightning.numerics.precision import PRECISIONS, power_of_two
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["LEFTOVERS", "Precisions", "check", "decode", "encode", "groups", "kind_of", "stored_as"]

@@ -19,14 +19,14 @@ from psc_lightning.artifact.directory import DTYPES, Entry
 from psc_lightning.artifact.leftovers import Precisions
 from psc_lightning.artifact.streams import SymbolWriter
 from psc_lightning.checkpoint import plain_name
-from psc_lightning.live import compressed, read_from, under_names
 from psc_lightning.recognition import recognise, same_bits
 from psc_lightning.sharding import gather, is_sharded, reshard, whole
-from psc_lightning.slots import Slots
-from psc_lightning.stored import Stored
+from psc_lightning.slots.live import compressed, read_from, under_names
+from psc_lightning.slots.slots import Slots
+from psc_lightning.slots.stored import Stored
+from psc_lightning.slots.tape import Tape
+from psc_lightning.slots.targets import Target, matches_name, patterns, tensors
 from psc_lightning.symbols import Writer
-from psc_lightning.tape import Tape
-from psc_lightning.targets import Target, matches_name, patterns, tensors
 
 __all__ = [
     "AXES",

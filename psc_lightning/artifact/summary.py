@@ -15,8 +15,8 @@ from psc_lightning.artifact.directory import Entry, Kind
 from psc_lightning.artifact.snapshots import AXES, ENTRIES
 from psc_lightning.artifact.streams import Stream
 from psc_lightning.checkpoint import plain_name
-from psc_lightning.live import compressed
 from psc_lightning.report.numbers import Report, TensorReport
+from psc_lightning.slots.live import compressed
 from psc_lightning.symbols import PIECE
 
 __all__ = ["Summary", "batchnorm_batches", "layer_types", "report_of", "summarise", "tell_dense"]

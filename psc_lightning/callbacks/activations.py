@@ -10,7 +10,7 @@ from torch import nn
 from psc_lightning.activations import Activations, hold, of, takes_inputs
 from psc_lightning.options import whole
 from psc_lightning.schedule import Schedule
-from psc_lightning.targets import Idle, Selection, Target, frozen, patterns, select
+from psc_lightning.slots.targets import Idle, Selection, Target, frozen, patterns, select
 from psc_lightning.training.conductor import Conductor
 from psc_lightning.words import hinting
 

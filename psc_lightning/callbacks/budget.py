@@ -16,9 +16,9 @@ from psc_lightning.artifact import dense_bytes, measure
 from psc_lightning.artifact.leftovers import Precisions
 from psc_lightning.callbacks.rate import BITS, LADDERS, Rate, add, has_ladder, like
 from psc_lightning.checkpoint import plain_name
-from psc_lightning.ladder import rungs_of, set_threshold
-from psc_lightning.live import Place
 from psc_lightning.report.numbers import Report
+from psc_lightning.slots.ladder import rungs_of, set_threshold
+from psc_lightning.slots.live import Place
 from psc_lightning.training.cast import Cast
 from psc_lightning.training.conductor import Conductor
 from psc_lightning.words import hinting

@@ -12,8 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from psc_lightning.layout import Layout
-from psc_lightning.targets import named, patterns
+from psc_lightning.slots.layout import Layout
+from psc_lightning.slots.targets import named, patterns
 from psc_lightning.training.conductor import Conductor
 from psc_lightning.training.run import callbacks_of
 from psc_lightning.words import hinting

@@ -14,8 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from psc_lightning.checkpoint import read_tensors
-from psc_lightning.live import detach
 from psc_lightning.options import positive, share
+from psc_lightning.slots.live import detach
 from psc_lightning.words import hinting
 
 __all__ = ["Distillation"]

@@ -10,8 +10,8 @@ from lightning.pytorch import Callback
 from psc_lightning.callbacks.slot import SlotCallback
 from psc_lightning.configs import config_dir
 from psc_lightning.options import one_of
-from psc_lightning.slots import SLOTS
-from psc_lightning.targets import patterns
+from psc_lightning.slots.slots import SLOTS
+from psc_lightning.slots.targets import patterns
 from psc_lightning.words import elsewhere, hint, known
 
 __all__ = ["composed", "preset", "readers", "wanted"]

@@ -9,11 +9,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from psc_lightning.ladder import descend, rungs_of
-from psc_lightning.live import Place
 from psc_lightning.options import positive, whole
 from psc_lightning.prices import Prices
 from psc_lightning.sharding import is_sharded, scatter
+from psc_lightning.slots.ladder import descend, rungs_of
+from psc_lightning.slots.live import Place
 from psc_lightning.training.cast import Cast
 from psc_lightning.training.conductor import Conductor
 from psc_lightning.words import hinting

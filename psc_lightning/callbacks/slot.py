@@ -10,15 +10,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from psc_lightning.artifact.snapshots import check
-from psc_lightning.latent import Compressed
 from psc_lightning.levels import Levels
-from psc_lightning.live import Place, held, hold
 from psc_lightning.masks import Mask
 from psc_lightning.options import checked, one_of, positive, whole
 from psc_lightning.schedule import Schedule
 from psc_lightning.sharding import is_sharded, sharded_modules
-from psc_lightning.slots import Slots, Spec
-from psc_lightning.targets import Idle, Selection, Target, frozen, patterns, select
+from psc_lightning.slots.latent import Compressed
+from psc_lightning.slots.live import Place, held, hold
+from psc_lightning.slots.slots import Slots, Spec
+from psc_lightning.slots.targets import Idle, Selection, Target, frozen, patterns, select
 from psc_lightning.training.conductor import Conductor
 from psc_lightning.tying import TYINGS, Tying
 

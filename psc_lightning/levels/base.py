@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.asking import Question, answer
-from psc_lightning.functional import Group, group_counts, split, spread
+from psc_lightning.numerics.asking import Question, answer
+from psc_lightning.numerics.functional import Group, group_counts, split, spread
+from psc_lightning.numerics.precision import PRECISIONS, Rounding
+from psc_lightning.numerics.strips import Survivors, blank_, strips, survivors, whole
 from psc_lightning.options import grouping, one_of
-from psc_lightning.precision import PRECISIONS, Rounding
-from psc_lightning.strips import Survivors, blank_, strips, survivors, whole
 from psc_lightning.symbols import Reader, Writer, look_up, pieces
 
 __all__ = ["Grouping", "Levels", "Scales"]

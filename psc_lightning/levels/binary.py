@@ -8,7 +8,6 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from psc_lightning.functional import spread
 from psc_lightning.levels.base import (
     Grouping,
     Levels,
@@ -20,9 +19,10 @@ from psc_lightning.levels.base import (
     write_codes,
     write_group,
 )
+from psc_lightning.numerics.functional import spread
+from psc_lightning.numerics.precision import read_numbers, write_numbers
+from psc_lightning.numerics.strips import Survivors
 from psc_lightning.options import one_of
-from psc_lightning.precision import read_numbers, write_numbers
-from psc_lightning.strips import Survivors
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["FORMS", "BinaryLevels"]

@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.clustering import optimal_centroids
-from psc_lightning.functional import give_gradient, group_counts, split, spread
 from psc_lightning.levels.base import (
     Grouping,
     Levels,
@@ -24,9 +22,11 @@ from psc_lightning.levels.base import (
     write_codes,
     write_group,
 )
+from psc_lightning.numerics.clustering import optimal_centroids
+from psc_lightning.numerics.functional import give_gradient, group_counts, split, spread
+from psc_lightning.numerics.precision import power_of_two, read_numbers, write_numbers
+from psc_lightning.numerics.strips import blank_, strips
 from psc_lightning.options import whole
-from psc_lightning.precision import power_of_two, read_numbers, write_numbers
-from psc_lightning.strips import blank_, strips
 from psc_lightning.symbols import Reader, Writer, pieces
 
 __all__ = ["CodebookLevels"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from psc_lightning.asking import Question
-from psc_lightning.bits import read_kept, write_bits
 from psc_lightning.levels.base import Levels, Shape, largest
-from psc_lightning.strips import survivors
+from psc_lightning.numerics.asking import Question
+from psc_lightning.numerics.bits import read_kept, write_bits
+from psc_lightning.numerics.strips import survivors
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["BFloat16Levels", "Float16Levels"]

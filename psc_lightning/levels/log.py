@@ -9,11 +9,11 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from psc_lightning.functional import spread
 from psc_lightning.levels.base import Grouping, Levels, Shape, largest, read_codes, read_group, write_codes, write_group
+from psc_lightning.numerics.functional import spread
+from psc_lightning.numerics.precision import on
+from psc_lightning.numerics.strips import Survivors
 from psc_lightning.options import one_of, whole
-from psc_lightning.precision import on
-from psc_lightning.strips import Survivors
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["ROOTS", "LogLevels"]

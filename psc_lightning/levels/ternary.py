@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from psc_lightning.functional import spread
 from psc_lightning.levels.base import Grouping, Levels, Scales, Shape, read_codes, read_group, write_codes, write_group
-from psc_lightning.precision import read_numbers, write_numbers
-from psc_lightning.strips import Survivors
+from psc_lightning.numerics.functional import spread
+from psc_lightning.numerics.precision import read_numbers, write_numbers
+from psc_lightning.numerics.strips import Survivors
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["TernaryLevels"]

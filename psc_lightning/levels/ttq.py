@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.asking import Question, answer
-from psc_lightning.functional import give_gradient, group_counts, spread
 from psc_lightning.levels.base import Grouping, Levels, Scales, Shape, read_codes, read_group, write_codes, write_group
-from psc_lightning.precision import power_of_two, read_numbers, write_numbers
-from psc_lightning.strips import blank_, strips, survivors
+from psc_lightning.numerics.asking import Question, answer
+from psc_lightning.numerics.functional import give_gradient, group_counts, spread
+from psc_lightning.numerics.precision import power_of_two, read_numbers, write_numbers
+from psc_lightning.numerics.strips import blank_, strips, survivors
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["TrainedTernaryLevels"]

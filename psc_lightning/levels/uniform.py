@@ -9,8 +9,6 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.functional import give_gradient, split, spread, survivor_magnitude
-from psc_lightning.grid import grid_steps
 from psc_lightning.levels.base import (
     Grouping,
     Levels,
@@ -23,9 +21,11 @@ from psc_lightning.levels.base import (
     write_codes,
     write_group,
 )
+from psc_lightning.numerics.functional import give_gradient, split, spread, survivor_magnitude
+from psc_lightning.numerics.grid import grid_steps
+from psc_lightning.numerics.precision import power_of_two, read_numbers, write_numbers
+from psc_lightning.numerics.strips import Survivors, blank_
 from psc_lightning.options import one_of, whole
-from psc_lightning.precision import power_of_two, read_numbers, write_numbers
-from psc_lightning.strips import Survivors, blank_
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["UniformLevels"]

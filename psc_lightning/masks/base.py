@@ -10,12 +10,12 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.asking import Question, answer
-from psc_lightning.functional import Group, group_counts, zero_count
 from psc_lightning.masks.units import GRANULARITIES, Units
+from psc_lightning.numerics.asking import Question, answer
+from psc_lightning.numerics.functional import Group, group_counts, zero_count
+from psc_lightning.numerics.selection import choose, magnitudes, mark_largest, numbers
+from psc_lightning.numerics.strips import blank_, strips
 from psc_lightning.options import grouping, one_of, share, whole
-from psc_lightning.selection import choose, magnitudes, mark_largest, numbers
-from psc_lightning.strips import blank_, strips
 
 __all__ = ["Mask"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.asking import Question
-from psc_lightning.functional import give_gradient, zero_count
 from psc_lightning.masks.base import Mask
-from psc_lightning.selection import choose, magnitudes, mark_largest, numbers
-from psc_lightning.strips import blank_
+from psc_lightning.numerics.asking import Question
+from psc_lightning.numerics.functional import give_gradient, zero_count
+from psc_lightning.numerics.selection import choose, magnitudes, mark_largest, numbers
+from psc_lightning.numerics.strips import blank_
 
 __all__ = ["MovementMask"]
 

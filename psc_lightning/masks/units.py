@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from psc_lightning.functional import block_expand, block_sum
+from psc_lightning.numerics.functional import block_expand, block_sum
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["GRANULARITIES", "Units", "read_keep"]

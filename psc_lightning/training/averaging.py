@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
-from psc_lightning.live import Place
 from psc_lightning.sharding import gather
+from psc_lightning.slots.live import Place
 from psc_lightning.training.run import is_named
 
 __all__ = ["Average"]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from psc_lightning.live import compressed
+from psc_lightning.slots.live import compressed
 from psc_lightning.training.batches import Call, call_of, on_device, shortened
 
 __all__ = ["Inputs", "note_refreshed", "refresh_batchnorm"]

@@ -11,10 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
-from psc_lightning.live import Place, compressed, forget
 from psc_lightning.schedule import Schedule
-from psc_lightning.slots import SLOTS
-from psc_lightning.targets import Idle, Selection, left_out
+from psc_lightning.slots.live import Place, compressed, forget
+from psc_lightning.slots.slots import SLOTS
+from psc_lightning.slots.targets import Idle, Selection, left_out
 from psc_lightning.training.batchnorm import MOST, SHARE
 from psc_lightning.training.rounding import Rounder, Rounding
 from psc_lightning.training.run.length import Length

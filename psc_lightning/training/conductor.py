@@ -14,10 +14,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from psc_lightning.activations import activations
-from psc_lightning.asking import answers
-from psc_lightning.live import compressed, hand_back
+from psc_lightning.numerics.asking import answers
 from psc_lightning.sharding import sharded_modules
-from psc_lightning.slots import SLOTS
+from psc_lightning.slots.live import compressed, hand_back
+from psc_lightning.slots.slots import SLOTS
 from psc_lightning.training import entry
 from psc_lightning.training.averaging import Average
 from psc_lightning.training.batchnorm import Inputs, note_refreshed

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from psc_lightning.slots import SLOTS, Slots, Spec
+from psc_lightning.slots.slots import SLOTS, Slots, Spec
 from psc_lightning.training.averaging import Average
 from psc_lightning.training.cast import Cast
 

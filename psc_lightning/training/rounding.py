@@ -11,7 +11,7 @@ from torch import distributed, nn
 
 from psc_lightning.activations import Activations, let_go, of
 from psc_lightning.schedule import Schedule
-from psc_lightning.targets import Idle, Selection
+from psc_lightning.slots.targets import Idle, Selection
 
 __all__ = ["Rounder", "Rounding"]
 

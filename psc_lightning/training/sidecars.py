@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from psc_lightning.asking import read
+from psc_lightning.numerics.asking import read
 
 __all__ = ["Sidecars"]
 

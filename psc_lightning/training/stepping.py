@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from psc_lightning.asking import answers
-from psc_lightning.live import Place
-from psc_lightning.marks import trace
+from psc_lightning.numerics.asking import answers
 from psc_lightning.sharding import gather, is_sharded, local
-from psc_lightning.slots import SLOTS
+from psc_lightning.slots.live import Place
+from psc_lightning.slots.marks import trace
+from psc_lightning.slots.slots import SLOTS
 from psc_lightning.training.cast import Cast
 from psc_lightning.training.run import user_rate
 

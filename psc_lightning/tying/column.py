@@ -8,7 +8,7 @@ from typing import Annotated
 
 from torch import Tensor
 
-from psc_lightning.functional import block_expand, block_mean
+from psc_lightning.numerics.functional import block_expand, block_mean
 from psc_lightning.options import whole
 from psc_lightning.symbols import Reader, Writer
 from psc_lightning.tying.base import Shape, Tying

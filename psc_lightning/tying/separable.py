@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.functional import doubled
+from psc_lightning.numerics.functional import doubled
 from psc_lightning.options import share_or_whole
 from psc_lightning.symbols import Reader, Writer
 from psc_lightning.tying.base import Shape, Tying

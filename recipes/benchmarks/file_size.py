@@ -28,8 +28,9 @@ import zstandard
 from torch import Tensor, nn
 
 import psc_lightning
-from psc_lightning import MaskLearning, StraightThroughQuantization, stored
+from psc_lightning import MaskLearning, StraightThroughQuantization
 from psc_lightning.artifact import file, streams
+from psc_lightning.slots import stored
 from psc_lightning.symbols import look_up
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "file_size.md"

@@ -24,7 +24,7 @@ from step.fits import machine
 from torch import nn
 
 from psc_lightning import StraightThroughQuantization, attach, plan
-from psc_lightning.live import compressed
+from psc_lightning.slots.live import compressed
 
 
 def imported(modules: str) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from psc_lightning.artifact import to_bytes
 from psc_lightning.artifact.directory import DTYPES
-from psc_lightning.live import held
+from psc_lightning.slots.live import held
 from psc_lightning.strict_json import json_text
 
 FOLDER = Path(__file__).parent / "golden"

@@ -8,11 +8,11 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.latent import Compressed
-from psc_lightning.layout import Layout
 from psc_lightning.levels import LEVELS
-from psc_lightning.live import hold
-from psc_lightning.slots import Slots, Spec
+from psc_lightning.slots.latent import Compressed
+from psc_lightning.slots.layout import Layout
+from psc_lightning.slots.live import hold
+from psc_lightning.slots.slots import Slots, Spec
 from psc_lightning.tying import TYINGS
 
 

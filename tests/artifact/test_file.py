@@ -30,8 +30,8 @@ from psc_lightning.artifact import (
     to_bytes,
     verify,
 )
-from psc_lightning.live import held, hold
-from psc_lightning.precision import PRECISIONS, power_of_two
+from psc_lightning.numerics.precision import PRECISIONS, power_of_two
+from psc_lightning.slots.live import held, hold
 
 
 def raw(tensor: Tensor) -> bytes:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from psc_lightning import compress, detach, load, load_into, measure, save
 from psc_lightning.artifact import to_bytes
-from psc_lightning.layout import Layout
 from psc_lightning.recognition import recognise
+from psc_lightning.slots.layout import Layout
 from psc_lightning.tying import TYINGS
 
 HALF, MOST = ("magnitude", {"threshold": 0.3}), ("magnitude", {"threshold": 0.9})

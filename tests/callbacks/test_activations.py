@@ -24,7 +24,7 @@ from psc_lightning import (
     save,
 )
 from psc_lightning.activations import Grid, of
-from psc_lightning.live import hand_back
+from psc_lightning.slots.live import hand_back
 
 pytestmark = QUIET
 

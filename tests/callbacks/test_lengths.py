@@ -15,7 +15,7 @@ from psc_lightning import MaskLearning, StraightThroughQuantization, WeightShari
 from psc_lightning.artifact import to_bytes
 from psc_lightning.levels import LEVELS
 from psc_lightning.masks import MASKS
-from psc_lightning.slots import SLOTS
+from psc_lightning.slots.slots import SLOTS
 from psc_lightning.tying import TYINGS
 
 pytestmark = QUIET

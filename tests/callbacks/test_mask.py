@@ -11,7 +11,7 @@ from torch import nn
 from training import QUIET, Net, Shown, fit, slots_at, slotted, trainer
 
 from psc_lightning import MaskLearning, StraightThroughQuantization, WeightSharing
-from psc_lightning.functional import zero_count
+from psc_lightning.numerics.functional import zero_count
 
 pytestmark = QUIET
 

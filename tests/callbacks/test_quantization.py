@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from training import QUIET, Net, Shown, fit, latents, slots_at
 
 from psc_lightning import MaskLearning, StraightThroughQuantization
-from psc_lightning.live import compressed
+from psc_lightning.slots.live import compressed
 
 pytestmark = QUIET
 

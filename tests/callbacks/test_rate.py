@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from training import QUIET, Net, Shown, fit, slots_at
 
 from psc_lightning import RatePenalty, StraightThroughQuantization, WeightSharing, measure
-from psc_lightning.ladder import rungs_of
 from psc_lightning.levels import LEVELS
 from psc_lightning.prices import Prices
+from psc_lightning.slots.ladder import rungs_of
 
 pytestmark = QUIET
 

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from training import QUIET, Net, Shown, differences, fit, latents, slotted
 
 from psc_lightning import MaskLearning, WeightSharing
-from psc_lightning.live import compressed
+from psc_lightning.slots.live import compressed
 
 pytestmark = QUIET
 

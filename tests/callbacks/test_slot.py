@@ -34,8 +34,8 @@ from training import (
 
 from psc_lightning import MaskLearning, StraightThroughQuantization, WeightSharing, detach, load, save
 from psc_lightning.artifact import to_bytes
-from psc_lightning.live import compressed
-from psc_lightning.slots import SLOTS
+from psc_lightning.slots.live import compressed
+from psc_lightning.slots.slots import SLOTS
 
 pytestmark = QUIET
 

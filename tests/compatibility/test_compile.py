@@ -12,8 +12,8 @@ from torch import nn
 from training import INPUTS, LABELS, QUIET, RUNS, Loader, Net, differences, fit, latents, sidecars, trainer
 
 from psc_lightning import load, load_into, save
-from psc_lightning.live import compressed
-from psc_lightning.slots import SLOTS
+from psc_lightning.slots.live import compressed
+from psc_lightning.slots.slots import SLOTS
 
 # Dynamo itself makes an instance of each autograd.Function that it traces.
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import psc_lightning
 from psc_lightning.cli import main
 from psc_lightning.export import EXPORTERS, Exporter
-from psc_lightning.stored import Stored
+from psc_lightning.slots.stored import Stored
 
 
 @pytest.mark.parametrize("name", EXPORTERS)

@@ -29,8 +29,8 @@ from psc_lightning import (
 )
 from psc_lightning.activations import of
 from psc_lightning.app.models import Block
-from psc_lightning.latent import Compressed
-from psc_lightning.live import held
+from psc_lightning.slots.latent import Compressed
+from psc_lightning.slots.live import held
 
 
 def tensor_of(layer: nn.Module) -> Compressed:

@@ -14,7 +14,7 @@ from training import QUIET, Loader, differences, fit, random_state, run_state, t
 
 import psc_lightning
 from psc_lightning import MaskLearning, StraightThroughQuantization, WeightSharing, detach, export_onnx
-from psc_lightning.live import compressed
+from psc_lightning.slots.live import compressed
 
 # Bits a weight, before entropy coding (README): a masked one has a bit a unit, and its levels' bits a survivor.
 BITS = {"float": 1 + 8 * 0.5, "binary": 1, "ternary": 1.6, "log": 8, "codebook": 4}

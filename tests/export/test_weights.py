@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from psc_lightning.export.onnx.graph import Graph
 from psc_lightning.export.onnx.weights import write_weight
-from psc_lightning.layout import Layout
 from psc_lightning.levels import LEVELS
-from psc_lightning.slots import Slots, Spec
-from psc_lightning.stored import Stored
+from psc_lightning.slots.layout import Layout
+from psc_lightning.slots.slots import Slots, Spec
+from psc_lightning.slots.stored import Stored
 from psc_lightning.tying import TYINGS, Tying
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {

@@ -7,7 +7,7 @@ import torch
 from training import COMBINATIONS, INPUTS, QUIET, Loader, Net, fit, trainer
 
 import psc_lightning
-from psc_lightning.live import compressed
+from psc_lightning.slots.live import compressed
 
 pytestmark = QUIET
 

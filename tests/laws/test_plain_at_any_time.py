@@ -27,7 +27,7 @@ from training import (
 )
 
 from psc_lightning import MaskLearning, StraightThroughQuantization, detach, load, load_into, measure, save
-from psc_lightning.live import compressed
+from psc_lightning.slots.live import compressed
 
 pytestmark = QUIET
 

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from psc_lightning import strips
 from psc_lightning.levels import LEVELS, ROOTS, Levels
 from psc_lightning.levels.codebook import CodebookLevels
 from psc_lightning.levels.uniform import UniformLevels
+from psc_lightning.numerics import strips
 
 METHODS: dict[str, Callable[..., Levels]] = {
     "uniform8": LEVELS["uniform"],

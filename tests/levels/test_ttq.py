@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from psc_lightning import StraightThroughQuantization, compress, load, save, strips
+from psc_lightning import StraightThroughQuantization, compress, load, save
 from psc_lightning.callbacks.presets import composed
 from psc_lightning.levels.ttq import TrainedTernaryLevels
+from psc_lightning.numerics import strips
 
 
 def ready(levels, x, keep=None):

@@ -20,7 +20,7 @@ from onnx.reference import ReferenceEvaluator
 
 from psc_lightning.activations import Ranges
 from psc_lightning.export.onnx.graph import Graph, leave_out_unused, reads
-from psc_lightning.stored import Stored
+from psc_lightning.slots.stored import Stored
 
 __all__ = ["remove_dead_channels"]
 

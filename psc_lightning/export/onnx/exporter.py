@@ -26,9 +26,9 @@ from psc_lightning.export.onnx.integers import run_in_integers
 from psc_lightning.export.onnx.separable import split_convolutions
 from psc_lightning.export.onnx.weights import write_weight
 from psc_lightning.files import Place, write_atomic
-from psc_lightning.layout import Layout
-from psc_lightning.live import detach
-from psc_lightning.stored import Stored
+from psc_lightning.slots.layout import Layout
+from psc_lightning.slots.live import detach
+from psc_lightning.slots.stored import Stored
 
 __all__ = ["export_onnx", "export_stored"]
 

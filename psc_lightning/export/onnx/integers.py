@@ -24,7 +24,7 @@ from psc_lightning.activations import Grid, Ranges, grid
 from psc_lightning.export.onnx.graph import Graph, leave_out_unused, reads
 from psc_lightning.export.onnx.packing import integer_constant, multiples
 from psc_lightning.export.onnx.weights import core_values
-from psc_lightning.stored import Stored
+from psc_lightning.slots.stored import Stored
 
 __all__ = ["run_in_integers"]
 

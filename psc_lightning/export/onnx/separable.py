@@ -10,7 +10,7 @@ from onnx import GraphProto, NodeProto, helper
 from psc_lightning.export.onnx.graph import Graph
 from psc_lightning.export.onnx.packing import pack
 from psc_lightning.export.onnx.weights import core_values
-from psc_lightning.stored import Stored
+from psc_lightning.slots.stored import Stored
 from psc_lightning.tying.separable import Separable
 
 __all__ = ["split_convolutions"]

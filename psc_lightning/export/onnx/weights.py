@@ -14,7 +14,7 @@ from torch import Tensor
 
 from psc_lightning.export.onnx.graph import Graph
 from psc_lightning.export.onnx.packing import dequantized, pack
-from psc_lightning.stored import Stored
+from psc_lightning.slots.stored import Stored
 from psc_lightning.tying.base import Tying
 from psc_lightning.tying.column import ColumnSharing
 from psc_lightning.tying.cross_channel import CrossChannelSharing

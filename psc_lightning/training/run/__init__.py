@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from psc_lightning.targets import Idle, Target, frozen
+from psc_lightning.slots.targets import Idle, Target, frozen
 
 __all__ = ["builds_late", "callbacks_of", "idle_in", "insert", "is_named", "user_rate"]
 

@@ -8,8 +8,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from psc_lightning.live import Place
-from psc_lightning.slots import HARD, SLOTS
+from psc_lightning.slots.live import Place
+from psc_lightning.slots.slots import HARD, SLOTS
 from psc_lightning.training.cast import Cast, SlotFiller
 from psc_lightning.training.rounding import Rounder
 from psc_lightning.training.run import callbacks_of, is_named

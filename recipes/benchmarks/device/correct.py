@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import psc_lightning
 from psc_lightning import ActivationQuantization, ByteBudget, RatePenalty
 from psc_lightning.levels import LEVELS
-from psc_lightning.live import compressed
 from psc_lightning.masks import MASKS
+from psc_lightning.slots.live import compressed
 from psc_lightning.tying import TYINGS
 
 __all__ = ["measure"]

@@ -19,7 +19,7 @@ from step.nets import Fit, Net
 from torch.utils.data import DataLoader
 
 from psc_lightning import attach
-from psc_lightning.live import compressed
+from psc_lightning.slots.live import compressed
 
 __all__ = ["WARM", "bandwidth", "machine", "pairs", "predictions", "spread"]
 

@@ -9,8 +9,8 @@ from torch import nn
 
 import psc_lightning
 from psc_lightning import MaskLearning, StraightThroughQuantization, WeightSharing
-from psc_lightning.live import held
-from psc_lightning.targets import patterns, select
+from psc_lightning.slots.live import held
+from psc_lightning.slots.targets import patterns, select
 
 
 class Net(nn.Module):

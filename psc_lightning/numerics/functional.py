@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psc_lightning.strips import STRIP, survivors
+from psc_lightning.numerics.strips import STRIP, survivors
 
 __all__ = [
     "Group",

@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
-from psc_lightning.layout import Layout
 from psc_lightning.sharding import is_sharded
+from psc_lightning.slots.layout import Layout
 
 __all__ = [
     "Idle",

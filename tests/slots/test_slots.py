@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from psc_lightning.layout import Layout
-from psc_lightning.slots import HARD, OFF, SOFT, Slots, Spec
-from psc_lightning.stored import decode
+from psc_lightning.slots.layout import Layout
+from psc_lightning.slots.slots import HARD, OFF, SOFT, Slots, Spec
+from psc_lightning.slots.stored import decode
 
 SHARE = {"threshold": 0.5}
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psc_lightning.bits import read_kept
-from psc_lightning.layout import Layout
 from psc_lightning.levels import LEVELS
 from psc_lightning.masks import read_keep
+from psc_lightning.numerics.bits import read_kept
+from psc_lightning.slots.layout import Layout
 from psc_lightning.symbols import Reader
 from psc_lightning.tying import TYINGS, Tying
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.slots import Slots
+from psc_lightning.slots.slots import Slots
 
 __all__ = ["Rungs", "descend", "rungs_of", "set_threshold"]
 

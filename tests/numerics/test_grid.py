@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psc_lightning.grid import grid_steps
+from psc_lightning.numerics.grid import grid_steps
 
 
 @settings(deadline=None)

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from psc_lightning.bits import read_bits, write_bits
+from psc_lightning.numerics.bits import read_bits, write_bits
 from psc_lightning.symbols import Reader, Writer
 
 __all__ = ["PRECISIONS", "Precision", "Rounding", "on", "power_of_two", "read_numbers", "write_numbers"]

@@ -13,12 +13,12 @@ from torch import nn
 
 from psc_lightning import ActivationQuantization, MaskLearning, StraightThroughQuantization, compress
 from psc_lightning.artifact import to_bytes
-from psc_lightning.latent import Compressed
-from psc_lightning.layout import Layout
 from psc_lightning.levels import LEVELS
-from psc_lightning.live import PLACE, compressed, detach, held, hold, let_go, under_names
 from psc_lightning.masks import MASKS
-from psc_lightning.slots import Slots, Spec
+from psc_lightning.slots.latent import Compressed
+from psc_lightning.slots.layout import Layout
+from psc_lightning.slots.live import PLACE, compressed, detach, held, hold, let_go, under_names
+from psc_lightning.slots.slots import Slots, Spec
 from psc_lightning.tying import TYINGS
 
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psc_lightning import strips as module
-from psc_lightning.strips import blank_, strips, survivors
+from psc_lightning.numerics import strips as module
+from psc_lightning.numerics.strips import blank_, strips, survivors
 
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from psc_lightning import activations
-from psc_lightning.latent import Compressed
 from psc_lightning.sharding import sharded_modules
+from psc_lightning.slots.latent import Compressed
 
 __all__ = [
     "Place",

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from psc_lightning.layout import Layout
+from psc_lightning.slots.layout import Layout
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.asking import Question
-from psc_lightning.bits import write_bits
 from psc_lightning.levels import Levels
 from psc_lightning.masks import Mask
 from psc_lightning.masks.units import Units
-from psc_lightning.strips import blank_
+from psc_lightning.numerics.asking import Question
+from psc_lightning.numerics.bits import write_bits
+from psc_lightning.numerics.strips import blank_
 from psc_lightning.symbols import Writer
 
 __all__ = ["Chain", "Strengths"]

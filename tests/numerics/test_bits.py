@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from psc_lightning import bits
+from psc_lightning.numerics import bits
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from psc_lightning.asking import Question, answer
+from psc_lightning.numerics.asking import Question, answer
 
 __all__ = ["Reader", "choose", "largest", "magnitudes", "mark_largest", "numbers"]
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psc_lightning import selection
-from psc_lightning.selection import largest, magnitudes, mark_largest, numbers
+from psc_lightning.numerics import selection
+from psc_lightning.numerics.selection import largest, magnitudes, mark_largest, numbers
 
 
 def dropped(scores: list[float], second: list[float] | None, zeros: int) -> list[int]:

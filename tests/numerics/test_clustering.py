@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psc_lightning import clustering
-from psc_lightning.clustering import optimal_centroids
+from psc_lightning.numerics import clustering
+from psc_lightning.numerics.clustering import optimal_centroids
 
 
 def distortion(values: np.ndarray, centroids: np.ndarray) -> float:

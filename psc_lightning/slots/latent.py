@@ -16,10 +16,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.asking import Copy, Question, answer
-from psc_lightning.marks import Mark, total, trace
+from psc_lightning.numerics.asking import Copy, Question, answer
 from psc_lightning.sharding import gather, is_sharded, local, scatter
-from psc_lightning.slots import SLOTS, SOFT, Slots
+from psc_lightning.slots.marks import Mark, total, trace
+from psc_lightning.slots.slots import SLOTS, SOFT, Slots
 
 __all__ = ["Compressed"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from psc_lightning.stored import Stored, decode
+from psc_lightning.slots.stored import Stored, decode
 from psc_lightning.symbols import Reader, Writer, look_up
 
 __all__ = ["Recorder", "Tape"]

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psc_lightning import functional as F
-from psc_lightning import strips
 from psc_lightning.levels.base import largest
-from psc_lightning.strips import survivors
+from psc_lightning.numerics import functional as F
+from psc_lightning.numerics import strips
+from psc_lightning.numerics.strips import survivors
 
 shapes = st.lists(st.integers(1, 5), min_size=2, max_size=4).map(tuple)
 seeds = st.integers(0, 99)

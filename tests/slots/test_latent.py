@@ -14,10 +14,10 @@ from graph import through_all
 from torch import Tensor, nn
 
 from psc_lightning.artifact import load, measure, save, to_bytes
-from psc_lightning.latent import Compressed
-from psc_lightning.layout import Layout
-from psc_lightning.live import held, hold
-from psc_lightning.slots import OFF, Slots, Spec
+from psc_lightning.slots.latent import Compressed
+from psc_lightning.slots.layout import Layout
+from psc_lightning.slots.live import held, hold
+from psc_lightning.slots.slots import OFF, Slots, Spec
 
 Methods = dict[str, tuple[str, dict[str, Any]]]
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psc_lightning.precision import PRECISIONS, Rounding, power_of_two, read_numbers, write_numbers
+from psc_lightning.numerics.precision import PRECISIONS, Rounding, power_of_two, read_numbers, write_numbers
 
 HALF, LOG8, SINGLE = PRECISIONS["float16"], PRECISIONS["log8"], PRECISIONS["float32"]
 

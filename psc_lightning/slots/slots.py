@@ -17,15 +17,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from psc_lightning.asking import Question, answer
-from psc_lightning.chain import Chain, Strengths
-from psc_lightning.functional import float32_by_default, give_gradient
-from psc_lightning.layout import Layout, memory_format
 from psc_lightning.levels import LEVELS
 from psc_lightning.masks import MASKS
-from psc_lightning.spec import Spec
-from psc_lightning.stored import Stored
-from psc_lightning.strips import blank_
+from psc_lightning.numerics.asking import Question, answer
+from psc_lightning.numerics.functional import float32_by_default, give_gradient
+from psc_lightning.numerics.strips import blank_
+from psc_lightning.slots.chain import Chain, Strengths
+from psc_lightning.slots.layout import Layout, memory_format
+from psc_lightning.slots.spec import Spec
+from psc_lightning.slots.stored import Stored
 from psc_lightning.symbols import Writer
 from psc_lightning.tying import TYINGS, Tying
 
