@@ -152,4 +152,4 @@ def test_a_second_fit_steers_from_where_it_starts():
     model, _ = fit([levels_of, steer], Wide(), max_epochs=12)
     steer.budget = steer.given = 900
     model, _ = fit([levels_of, steer], model, max_epochs=12)
-    assert 800 < measure(model, **WRITING).file_bytes <= 900
+    assert 0.85 * 900 < measure(model, **WRITING).file_bytes <= 900
