@@ -125,8 +125,8 @@ class Schedule:
     def ends(self, total_steps: int | float, since: int = 0) -> int:
         """The first step at full strength; arguments and errors as of `begins`.
 
-        >>> Schedule(end=0.7).ends(100), Schedule("constant", begin=0.1).ends(100), Schedule(begin=9, end=3).ends(100)
-        (70, 10, 9)
+        >>> Schedule(end=0.7).ends(100), Schedule("constant", begin=0.1).ends(100), Schedule(begin=3, end=3).ends(100)
+        (70, 10, 3)
         """
         begin = self.begins(total_steps, since)
         return begin if self.kind == "constant" else max(begin, _steps(self.end, total_steps, since))

@@ -149,6 +149,7 @@ def detach(module: M) -> M:
             "ranks, then psc_lightning.load(path) into a plain model"
         )
     for _, tensor, parameter in compressed(module):
+        tensor.absorb(parameter)  # what has been written to it since
         tensor.end_ramp(parameter)
         tensor.show_if_stale(parameter)
     for _, layer, name, _ in list(_holders(module)):

@@ -226,6 +226,7 @@ def test_batchnorm_is_folded_and_leftovers_are_on_a_grid(cli: Command, tmp_path:
     assert not list((tmp_path / "refused/checkpoints").glob("*"))
 
 
+@pytest.mark.filterwarnings("ignore:ByteBudget. the file has")  # it is an error of the run, too
 def test_a_budget_holds_for_any_preset_or_the_run_fails(cli: Command, tmp_path: Path) -> None:
     """Where it does not: exit status 1, the file under another name, what to do; its accuracy is reported all the same."""
     quick = ["trainer.max_epochs=6", "baseline.max_epochs=1", "data.batch_size=128", "leftovers=log8", "names=false"]
