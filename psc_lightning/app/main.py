@@ -120,7 +120,8 @@ def application(full: bool) -> Callable[[], None]:
 @closed_pipes()
 def main() -> None:
     """Run the command line; a mendable error is one line (HYDRA_FULL_ERROR=1 shows where it came from)."""
-    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    before = os.environ.get("HYDRA_FULL_ERROR", "0")
+    full = before == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them
     try:
         application(full)()
@@ -132,5 +133,6 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
+        os.environ["HYDRA_FULL_ERROR"] = before
         if SweepFolder.current is not None and is_main():
             summarise(SweepFolder.current)
