@@ -76,3 +76,9 @@ def test_the_accuracy_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path
     before = (tmp_path / "runs/digits/row/0/report.json").stat().st_mtime_ns
     run(*command, cwd=tmp_path, PSC_CACHE=str(tmp_path / "cache"))
     assert (tmp_path / "runs/digits/row/0/report.json").stat().st_mtime_ns == before
+
+
+def test_records_hold() -> None:
+    """Bytes and accuracy of each digits record, measured again by networks of the recipe's own."""
+    said = run("-m", "recipes.evaluate", "--only", "digits", cwd=ROOT)
+    assert said.count("digits_cnn_") == 6

@@ -77,7 +77,9 @@ def test_the_file_holds_the_longer_table_compressed(how, tied, tmp_path):
         assert torch.equal(value, found[name]), name
 
 
-@pytest.mark.filterwarnings("ignore:.* of it is zero already")  # a new layer has the zeros that ternary gave the old one
+@pytest.mark.filterwarnings(
+    "ignore:.* of it is zero already"
+)  # a new layer has the zeros that ternary gave the old one
 @pytest.mark.parametrize(("how", "tied"), HOWS)
 def test_training_goes_on_with_the_longer_table(how, tied, tmp_path):
     """Scores of the new size learn, and what comes out is the file's."""
