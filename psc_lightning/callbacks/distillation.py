@@ -70,7 +70,8 @@ class Distillation(Callback):
         self._copy: nn.Module | None = None  # that teaches
         self._restored: dict[str, Tensor] | None = None
         self._scale = 1.0
-        self._hook: Any = None
+        self._hooks: list[Any] = []
+        self._inner: list[bool] = []  # of the calls that are under way, whether they are the network's own
 
     # ------------------------------------------------------------------------------------------------ the teacher
 
@@ -89,18 +90,27 @@ class Distillation(Callback):
         if self._restored is not None:
             teacher.load_state_dict(self._restored)
         self._copy = teacher.to(pl_module.device).eval().requires_grad_(False)
-        self._hook = student.register_forward_hook(self._see, with_kwargs=True)
+        self._hooks = [
+            student.register_forward_pre_hook(self._enter),
+            student.register_forward_hook(self._see, with_kwargs=True),
+        ]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Take what the loss will be multiplied by before its gradient is taken."""
+        self._inner = []
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._scale = 1.0 if scaler is None else float(scaler.get_scale())
         if pl_module.automatic_optimization:
             self._scale /= trainer.accumulate_grad_batches
 
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook. Strategies of several processes call the training step by the module's `forward`."""
+        self._inner.append("_ForwardRedirection" not in getattr(module.forward, "__qualname__", ""))
+
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook: from here the gradient at this output has the teacher's part."""
-        if not torch.is_grad_enabled() or self._copy is None:
+        inner = self._inner.pop()
+        if not inner or not torch.is_grad_enabled() or self._copy is None:
             return
         if not isinstance(output, Tensor):
             raise ValueError(
@@ -139,9 +149,10 @@ class Distillation(Callback):
         self._forget()
 
     def _forget(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = self._copy = self._restored = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._inner = [], []
+        self._copy = self._restored = None
 
     def state_dict(self) -> dict[str, Any]:
         """The teacher's weights, where it is the network's start: a resumed run starts from others."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies.strategy import _ForwardRedirection
 from torch import nn
 from training import INPUTS, LABELS, QUIET, CpuScaler, Net, Shown, fit, layers
 
@@ -67,6 +68,23 @@ def test_the_gradient_is_that_of_both_losses(output, options):
         assert torch.allclose(mine, expected, rtol=1e-4, atol=1e-6)
     plain = first_gradients(**{**options, "plugins": CpuScaler()} if "plugins" in options else options)
     assert set(metrics) == set(plain[1])
+
+
+class Redirected(Watched):
+    """Calls its training step by its own forward, as strategies of several processes do."""
+
+    def training_step(self, batch, batch_idx):
+        return _ForwardRedirection()(self, self, "own_step", batch, batch_idx)
+
+    def own_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_training_step_that_goes_by_the_forward_is_not_taken_for_it():
+    found = []
+    fit([Distillation(nn.Sequential(teacher()), weight=0.25)], Redirected(found), max_epochs=1, limit_val_batches=0)
+    for mine, expected in zip(found[0], by_hand(teacher(), 1), strict=True):
+        assert torch.allclose(mine, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_start_teaches_by_default():
