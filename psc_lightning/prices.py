@@ -98,8 +98,7 @@ class Prices:
 
         The first rung's slope holds from 0 to 1: an entry that is rounded to zero is drawn on, and stays there.
         """
-        first = self._log_odds().expand(position.shape).clone() if self.row.dim() == 0 else self._log_odds()
-        first = first.neg_().add_(self.sizes[0]).clamp_min_(0.0)
+        first = self._log_odds().neg_().add_(self.sizes[0]).clamp_min_(0.0)
         steps = torch.cat((self.sizes[:1], self.sizes.diff(), self.sizes.new_zeros(1)))
         rung = position.abs().clamp_(max=len(self.sizes))
         further = steps.index_select(0, rung.to(torch.int32).reshape(-1)).reshape(position.shape)

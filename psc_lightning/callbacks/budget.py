@@ -286,7 +286,7 @@ class ByteBudget(Callback):
         """Put it back."""
         for name in _STATE:
             setattr(self, name, state[name])
-        self.rate.load_state_dict(state)
+        self.rate.load_state_dict(cast.everywhere(), state)
         if self.kept is not None:
             for place in filter(_masked, cast.everywhere()):
                 set_threshold(place.tensor.slots, 1 - self.kept)

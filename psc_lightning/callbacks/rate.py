@@ -63,11 +63,13 @@ class Rate:
         prices = {n: {core: one.state_dict() for core, one in cores.items()} for n, cores in self.prices.items()}
         return {"bits": self.bits, "prices": prices}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put it back."""
+    def load_state_dict(self, places: Iterable[Place], state: dict[str, Any]) -> None:
+        """Put it back, to where the tensors of these places are."""
+        device = {place.name: place.parameter.device for place in places}
         self.bits = state["bits"]
         self.prices = {
-            name: {core: Prices(**one) for core, one in cores.items()} for name, cores in state["prices"].items()
+            name: {core: Prices.of(one, device[name]) for core, one in cores.items()}
+            for name, cores in state["prices"].items()
         }
 
 
@@ -97,7 +99,7 @@ class RatePenalty(Callback):
     loss and its log stay as they are.
 
     Args:
-        weight: what a kilobyte (1,000 bytes) of the file costs, in units of the loss, ≥ 0. 0.01 is a start.
+        weight: what a kilobyte (1,000 bytes) of the file costs, in units of the loss, ≥ 0.
         every: prices are learned anew every so many optimizer steps, ≥ 1.
 
     Raises:
@@ -150,7 +152,7 @@ class RatePenalty(Callback):
     def load_penalty_state(self, cast: Cast, state: dict[str, Any]) -> None:
         """Put it back."""
         self._seen = state["seen"]
-        self.rate.load_state_dict(state)
+        self.rate.load_state_dict(cast.everywhere(), state)
 
 
 def has_ladder(place: Place) -> bool:

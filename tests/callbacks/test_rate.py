@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
 from training import QUIET, Net, Shown, fit, slots_at
 
 from psc_lightning import RatePenalty, StraightThroughQuantization, WeightSharing, measure
+from psc_lightning.callbacks.rate import Rate
 from psc_lightning.levels import LEVELS
 from psc_lightning.prices import Prices
 from psc_lightning.slots.ladder import rungs_of
@@ -78,6 +81,14 @@ def test_a_rounded_position_is_the_code(name):
     near = levels.ladder(core + 1e-2 * core.abs())[0]
     steady = (near - position) / (1e-2 * core.abs())
     assert torch.isclose(steady, slope.expand_as(steady), rtol=0.03).float().mean() > 0.9  # the others cross a kink
+
+
+def test_prices_come_back_to_where_their_tensors_are():
+    """A checkpoint is read on the CPU, whatever the weights are on."""
+    state = {"bits": 8.0, "prices": {"a": {"core": Prices.learn(sparse(4, 4), top=3).state_dict()}}}
+    rate = Rate()
+    rate.load_state_dict([SimpleNamespace(name="a", parameter=torch.empty(4, 4, device="meta"))], state)
+    assert {value.device.type for value in rate.prices["a"]["core"].state_dict().values()} == {"meta"}
 
 
 def test_levels_that_follow_a_groups_scale_are_not_pulled_to_shrink_it():
