@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, TensorDataset
 from training import INPUTS, LABELS, QUIET, RUNS, Net, differences, random_state, run_state, trainer
 
+from psc_lightning import ByteBudget, RatePenalty, StraightThroughQuantization
 from psc_lightning.oneshot import preset
 
 pytestmark = QUIET
@@ -50,6 +51,14 @@ def test_before_its_begin_a_run_is_the_plain_one(name, plain):
     optimizer, expected = plain
     found = run(RUNS[name]({"kind": "cubic", "begin": 1000, "end": 2000}), optimizer)
     assert differences(expected, found) == []
+
+
+@pytest.mark.parametrize("penalty", [lambda: RatePenalty(10.0), lambda: ByteBudget("1 MB")], ids=["rate", "budget"])
+@pytest.mark.filterwarnings("ignore:.*never began")
+def test_a_price_waits_for_its_levels(penalty, plain):
+    optimizer, expected = plain
+    late = StraightThroughQuantization("ternary", schedule={"kind": "constant", "begin": 1000})
+    assert differences(expected, run([late, penalty()], optimizer)) == []
 
 
 def test_the_preset_none_adds_nothing():
