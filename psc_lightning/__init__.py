@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         WeightSharing,
     )
     from psc_lightning.callbacks.presets import preset
+    from psc_lightning.coarseness import Coarsest, coarsest
     from psc_lightning.configs import config_dir
     from psc_lightning.export.onnx import export_onnx
     from psc_lightning.folding import fold_batchnorm
@@ -47,6 +48,7 @@ _HOMES = {
         "WeightSharing",
     ),
     "callbacks.presets": ("preset",),
+    "coarseness": ("Coarsest", "coarsest"),
     "configs": ("config_dir",),
     "export.onnx": ("export_onnx",),
     "folding": ("fold_batchnorm",),
@@ -62,6 +64,7 @@ __all__ = [
     "ActivationQuantization",
     "ArtifactError",
     "ByteBudget",
+    "Coarsest",
     "Distillation",
     "GradientClipping",
     "MaskLearning",
@@ -73,6 +76,7 @@ __all__ = [
     "TensorReport",
     "WeightSharing",
     "attach",
+    "coarsest",
     "compress",
     "config_dir",
     "detach",

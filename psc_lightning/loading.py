@@ -166,8 +166,9 @@ def _of_callbacks(model: nn.Module, callbacks: Sequence[SlotCallback]) -> dict[s
     """What callbacks fill."""
     found: dict[str, dict[str, Spec]] = {}
     for callback in callbacks:
-        for target in callback.choose(model).targets:
-            found.setdefault(plain_name(target.name), {})[callback.slot] = callback.spec()
+        targets = callback.choose(model).targets
+        for target, spec in zip(targets, callback.specs(targets), strict=True):
+            found.setdefault(plain_name(target.name), {})[callback.slot] = spec
     return found
 
 

@@ -35,6 +35,7 @@ LAYERS = [
     {"slots"},
     {"folding", "recognition"},
     {"training", "artifact"},
+    {"coarseness"},
     {"callbacks"},
     {"export", "oneshot", "loading"},
     {"app"},

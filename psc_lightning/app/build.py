@@ -24,6 +24,7 @@ from psc_lightning.app.sweep import check_sweeper
 from psc_lightning.app.task import Classifier
 from psc_lightning.artifact.leftovers import LEFTOVERS
 from psc_lightning.callbacks.presets import readers, wanted
+from psc_lightning.coarseness import AUTO
 from psc_lightning.options import positive, whole
 from psc_lightning.words import hint
 
@@ -77,7 +78,9 @@ def build_module(cfg: DictConfig, **optimizer: Any) -> LightningModule:
     with explain("optimizer"):
         make([nn.Parameter(torch.zeros(1))])  # a wrong value shows now, not after the data are read
     with explain("model"):
-        return Classifier(net, make, cfg.model.classes, cfg.model.decay, cfg.model.channels_last, cfg.model.task, cfg.model.hold)
+        return Classifier(
+            net, make, cfg.model.classes, cfg.model.decay, cfg.model.channels_last, cfg.model.task, cfg.model.hold
+        )
 
 
 def build_trainer(cfg: DictConfig, **settings: Any) -> Trainer:
@@ -149,13 +152,13 @@ def check_settings(cfg: DictConfig) -> None:
     positive("baseline.lr", value("baseline.lr"))
     if value("threads") is not None:
         whole("threads", value("threads"), 1)
-    if not isinstance(value("leftovers"), DictConfig) and value("leftovers") not in tuple(LEFTOVERS):
+    if not isinstance(value("leftovers"), DictConfig) and value("leftovers") not in (AUTO, *LEFTOVERS):
         raise UsageError(
-            f"leftovers={value('leftovers')}: not one of {', '.join(LEFTOVERS)}, nor a mapping of globs to them"
+            f"leftovers={value('leftovers')}: not one of {', '.join((AUTO, *LEFTOVERS))}, nor a mapping of globs to them"
         )
-    if not isinstance(value("fold_batchnorm"), DictConfig | bool):
+    if not isinstance(value("fold_batchnorm"), DictConfig | bool) and value("fold_batchnorm") != AUTO:
         raise UsageError(
-            f"fold_batchnorm={value('fold_batchnorm')}: not true, false or a mapping of layers to BatchNorms"
+            f"fold_batchnorm={value('fold_batchnorm')}: not auto, true, false or a mapping of layers to BatchNorms"
         )
     for key in ("trainer.max_epochs", "trainer.max_steps"):
         if value(key) is not None:

@@ -41,6 +41,7 @@ from psc_lightning.app.run_folder import Run
 from psc_lightning.artifact import to_bytes
 from psc_lightning.callbacks import ByteBudget
 from psc_lightning.callbacks.presets import wanted
+from psc_lightning.coarseness import AUTO, coarsest, told
 from psc_lightning.oneshot import costly_masks
 from psc_lightning.report.notes import main_metric, notes_of, predictions
 from psc_lightning.report.plots import Curve, draw
@@ -51,6 +52,8 @@ __all__ = ["is_main", "run"]
 log = logging.getLogger(__name__)
 
 CALIBRATION_BATCHES = 16
+#: of a file that loses nothing
+WHOLE: dict[str, Any] = {"leftovers": "float32", "fold_batchnorm": False}
 #: arguments of a Trainer beside the run's own: in this process alone, without a trace
 ALONE = {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
 ALONE |= {"enable_checkpointing": False, "enable_progress_bar": False}
@@ -76,7 +79,6 @@ def run(cfg: DictConfig, folder: Path) -> float:
     if cfg.resume is not None and this.finished:
         log.info("%s is finished already", folder)
         return objective(cfg, json.loads(this.report.read_text()))
-    writing = {key: to_plain(cfg, key) for key in ("leftovers", "names", "fold_batchnorm")}
     callbacks = build_callbacks(cfg)
     data = build_data(cfg)
     fresh = build_module(cfg)
@@ -92,7 +94,7 @@ def run(cfg: DictConfig, folder: Path) -> float:
         default_root_dir=folder,
     )
     if is_main():
-        rehearse(cfg, fresh, data, writing)
+        rehearse(cfg, fresh, data)
         if given is None:
             make_cache(cfg.cache)
         if cfg.resume is None:
@@ -110,6 +112,7 @@ def run(cfg: DictConfig, folder: Path) -> float:
     module = build_module(cfg)
     module.load_state_dict(dense)
     seed(cfg)
+    steered = next((callback for callback in callbacks if isinstance(callback, ByteBudget)), None)
     with processes():
         trainer.fit(module, datamodule=data, ckpt_path=this.checkpoint, weights_only=True)
         check_finite(module.state_dict(), "training diverged", "optimizer.lr")
@@ -119,11 +122,11 @@ def run(cfg: DictConfig, folder: Path) -> float:
         with warnings.catch_warnings():
             if not callbacks:  # then it was asked for
                 warnings.filterwarnings("ignore", "save: nothing in this file")
+            writing, why = how_to_write(cfg, module, data, steered)
             report = psc_lightning.save(module, file, **writing)
     if not is_main():
         return math.nan
-    budget = next((callback.budget for callback in callbacks if isinstance(callback, ByteBudget)), None)
-    if budget is not None and report.file_bytes > budget:
+    if steered is not None and report.file_bytes > steered.budget:
         file.replace(this.over_budget)
         file = this.over_budget
 
@@ -133,21 +136,22 @@ def run(cfg: DictConfig, folder: Path) -> float:
         metrics["compressed"] = evaluate(cfg, reloaded, data)
     check_finite({f"metrics.{name}": torch.tensor(value) for name, value in metrics["compressed"].items()}, "test", "")
     report.metrics = metrics
+    report.stored_as = why
     report.notes = notes_of(metrics, predicted, tries(cfg, report)) + costly_masks(module, report.file_bytes, **writing)
     draw(report, curve, this.plots, main_metric(metrics["compressed"], cfg.objective))
     report.save(this.report)
     with contextlib.suppress(BrokenPipeError):  # whoever listened has heard enough; the run is good
         print(report)
         print(f"file: {this.shown(file)} (psc_lightning.load_into(model, path) puts it into a plain model)")
-    if file is this.over_budget:
+    if steered is not None and file is this.over_budget:
         raise UsageError(
-            f"compression.budget={cfg.compression.budget}: {file} has {report.file_bytes:,} bytes, {budget:,} were allowed; "
-            "give more epochs, a larger budget, leftovers=log8 or fold_batchnorm=true"
+            f"compression.budget={cfg.compression.budget}: {file} has {report.file_bytes:,} bytes, {steered.budget:,} were "
+            "allowed; give more epochs or a larger budget, or leave leftovers and fold_batchnorm at auto"
         )
     return objective(cfg, report.to_dict())
 
 
-def rehearse(cfg: DictConfig, module: LightningModule, data: LightningDataModule, writing: Mapping[str, Any]) -> None:
+def rehearse(cfg: DictConfig, module: LightningModule, data: LightningDataModule) -> None:
     """Find with one batch what would fail later, when it has cost a dense baseline, or an older run in the same folder."""
     try:
         build_trainer(cfg, fast_dev_run=1, **ALONE).fit(copy.deepcopy(module), datamodule=data)
@@ -156,7 +160,7 @@ def rehearse(cfg: DictConfig, module: LightningModule, data: LightningDataModule
         raise UsageError(f"model, data: a batch fails: {error} (HYDRA_FULL_ERROR=1 shows where)") from error
     objective(cfg, {"file_bytes": 0, "compression_ratio": 0, "metrics": {"compressed": metrics["dense"]}})
     with explain("leftovers, fold_batchnorm"):
-        to_bytes(compressed, **writing)
+        to_bytes(compressed, **(WHOLE | {key: value for key, value in asked(cfg).items() if value != AUTO}))
 
 
 def before_training(
@@ -191,6 +195,39 @@ def processes() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+def asked(cfg: DictConfig) -> dict[str, Any]:
+    """Return the keywords of `save` as they are set."""
+    return {key: to_plain(cfg, key) for key in (*WHOLE, "names")}
+
+
+def how_to_write(
+    cfg: DictConfig, module: LightningModule, data: LightningDataModule, steered: ByteBudget | None
+) -> tuple[dict[str, Any], str]:
+    """Return the keywords of `save`, with what is `auto` found on training batches, and what to say of it."""
+    given = asked(cfg)
+    if AUTO not in given.values():
+        return given, ""
+    if not wanted(cfg.compression):
+        return given | {key: value for key, value in WHOLE.items() if given[key] == AUTO}, ""
+    if steered is not None:
+        return given | steered.writing, f"{told(steered.writing)}, for the budget"
+    seed(cfg)
+    batches = list(islice(data.train_dataloader(), CALIBRATION_BATCHES))
+    with explain("leftovers, fold_batchnorm"), untrained():
+        found = coarsest(
+            module, batches, step_loss, given["leftovers"], given["fold_batchnorm"], plain=build_module(cfg)
+        )
+    return given | found.writing, str(found)
+
+
+@contextlib.contextmanager
+def untrained() -> Iterator[None]:
+    """Let a training step be called without a Trainer."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"You are trying to `self\.log\(\)`")
+        yield
+
+
 def to_plain(cfg: DictConfig, key: str) -> Any:
     """A setting that is a value or a mapping, as Python has it."""
     return OmegaConf.to_container(cfg[key], resolve=True) if isinstance(cfg[key], DictConfig) else cfg[key]
@@ -208,8 +245,7 @@ def one_shot(cfg: DictConfig, dense: LightningModule, data: LightningDataModule,
         return module
     seed(cfg)  # the same batches whether the baseline was trained just now or lay in the cache
     batches = list(islice(data.train_dataloader(), calibration))
-    with explain("compression"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"You are trying to `self\.log\(\)`")  # a training step without a Trainer
+    with explain("compression"), untrained():
         psc_lightning.compress(module, build_callbacks(cfg), batches=batches, loss=step_loss)
     return module
 

@@ -16,7 +16,9 @@ from psc_lightning.artifact import dense_bytes, measure
 from psc_lightning.artifact.leftovers import Precisions
 from psc_lightning.callbacks.rate import BITS, LADDERS, Rate, add, has_ladder, like
 from psc_lightning.checkpoint import plain_name
+from psc_lightning.coarseness import AUTO, Folding, foldable
 from psc_lightning.report.numbers import Report
+from psc_lightning.sharding import gather
 from psc_lightning.slots.ladder import rungs_of, set_threshold
 from psc_lightning.slots.live import Place
 from psc_lightning.training.cast import Cast
@@ -78,10 +80,12 @@ class ByteBudget(Callback):
     Args:
         budget: bytes of the file: `27000`, `"27kB"` (1 kB = 1,000 bytes), `"1 MiB"`, `"3%"` of the dense size.
         end: share of training at which the budget is reached, 0 < end ≤ 1.
-        leftovers, names, fold_batchnorm: as they will be given to `save`.
+        leftovers, names, fold_batchnorm: as they will be given to `save`. `"auto"`: `log8`, and folded where every
+            convolution's levels can take BatchNorm's factor.
 
     Attributes:
         budget: in bytes; of a share known when training starts.
+        writing: what the file is steered for, known when training is over: ``save(model, path, **budget.writing)``.
         weight: the price now, in units of the loss a kilobyte; None before the first step, and where nothing has a price.
         kept: the share that steered masks keep.
         report: of the last measurement; after training, of the file that `save` will write.
@@ -101,16 +105,21 @@ class ByteBudget(Callback):
         self,
         budget: int | str,
         end: float = 0.55,
-        leftovers: Precisions = "float32",
+        leftovers: Precisions = AUTO,
         names: bool = True,
-        fold_batchnorm: bool | dict[str, str] = False,
+        fold_batchnorm: Folding = AUTO,
     ) -> None:
         super().__init__()
         self.given, self.budget = budget, in_bytes(budget)
         if isinstance(end, bool) or not isinstance(end, int | float) or not 0 < end <= 1:
             raise ValueError(f"end: expected a share of training 0 < end ≤ 1, found {end!r}")
         self.end = float(end)
-        self.writing: dict[str, Any] = {"leftovers": leftovers, "names": names, "fold_batchnorm": fold_batchnorm}
+        self.writing: dict[str, Any] = {
+            "leftovers": "log8" if leftovers == AUTO else leftovers,
+            "names": names,
+            "fold_batchnorm": False if fold_batchnorm == AUTO else fold_batchnorm,
+        }
+        self._folds = fold_batchnorm == AUTO  # where it can be
         self.report: Report | None = None
         self._begin()
 
@@ -205,6 +214,8 @@ class ByteBudget(Callback):
 
     def _measure(self, cast: Cast) -> Report:
         assert cast.module is not None
+        if self._folds:
+            self.writing["fold_batchnorm"] = foldable(cast.module)
         self.report = measure(cast.module, **self.writing)
         return self.report
 
@@ -228,7 +239,8 @@ class ByteBudget(Callback):
         """Add the price's gradient."""
         found = list(self.rate.gradients(places))
         if self.weight is None and found:
-            loss = sum(float(parameter.grad.abs().sum()) for parameter, _ in found if parameter.grad is not None)
+            own = [gather(parameter.grad) for parameter, _ in found if parameter.grad is not None]
+            loss = sum(float(gradient.abs().sum()) for gradient in own)
             price = sum(float(gradient.abs().sum()) for _, gradient in found)
             self.weight = self._first = _FIRST * BITS * loss / scale / price if loss and price else None
         if self.weight is not None:

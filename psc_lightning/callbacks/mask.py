@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from psc_lightning.callbacks.slot import SlotCallback
 from psc_lightning.masks import MASKS
+from psc_lightning.numerics.shares import SCOPES, shares
+from psc_lightning.options import one_of
 from psc_lightning.schedule import Schedule
+from psc_lightning.slots.spec import Spec
+from psc_lightning.slots.targets import Target
 from psc_lightning.words import hinting
 
 __all__ = ["MaskLearning"]
@@ -24,6 +30,9 @@ class MaskLearning(SlotCallback):
         threshold: share of units set to zero, 0 ≤ threshold < 1.
         granularity: what is kept or dropped as one: `element`, `row` (neighbours in an output row), `column`
             (neighbouring outputs), `channel` (an output row).
+        scope: `layer`: each tensor has the share. `global`: all tensors of this callback together have it, and small ones
+            keep more of their weights (see `psc_lightning.numerics.shares`); better from 80 % on, and what presets with
+            `movement` or `saliency` do.
         group: the share holds for the `tensor`, for each `channel`, or for each n units in memory order.
         block: units of `row` and `column` have this many entries; None: 4, for `row` the kernel's width.
         score_lr: `movement`: learning rate of the scores. None: 1e-2.
@@ -72,6 +81,7 @@ class MaskLearning(SlotCallback):
         min_size: int = 64,
         schedule: Schedule | str | dict[str, Any] | None = None,
         refresh_batchnorm: int | None = None,
+        scope: str = "layer",
     ) -> None:
         for name, value in {"threshold": threshold, "granularity": granularity, "group": group}.items():
             if value is None:
@@ -90,6 +100,7 @@ class MaskLearning(SlotCallback):
             refresh_batchnorm=refresh_batchnorm,
         )
         self.threshold: float = self.options["threshold"]
+        self.scope = one_of("scope", scope, SCOPES)
         if group == "channel" and granularity in ("column", "channel"):
             raise ValueError(
                 f"group: 'channel' leaves nothing to choose from with granularity={granularity!r}, whose units span "
@@ -97,3 +108,9 @@ class MaskLearning(SlotCallback):
             )
         if block is not None and granularity not in ("row", "column"):
             raise ValueError(f"block: granularity={granularity!r} does not read it; it is of row and column")
+
+    def specs(self, targets: Sequence[Target]) -> list[Spec]:
+        """Each tensor has a share of zeros of its own, where the scope is global."""
+        each = shares([target.matrix_shape for target in targets], self.threshold, self.scope)
+        given = zip(super().specs(targets), each, strict=True)
+        return [replace(spec, options={**spec.options, "threshold": share}) for spec, share in given]

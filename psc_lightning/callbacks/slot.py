@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -101,9 +101,9 @@ class SlotCallback(Callback):
             "refresh_batchnorm": self.refresh_batchnorm,
         }
 
-    def spec(self) -> Spec:
-        """What this callback puts into a slot."""
-        return Spec(self.method, self.options, self.state_key)
+    def specs(self, targets: Sequence[Target]) -> list[Spec]:
+        """What this callback puts into the slot of each of its tensors."""
+        return [Spec(self.method, self.options, self.state_key) for _ in targets]
 
     def choose(self, model: nn.Module, idle: Idle = frozen) -> Selection:
         """The tensors it takes, and why it leaves the others; what has begun to be compressed is not left as `idle`."""
@@ -156,7 +156,8 @@ class SlotCallback(Callback):
         """
         gathered = {id(parameter) for unit in sharded_modules(model) for parameter in unit.parameters()}
         found: list[tuple[Target, Compressed]] = []
-        for target in (self.choose(model) if chosen is None else chosen).targets:
+        targets = (self.choose(model) if chosen is None else chosen).targets
+        for target in targets:
             if is_sharded(target.parameter):
                 self._check_shard(target, gathered)
             fresh = Compressed(Slots(target.layout, tuple(target.parameter.shape)), target.name)
@@ -167,28 +168,31 @@ class SlotCallback(Callback):
             if any(other is tensor for _, other in found):  # weights that were one, and are two now
                 tensor = fresh
             found.append((target, tensor))
-        vacant = [self._vacant(target, tensor) for target, tensor in found]  # of all, before one is filled
-        for (target, tensor), empty in zip(found, vacant, strict=True):
+        specs = self.specs(targets)
+        vacant = [
+            self._vacant(*one, spec) for one, spec in zip(found, specs, strict=True)
+        ]  # of all, before one is filled
+        for (target, tensor), spec, empty in zip(found, specs, vacant, strict=True):
             if empty:
                 try:
-                    tensor.slots.to(target.parameter.device).fill(self.slot, self.spec())
+                    tensor.slots.to(target.parameter.device).fill(self.slot, spec)
                 except ValueError as error:
                     raise ValueError(f"{target.name}: {error}") from None
             hold(target.holders, tensor)
         return [Place(target.name, *target.holders[0], tensor) for target, tensor in found]
 
-    def _vacant(self, target: Target, tensor: Compressed) -> bool:
+    def _vacant(self, target: Target, tensor: Compressed, spec: Spec) -> bool:
         """Whether this callback has yet to fill the slot; ValueError where another one has, or itself with other options."""
         taken = tensor.slots.specs.get(self.slot)
         if taken is not None and taken.owner == self.state_key:
-            if taken != self.spec():
+            if taken != spec:
                 raise ValueError(
                     f"{target.name}: its {self.slot} slot holds {taken.owner} with {taken.options}, this callback has "
-                    f"{self.options}; call psc_lightning.detach(model) before training it with other options"
+                    f"{spec.options}; call psc_lightning.detach(model) before training it with other options"
                 )
             return False
         try:
-            tensor.slots.check_vacant(self.slot, self.spec())
+            tensor.slots.check_vacant(self.slot, spec)
         except ValueError as error:
             raise ValueError(f"{target.name}: {error}") from None
         return True

@@ -59,6 +59,7 @@ class Report:
         sha256: of the file, 64 hexadecimal digits; None in a report of earlier versions.
         batchnorm_batches: training batches from which BatchNorm's statistics were taken anew, of the weights as they are
             stored; 0: they are running averages of training; None: there is no BatchNorm, or only the file is known.
+        stored_as: how what is outside the slots is stored, and why, where that was chosen; else empty.
         notes: what whoever made the report has to say of it, a sentence each: that something went wrong, and what to try.
         metrics: what the caller measured, as in `{"dense": {"accuracy": 0.97}, "compressed": {…}}`.
         tensors: one entry a tensor, in plain order.
@@ -72,6 +73,7 @@ class Report:
     sha256: str | None = field(default=None, kw_only=True)
     metrics: dict[str, Any] = field(default_factory=dict)
     batchnorm_batches: int | None = field(default=None, kw_only=True)
+    stored_as: str = field(default="", kw_only=True)
     notes: list[str] = field(default_factory=list, kw_only=True)
     tensors: list[TensorReport] = field(default_factory=list)
 
@@ -139,7 +141,8 @@ class Report:
         taken = self.batchnorm_batches
         source = "running averages of training" if taken == 0 else f"taken anew from {taken} training batches"
         norms = [] if taken is None else [f"BatchNorm's statistics: {source}"]
-        return "\n".join([render(columns, rows, width), *metrics, *norms, *(f"note: {note}" for note in self.notes)])
+        told = [*norms, *([f"outside the slots: {self.stored_as}"] if self.stored_as else [])]
+        return "\n".join([render(columns, rows, width), *metrics, *told, *(f"note: {note}" for note in self.notes)])
 
 
 def _shape(shape: tuple[int, ...] | tuple[tuple[int, ...], ...]) -> str:

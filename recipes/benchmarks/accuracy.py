@@ -44,6 +44,9 @@ def studies(args: argparse.Namespace) -> dict[str, Study]:
         [],
         {name: ([f"compression={name}"], 3) for name in PRESETS},
     )
+    # 2, 1, 0.5 and 0.25 times what binary takes
+    for budget in (5800, 2900, 1450, 730):
+        digits.rows[f"small, {budget:,} bytes"] = (["compression=small", f"compression.budget={budget}"], 3)
     mnist = Study(f"MNIST, threshold {args.threshold}", [f"data.folder={args.data}/mnist"])
     for model in ("lenet_300_100", "lenet5"):
         for name in ("none", "float", "binary", "mask", "deep"):

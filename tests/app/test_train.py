@@ -151,7 +151,8 @@ def test_clipping_clips_and_logs(cli: Command, tmp_path: Path) -> None:
 def test_batchnorm_statistics_are_those_of_the_final_weights(cli: Command, tmp_path: Path) -> None:
     """Means over the batches, taken on the weights of the file; the weights are those of a run without it."""
     for name, batches in (("without", 0), ("with", 3)):
-        assert cli("compression=binary", f"batchnorm={batches}", f"hydra.run.dir={name}", *TINY)[0] == 0
+        exact = ["leftovers=float32", "fold_batchnorm=false"]
+        assert cli("compression=binary", f"batchnorm={batches}", f"hydra.run.dir={name}", *exact, *TINY)[0] == 0
     without, state = (psc_lightning.load(tmp_path / name / "model.psc") for name in ("without", "with"))
     changed = {name for name, value in state.items() if not torch.equal(value, without[name])}
     assert changed == {f"net.bn{i}.{name}" for i in (1, 2, 3) for name in ("running_mean", "running_var")}
@@ -213,7 +214,7 @@ def test_a_users_lightning_module_is_used_as_it_is(cli: Command, tmp_path: Path)
 def test_batchnorm_is_folded_and_leftovers_are_on_a_grid(cli: Command, tmp_path: Path) -> None:
     """A smaller file, which is what is tested; what cannot be folded is said before training."""
     sizes = []
-    for options in ([], ["fold_batchnorm=true", "leftovers=log8"]):
+    for options in (["fold_batchnorm=false", "leftovers=float32"], ["fold_batchnorm=true", "leftovers=log8"]):
         status, output = cli("compression=binary", "hydra.run.dir=run", *options, *TINY)
         assert status == 0, output
         sizes.append(json.loads((tmp_path / "run/report.json").read_text())["file_bytes"])
@@ -275,3 +276,19 @@ def test_the_one_shot_numbers_do_not_depend_on_the_cache(cli: Command, tmp_path:
     assert ["training it once" in text for _, text in said] == [True, False]
     first, again = (json.loads((tmp_path / name / "report.json").read_text())["metrics"] for name in "ab")
     assert first == again
+
+
+def test_what_is_outside_the_slots_is_stored_as_coarsely_as_the_loss_allows(cli: Command, tmp_path: Path) -> None:
+    """By default; the report says how, and a plain run stores its weights as they are."""
+    sizes = {}
+    for name, options in {"auto": [], "exact": ["leftovers=float32", "fold_batchnorm=false"]}.items():
+        status, output = cli("compression=binary", f"hydra.run.dir={name}", *options, *TINY)
+        assert status == 0, output
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        sizes[name] = report["file_bytes"]
+        assert (report["stored_as"] == "") == (name == "exact")
+    assert sizes["auto"] < sizes["exact"]
+    status, output = cli("compression=none", "hydra.run.dir=none", *TINY)
+    assert status == 0, output
+    state = psc_lightning.load(tmp_path / "none/model.psc")
+    assert len(state["net.conv2.weight"].unique()) > 4000

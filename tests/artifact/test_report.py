@@ -14,7 +14,7 @@ from psc_lightning.artifact import inspect, measure, save, to_bytes
 from psc_lightning.report.numbers import Report, TensorReport
 
 KEYS = ["dense_bytes", "file_bytes", "compression_ratio", "entropy_bytes", "overhead_bytes", "sha256", "metrics"]
-KEYS += ["batchnorm_batches", "notes", "tensors"]
+KEYS += ["batchnorm_batches", "stored_as", "notes", "tensors"]
 ROW_KEYS = ["name", "layer_type", "shape", "core_shape", "method", "dense_bytes", "stored_bytes", "sparsity", "levels"]
 
 

@@ -28,7 +28,7 @@ SLOTS = {
     "levels": (StraightThroughQuantization, LEVELS, "levels"),
 }
 METHODS = [(slot, name) for slot, (_, methods, _) in SLOTS.items() for name in methods]
-TRAINING = {"refresh", "calibration_steps", "step_lr", "score_lr", "factor_lr", "activations"}
+TRAINING = {"scope", "refresh", "calibration_steps", "step_lr", "score_lr", "factor_lr", "activations"}
 COMMON = {"targets", "ignore", "min_size", "schedule", "refresh_batchnorm"}
 VALUES: dict[str, Any] = {  # one of each option, other than any default
     "bits": 3, "group": 7, "learned_step": True, "scales": "log8", "form": "01", "root": 2, "k": 5, "threshold": 0.25,
