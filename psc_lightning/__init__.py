@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from psc_lightning.folding import fold_batchnorm
     from psc_lightning.loading import load_checkpoint
     from psc_lightning.oneshot import Plan, attach, compress, plan
+    from psc_lightning.probing import Sensitivity, sensitivity
     from psc_lightning.report.numbers import Report, TensorReport
     from psc_lightning.schedule import Schedule
     from psc_lightning.slots.live import detach
@@ -55,6 +56,7 @@ _HOMES = {
     "slots.live": ("detach",),
     "loading": ("load_checkpoint",),
     "oneshot": ("Plan", "attach", "compress", "plan"),
+    "probing": ("Sensitivity", "sensitivity"),
     "report.numbers": ("Report", "TensorReport"),
     "schedule": ("Schedule",),
     "training.batchnorm": ("refresh_batchnorm",),
@@ -72,6 +74,7 @@ __all__ = [
     "RatePenalty",
     "Report",
     "Schedule",
+    "Sensitivity",
     "StraightThroughQuantization",
     "TensorReport",
     "WeightSharing",
@@ -90,6 +93,7 @@ __all__ = [
     "preset",
     "refresh_batchnorm",
     "save",
+    "sensitivity",
     "verify",
 ]
 

@@ -37,7 +37,7 @@ LAYERS = [
     {"training", "artifact"},
     {"coarseness"},
     {"callbacks"},
-    {"export", "oneshot", "loading"},
+    {"export", "oneshot", "loading", "probing"},
     {"app"},
     {"cli"},
 ]
