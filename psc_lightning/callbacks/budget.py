@@ -17,6 +17,7 @@ from psc_lightning.artifact.leftovers import Precisions
 from psc_lightning.callbacks.rate import BITS, LADDERS, Rate, add, has_ladder, like
 from psc_lightning.checkpoint import plain_name
 from psc_lightning.coarseness import AUTO, Folding, foldable
+from psc_lightning.numerics.shares import shares
 from psc_lightning.report.numbers import Report
 from psc_lightning.sharding import gather
 from psc_lightning.slots.ladder import rungs_of, set_threshold
@@ -202,11 +203,17 @@ class ByteBudget(Callback):
         steered = [place for place in cast.everywhere() if _masked(place)]
         if steered and self.kept is None:
             given = [chain.mask.threshold for place in steered for chain in place.tensor.slots.chains() if chain.mask]
-            self.kept = 1 - min(given)
+            self.kept = 1 - sum(given) / len(given)
         elif steered and self.kept is not None:
             self.kept = min(1.0, max(_FEWEST, self.kept / over**0.5))
-        for place in steered:
-            set_threshold(place.tensor.slots, 1 - (self.kept or 1.0))
+            self._share_out(steered)
+
+    def _share_out(self, steered: list[Place]) -> None:
+        """One share for all tensors together: small ones keep more."""
+        slots = [place.tensor.slots for place in steered]
+        shapes = [one.layout.shape(one.stored_shape) for one in slots]
+        for one, zeros in zip(slots, shares(shapes, 1 - (self.kept or 1.0), "global"), strict=True):
+            set_threshold(one, zeros)
 
     def size(self) -> float:
         """Bytes of the file, by the price as of the last look."""
@@ -300,8 +307,7 @@ class ByteBudget(Callback):
             setattr(self, name, state[name])
         self.rate.load_state_dict(cast.everywhere(), state)
         if self.kept is not None:
-            for place in filter(_masked, cast.everywhere()):
-                set_threshold(place.tensor.slots, 1 - self.kept)
+            self._share_out([place for place in cast.everywhere() if _masked(place)])
 
 
 def _masked(place: Place) -> bool:
