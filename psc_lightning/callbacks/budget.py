@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from psc_lightning.artifact import dense_bytes, measure
 from psc_lightning.artifact.leftovers import Precisions
 from psc_lightning.callbacks.rate import BITS, LADDERS, Rate, add, has_ladder, like
-from psc_lightning.checkpoint import plain_name
 from psc_lightning.coarseness import AUTO, Folding, foldable
 from psc_lightning.numerics.shares import shares
 from psc_lightning.report.numbers import Report
@@ -231,15 +232,12 @@ class ByteBudget(Callback):
         return sum(row.stored_bytes for row in report.tensors if row.name in self.rate.prices)
 
     def _calibrate(self, cast: Cast) -> None:
-        """Put the price's model right, by what has a price alone: a checkpoint takes BatchNorm's statistics anew, which
-        must not steer.
-        """
+        """Put the price's model right. A checkpoint takes BatchNorm's statistics anew, which must not steer."""
         assert cast.module is not None
-        priced = [plain_name(name) for name in self.rate.prices]
-        part = measure(cast.module, leftovers=self.writing["leftovers"], only=priced)
-        inside = sum(row.stored_bytes for row in part.tensors)
-        if self._start is None:
-            self._outside = self._measure(cast).file_bytes - inside
+        with _neutral(cast.module):
+            report = self._measure(cast)
+        inside = self._inside(report)
+        self._outside = report.file_bytes - inside
         self._ratio = inside / max(1.0, (self.rate.bits or 0.0) / 8)
 
     def before_step(self, places: list[Place], scale: float) -> None:
@@ -308,6 +306,21 @@ class ByteBudget(Callback):
         self.rate.load_state_dict(cast.everywhere(), state)
         if self.kept is not None:
             self._share_out([place for place in cast.everywhere() if _masked(place)])
+
+
+@contextmanager
+def _neutral(model: nn.Module) -> Iterator[None]:
+    """Within it BatchNorm's statistics are those of a fresh one."""
+    norms = [module for module in model.modules() if isinstance(module, _NormBase)]
+    statistics = [(norm, norm.running_mean, norm.running_var) for norm in norms]
+    try:
+        for norm, mean, variance in statistics:
+            norm.running_mean = None if mean is None else torch.zeros_like(mean)
+            norm.running_var = None if variance is None else torch.ones_like(variance)
+        yield
+    finally:
+        for norm, mean, variance in statistics:
+            norm.running_mean, norm.running_var = mean, variance
 
 
 def _masked(place: Place) -> bool:
