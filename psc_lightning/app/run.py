@@ -43,6 +43,7 @@ from psc_lightning.callbacks import ByteBudget
 from psc_lightning.callbacks.presets import wanted
 from psc_lightning.coarseness import AUTO, coarsest, told
 from psc_lightning.oneshot import costly_masks
+from psc_lightning.pages.general import general_size
 from psc_lightning.report.notes import main_metric, notes_of, predictions
 from psc_lightning.report.plots import Curve, draw
 from psc_lightning.words import hint
@@ -107,6 +108,7 @@ def run(cfg: DictConfig, folder: Path) -> float:
     if is_main():  # in a distributed run, the other processes only help to fit
         fresh.load_state_dict(dense)
         metrics, _ = before_training(cfg, fresh, data)
+        this.note(dense_packed=general_size(dense))
         log.info("fine-tuning under compression=%s", cfg.compression.get("name"))
 
     module = build_module(cfg)

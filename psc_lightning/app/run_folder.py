@@ -76,6 +76,7 @@ class Run:
             overrides=overrides,
             command=shlex.join(sys.argv),
             seed=cfg.seed,
+            objective=cfg.objective,
             versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             git=git_state(),
         )
