@@ -97,7 +97,7 @@ class _View:
     def change(self, point: Point) -> str:
         """How far a point is from dense, in words."""
         change = self.scale.change(point)
-        return "" if change is None else f"{change:+.2f} {self.scale.word}"
+        return "" if change is None else f"{change:+.2f} {self.scale.word}".replace("-", "−")
 
     def ratio(self, point: Point) -> float | None:
         """How many times smaller than dense a point is."""

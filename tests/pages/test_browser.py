@@ -61,7 +61,7 @@ def test_it_sorts_and_filters_without_an_error(page: Path, tmp_path: Path) -> No
     assert console == ""
     assert shown(dom) == ["0", "1", "2", "3"]
     assert dom.count('role="link"') == 2 * 3  # three marks, in a wide and in a narrow picture
-    assert 'aria-label="t=1: 100 bytes, 100.0 times smaller, accuracy 0.91, -4.00 to dense"' in dom
+    assert 'aria-label="t=1: 100 bytes, 100.0 times smaller, accuracy 0.91, −4.00 to dense"' in dom
     dom, console = rendered(page, tmp_path / "profile", "#sort=bytes")
     assert (shown(dom), console) == (["1", "3", "0", "2"], "")  # what has no size comes last
     assert 'aria-sort="ascending"' in dom
