@@ -12,7 +12,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ACCENT", "GRID", "INK", "MUTED", "SECOND", "THIRD", "drawing", "file_of", "inline", "size_text", "verbatim"]
+__all__ = [
+    "ACCENT",
+    "GRID",
+    "INK",
+    "MUTED",
+    "SECOND",
+    "THIRD",
+    "drawing",
+    "file_of",
+    "inline",
+    "settled",
+    "size_text",
+    "verbatim",
+]
 
 # Colours that nothing else has: in a page each becomes the CSS variable of its name (see page.css).
 INK, MUTED, GRID, PAPER = "#1d2429", "#5f6a74", "#dbe1e6", "#fefffe"
@@ -62,6 +75,13 @@ def drawing() -> Iterator[None]:
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in a script that the font lacks
         warnings.filterwarnings("ignore", "constrained_layout not applied")  # very long names
         yield
+
+
+def settled(figure: Figure) -> Figure:
+    """A figure with its layout made once and for all, where it is written in several ways: that takes most of the time."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
 
 
 def file_of(figure: Figure, kind: str) -> bytes:

@@ -144,6 +144,29 @@ class Scale:
         """How far from dense is asked for: losses move more than accuracies do."""
         return (0.5, 1.0, 2.0) if self.unit else (1.0, 5.0, 10.0)
 
+    def near(self, dense: float, values: Sequence[float]) -> tuple[float, float] | None:
+        """The part of a metric's axis that is near dense, where it is worth a picture of its own.
+
+        Args:
+            dense: metric of the dense network.
+            values: of all settings.
+
+        Returns:
+            Lowest and highest value; None where all settings are near, or less than two.
+
+        >>> Scale("accuracy", 0.01, False).near(0.9, [0.91, 0.89, 0.5])
+        (0.87, 0.915)
+        """
+        unit = self.unit or abs(dense) / 100
+        reach = (3.0 if self.unit else 20.0) * unit
+        worst = dense + reach if self.falling else dense - reach
+        inside = [value for value in values if (value <= worst if self.falling else value >= worst)]
+        if not unit or len(inside) < 2 or len(inside) == len(values):
+            return None
+        best = min(*inside, dense) - reach / 6 if self.falling else max(*inside, dense) + reach / 6
+        low, high = sorted((worst, best))
+        return round(low, 12), round(high, 12)
+
     def change(self, point: Point) -> float | None:
         """How many units better than dense a point is; None where that cannot be said.
 

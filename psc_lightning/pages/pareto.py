@@ -23,6 +23,7 @@ from psc_lightning.strict_json import json_text
 
 __all__ = ["metric_of", "write_pareto"]
 
+_ENLARGED = 500  # settings that get a second picture: a page stays under a megabyte
 _OTHERS = 4  # metrics beside the main one that have a column
 _WIDE, _NARROW = (8.4, 4.4), (4.2, 4.2)  # inches
 
@@ -56,12 +57,19 @@ def write_pareto(
         alone = pareto_figure(*drawn, _WIDE, [view.name(index) for index in view.front])
         pictures = {f"pareto.{kind}": file_of(alone, kind) for kind in ("png", "svg")}
         told = f"{view.metric} against bytes of the file, {len(view.points)} settings"
-        wide = inline(pareto_figure(*drawn, _WIDE, prefix="wide-"), "wide", told)
-        narrow = inline(pareto_figure(*drawn, _NARROW, prefix="narrow-"), "narrow", told)
-    shown = {"wide": Markup(wide), "narrow": Markup(narrow)} if view.points else {"wide": "", "narrow": ""}
+        shown = [
+            (
+                name,
+                [
+                    Markup(inline(pareto_figure(*drawn, size, prefix=f"{kind}-", limits=limits), kind, told))
+                    for kind, size in ((f"{name}-wide", _WIDE), (f"{name}-narrow", _NARROW))
+                ],
+            )
+            for name, limits in view.parts().items()
+        ]
     files = {
         **pictures,
-        "pareto.html": page("pareto.html", **view.values(), **shown),
+        "pareto.html": page("pareto.html", **view.values(), pictures=shown),
     }
     for name, content in files.items():
         write_atomic(folder / name, content)
@@ -150,6 +158,15 @@ class _View:
             if one.name != "dense" and one.value == dense.value and one.size <= dense.size
         ]
         return f"; {found[0].name.removeprefix('dense + ')} makes {found[0].size:,.0f} bytes of it" if found else ""
+
+    def parts(self) -> dict[str, tuple[float, float] | None]:
+        """The pictures of the page: all settings; of those near dense a second one, where others are far from it."""
+        if not self.points:
+            return {}
+        dense = [one.value for one in self.references if one.name == "dense"]
+        few = len(dense) == 1 and len(self.points) <= _ENLARGED
+        near = self.scale.near(dense[0], [point.value for point in self.points]) if few else None
+        return {"all": None} | ({} if near is None else {"near": near})
 
     def values(self) -> dict[str, Any]:
         """What the template asks for."""

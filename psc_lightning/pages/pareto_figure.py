@@ -37,6 +37,7 @@ def pareto_figure(
     size: tuple[float, float],
     names: Sequence[str] | None = None,
     prefix: str = "",
+    limits: tuple[float, float] | None = None,
 ) -> Figure:
     """Draw it.
 
@@ -48,6 +49,7 @@ def pareto_figure(
         size: width and height in inches; names go below.
         names: of the points on the front, for a picture that stands alone.
         prefix: before the `id` of each group of marks: `front`, `other`, `reference`.
+        limits: of the vertical axis; None: all is in.
     """
     from matplotlib.figure import Figure
 
@@ -60,6 +62,8 @@ def pareto_figure(
     _byte_axis(axes)
     axes.set_ylabel(label)
     axes.margins(0.07, 0.1)
+    if limits is not None:
+        axes.set_ylim(limits)
     if points or references:
         axes.legend(loc="best", fontsize=8, frameon=True, framealpha=0.8, facecolor=PAPER, edgecolor="none")
     if lines:

@@ -103,10 +103,9 @@ def training_figure(series: Mapping[str, Series], metric: str | None = None) -> 
     figure = Figure(figsize=(_WIDTH, 0.6 + 1.45 * max(1, len(panels))), layout="constrained")
     every = figure.subplots(max(1, len(panels)), sharex=True, squeeze=False)[:, 0]
     for axes, (label, names) in zip(every, panels):
-        for name, color in zip(
-            names, [MUTED, ACCENT, SECOND, THIRD] if "train_loss" in names else [ACCENT, SECOND, THIRD, MUTED]
-        ):
-            _curve(axes, series[name], name, color)
+        colors = [MUTED, ACCENT, SECOND, THIRD] if "train_loss" in names else [ACCENT, SECOND, THIRD, MUTED]
+        for name, color, line in zip(names, colors, ("-", "-", "--", ":")):  # strengths are often the same
+            _curve(axes, series[name], name, color, line)
         axes.set_ylabel(label)
         axes.legend(fontsize=7.5, loc="best")
         if label == "bytes":
@@ -131,23 +130,31 @@ def weights_figure(dense: Mapping[str, Tensor], stored: Mapping[str, Tensor], na
     if not names:
         return None
     lines = (len(names) + 1) // 2
-    figure = Figure(figsize=(_WIDTH, 0.35 + 1.65 * lines), layout="constrained")
+    height = 0.5 + 1.65 * lines
+    figure = Figure(figsize=(_WIDTH, height))
     every = figure.subplots(lines, min(2, len(names)), squeeze=False).reshape(-1)
+    room = {
+        "left": 0.09,
+        "right": 0.98,
+        "top": 1 - 0.5 / height,
+        "bottom": 0.3 / height,
+    }  # a layout engine takes a second
+    figure.subplots_adjust(**room, hspace=0.45, wspace=0.22)
     for axes, name in zip(every, names):
         _histogram(axes, _sample(dense[name]), _sample(stored[name]))
         axes.set_title(verbatim(name, 34), fontsize=8)
     for axes in every[len(names) :]:
         axes.set_axis_off()
     marks = {label: mark for axes in every for mark, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend([*marks.values()], [*marks], loc="outside upper center", ncols=len(marks), fontsize=8)
+    figure.legend([*marks.values()], [*marks], loc="upper center", ncols=len(marks), fontsize=8)
     return figure
 
 
-def _curve(axes: Axes, points: Series, name: str, color: str) -> None:
+def _curve(axes: Axes, points: Series, name: str, color: str, line: str) -> None:
     known = [(step, value) for step, value in points if value is not None]
     steps, values = [step for step, _ in known], [value for _, value in known]
     dots: dict[str, Any] = {"marker": "."} if len(known) < 40 else {}
-    axes.plot(steps, values, color=color, linewidth=1.2, label=name.removeprefix("psc/"), **dots)
+    axes.plot(steps, values, line, color=color, linewidth=1.2, label=name.removeprefix("psc/"), **dots)
 
 
 def _histogram(axes: Axes, dense: np.ndarray[Any, Any], stored: np.ndarray[Any, Any]) -> None:
@@ -168,6 +175,7 @@ def _histogram(axes: Axes, dense: np.ndarray[Any, Any], stored: np.ndarray[Any, 
     axes.set_yscale("log")
     axes.set_ylim(bottom=50 / max(1, stored.size))
     axes.yaxis.set_major_formatter("{x:g} %")
+    axes.minorticks_off()
     axes.xaxis.set_major_locator(_few())
     axes.tick_params(labelsize=7)
 

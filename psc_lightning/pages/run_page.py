@@ -11,7 +11,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from psc_lightning.files import write_atomic
-from psc_lightning.pages.drawing import drawing, file_of, inline
+from psc_lightning.pages.drawing import drawing, file_of, inline, settled
 from psc_lightning.pages.front import Point, Scale, falls
 from psc_lightning.pages.jobs import Job, read_job
 from psc_lightning.pages.render import page
@@ -54,7 +54,7 @@ def write_run(
     metric = main_metric(metrics.get("compressed") or {}, job.objective)
     (folder / "plots").mkdir(exist_ok=True)
     with drawing():
-        size, training = bytes_figure(report), training_figure(_history(folder), metric)
+        size, training = settled(bytes_figure(report)), settled(training_figure(_history(folder), metric))
         pictures = {"bytes": (size, "bytes of each tensor in the file"), "training": (training, "how training went")}
         for name, (figure, _) in pictures.items():
             write_atomic(folder / "plots" / f"{name}.png", file_of(figure, "png"))
@@ -85,9 +85,11 @@ def write_run(
 
 _EXAMPLE = """\
 import psc_lightning
-model = MyModel()                                   # your own class, as it was trained
-psc_lightning.load_into(model, {file})     # checked, bit for bit
-state = psc_lightning.load({file})         # or the plain state dict alone"""
+
+model = MyModel()  # your own class, as it was trained
+psc_lightning.load_into(model, {file})
+
+state = psc_lightning.load({file})  # or the plain state dict alone"""
 
 
 def _cards(job: Job, metric: str | None) -> list[tuple[str, str, str]]:

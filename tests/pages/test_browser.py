@@ -72,6 +72,17 @@ def test_it_sorts_and_filters_without_an_error(page: Path, tmp_path: Path) -> No
 
 
 @needs_browser
+def test_a_mark_beyond_the_axes_is_not_to_be_reached(tmp_path: Path) -> None:
+    for index, accuracy in enumerate((0.5, 0.94, 0.95)):
+        run(tmp_path / "sweep" / str(index), f"t={index}", size=100 + index, accuracy=accuracy)
+    write_pareto(find_jobs([tmp_path / "sweep"]), tmp_path / "sweep")
+    dom, console = rendered(tmp_path / "sweep/pareto.html", tmp_path / "profile")
+    assert console == ""
+    assert "near dense</button>" in dom
+    assert dom.count('role="link"') == 2 * 3 + 2 * 2
+
+
+@needs_browser
 def test_an_error_on_the_console_would_be_seen(page: Path, tmp_path: Path) -> None:
     broken = page.with_name("broken.html")
     broken.write_text(page.read_text().replace('"use strict";', '"use strict"; nothing();'))

@@ -125,3 +125,12 @@ def test_jobs_come_in_the_order_of_their_numbers_and_once(tmp_path: Path) -> Non
     assert [job.folder.name for job in jobs] == ["1", "2", "10", "x"]
     assert jobs[0].status == "unreadable"
     assert "property name" in (jobs[0].error or "")
+
+
+def test_the_part_of_the_axis_that_is_near_dense() -> None:
+    share, loss = Scale("accuracy", 0.01, False), Scale("loss", None, True)
+    assert share.near(0.9, [0.5, 0.88, 0.93]) == (0.87, 0.935)
+    assert share.near(0.9, [0.88, 0.93]) is None  # all are near
+    assert share.near(0.9, [0.5, 0.93]) is None  # one is
+    assert loss.near(0.5, [0.55, 0.52, 3.0]) == pytest.approx((0.5 - 0.1 / 6, 0.6))
+    assert loss.near(0.0, [0.1, 0.2]) is None

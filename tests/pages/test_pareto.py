@@ -133,7 +133,7 @@ def test_the_marks_are_in_the_order_of_the_data(tmp_path: Path) -> None:
     assert (data["front"], data["other"]) == ([0, 1, 2], [3, 4, 5, 6])
     for picture in ("wide", "narrow"):
         for series, indices in (("front", data["front"]), ("other", data["other"])):
-            group = text[text.index(f'id="{picture}-{series}"') :]
+            group = text[text.index(f'id="all-{picture}-{series}"') :]
             places = re.findall(r'<use [^>]* x="([\d.]+)"', group[: group.index("</g>")])
             assert len(places) == len(indices)
             assert [*map(float, places)] == sorted(map(float, places))  # as the sizes are
@@ -145,7 +145,7 @@ def test_a_sweep_of_one_or_two_marks_has_them_where_the_script_looks(tmp_path: P
         run(tmp_path / str(index), f"t={index}", size=100 + 100 * index, accuracy=0.9 + 0.01 * index)
     page_of(tmp_path)
     text = (tmp_path / "pareto.html").read_text()
-    group = text[text.index('id="wide-front"') :]
+    group = text[text.index('id="all-wide-front"') :]
     marks = re.sub(r"<defs>.*?</defs>", "", group[: group.index("</g>")], flags=re.DOTALL)
     assert len(re.findall("<use |<path ", marks)) == count
 

@@ -98,12 +98,25 @@
     for (const job of point.jobs) rowOf(job).classList.add("seen");
   };
   const hide = () => { if (tip) tip.hidden = true; for (const row of all("tr.seen")) row.classList.remove("seen"); };
-  for (const picture of ["wide-", "narrow-"]) {
+  for (const button of all("button.show")) {
+    button.addEventListener("click", () => {
+      for (const other of all("button.show")) other.setAttribute("aria-pressed", other === button);
+      for (const picture of all(".picture")) picture.hidden = picture.dataset.picture !== button.dataset.show;
+    });
+  }
+  const within = (mark) => { // a mark beyond the axes is there, but not to be seen
+    const clip = mark.closest("[clip-path]");
+    const frame = clip && document.querySelector(clip.getAttribute("clip-path").slice(4, -1) + " rect");
+    const y = Number(mark.getAttribute("y"));
+    return !frame || !mark.hasAttribute("y") || (y >= Number(frame.getAttribute("y")) && y <= Number(frame.getAttribute("y")) + Number(frame.getAttribute("height")));
+  };
+  for (const picture of ["all-wide-", "all-narrow-", "near-wide-", "near-narrow-"]) {
     for (const series of ["front", "other"]) {
       const group = document.getElementById(picture + series);
       if (!group) continue;
       group.classList.add("marks");
       all("use, path", group).filter((one) => !one.closest("defs")).forEach((mark, index) => {
+        if (!within(mark)) return;
         const point = data.points[data[series][index]];
         marks.push([mark, point]);
         mark.setAttribute("tabindex", "0");
@@ -133,9 +146,10 @@
     filter.addEventListener("input", narrow);
     document.getElementById("kind").addEventListener("change", narrow);
   }
-  // A link to page.html#filter=words&sort=column shows the table like that.
+  // A link to page.html#filter=words&sort=column&show=near shows the page like that.
   const asked = new URLSearchParams(location.hash.slice(1));
   if (filter && asked.get("filter")) { filter.value = asked.get("filter"); narrow(); }
   const column = asked.get("sort") && all("#jobs th button.sort").find((one) => one.textContent.trim() === asked.get("sort"));
   if (column) column.click();
+  if (asked.get("show")) all("button.show").find((one) => one.dataset.show === asked.get("show"))?.click();
 })();
