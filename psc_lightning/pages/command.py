@@ -59,10 +59,24 @@ def _report(options: argparse.Namespace) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
         files = write_pareto(jobs, out, options.metric, options.falling)
+        files += _pages(options.folders)
     except OSError as error:
         return _refuse(f"-o {out}: {error.strerror or error}")
     print(f"{len(jobs)} run{'s' * (len(jobs) != 1)}: {', '.join(map(str, files))}")
     return 0
+
+
+def _pages(folders: list[Path]) -> list[Path]:
+    """The pages of runs that are named themselves, and have none; of what a file holds they show all but the histograms."""
+    from psc_lightning.pages.jobs import read_job
+    from psc_lightning.pages.run_page import write_run
+
+    missing = [one for one in folders if (one / "report.json").is_file() and not (one / "report.html").is_file()]
+    jobs = {folder: read_job(folder) for folder in missing}
+    found = [folder for folder, job in jobs.items() if job.report]
+    for folder in found:
+        write_run(folder, jobs[folder].report)
+    return [folder / "report.html" for folder in found]
 
 
 def _refuse(why: str) -> int:

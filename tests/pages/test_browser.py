@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import shutil
 import subprocess
@@ -69,6 +70,30 @@ def test_it_sorts_and_filters_without_an_error(page: Path, tmp_path: Path) -> No
     assert (shown(dom), console) == (["3"], "")
     assert '<span id="shown">1</span>' in dom
     assert dom.count('class="faded"') == 2 * 2
+
+
+CLICKS = """
+const clipboard = { writeText: async (text) => { document.body.dataset.copied = text; } };
+Object.defineProperty(navigator, "clipboard", { value: clipboard });
+document.querySelector("#j1 button.copy").click();
+const mark = document.querySelector("#all-wide-front use[aria-label]");
+mark.dispatchEvent(new MouseEvent("mouseenter"));
+document.body.dataset.tip = document.getElementById("tip").innerText;
+mark.dispatchEvent(new PointerEvent("click", { bubbles: true, pointerType: "touch" }));
+document.body.dataset.link = document.querySelector("#tip a").getAttribute("href");
+"""
+
+
+@needs_browser
+def test_a_mark_says_what_it_is_and_a_command_is_copied(page: Path, tmp_path: Path) -> None:
+    clicked = page.with_name("clicked.html")
+    clicked.write_text(page.read_text().replace("</body>", f"<script>{CLICKS}</script></body>"))
+    dom, console = rendered(clicked, tmp_path / "profile")
+    assert console == ""
+    body = html.unescape(re.search("<body[^>]*>", dom)[0])  # type: ignore[index]
+    assert "data-copied=\"python train.py t=1 'name=<b>'\"" in body
+    assert 'data-tip="t=1\n100 bytes, 100.0 times smaller, accuracy 0.91, −4.00 to dense"' in body
+    assert 'data-link="1/report.json"' in body
 
 
 @needs_browser

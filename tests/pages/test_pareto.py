@@ -214,6 +214,11 @@ def test_psc_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--metric f1: not one of accuracy" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "a"), "--lower", "--metric", "accuracy"]) == 0
     assert "lower is better" in (tmp_path / "a/pareto.svg").read_text()
+    assert not list(tmp_path.glob("a/*/report.html"))
+    assert (
+        main(["report", str(tmp_path / "a/0"), "-o", str(out)]) == 0
+    )  # a run that is named has a page of its own then
+    assert (tmp_path / "a/0/report.html").is_file()
     (tmp_path / "file").touch()
     assert main(["report", str(tmp_path / "a"), "-o", str(tmp_path / "file")]) == 2
     assert "File exists" in capsys.readouterr().err

@@ -115,6 +115,7 @@
       const group = document.getElementById(picture + series);
       if (!group) continue;
       group.classList.add("marks");
+      group.closest("svg").setAttribute("role", "group"); // an image would hide its marks from a screen reader
       all("use, path", group).filter((one) => !one.closest("defs")).forEach((mark, index) => {
         if (!within(mark)) return;
         const point = data.points[data[series][index]];
