@@ -88,7 +88,7 @@ def run(cfg: DictConfig, folder: Path) -> float:
     given = None if cfg.model.checkpoint is None else read_checkpoint(Path(cfg.model.checkpoint).expanduser(), fresh)
     if given is not None:
         fresh.load_state_dict(given)
-    history = History()
+    history = History(**{key: value for key, value in asked(cfg).items() if value != AUTO})
     trainer = build_trainer(
         cfg,
         callbacks=[*callbacks, history, ResumePoint(this.checkpoints, cfg.checkpoint.every_n_steps)],

@@ -9,8 +9,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from psc_lightning.artifact import measure
+from psc_lightning.artifact.leftovers import Precisions
 from psc_lightning.callbacks.budget import ByteBudget
 from psc_lightning.files import Place, write_atomic
+from psc_lightning.options import whole
 from psc_lightning.sharding import is_sharded
 from psc_lightning.strict_json import json_text
 from psc_lightning.training.cast import Cast
@@ -36,10 +38,18 @@ class History(Callback):
 
     Args:
         every: optimizer steps between two points of the loss, 1 or more.
+        leftovers, names, fold_batchnorm: what `save` will be given, for `psc/bytes`.
     """
 
-    def __init__(self, every: int = 10) -> None:
-        self.every = every
+    def __init__(
+        self,
+        every: int = 10,
+        leftovers: Precisions = "float32",
+        names: bool = True,
+        fold_batchnorm: bool | Mapping[str, str] = False,
+    ) -> None:
+        self.every = whole("every", every, 1)
+        self.writing: dict[str, Any] = {"leftovers": leftovers, "names": names, "fold_batchnorm": fold_batchnorm}
         self.series: dict[str, list[tuple[int, float]]] = {}
         self._seen = -1  # the step of the last look
 
@@ -89,7 +99,7 @@ class History(Callback):
         conductor = next((one for one in callbacks_of(trainer) if isinstance(one, Conductor)), None)
         if conductor is None or not trainer.is_global_zero:  # what other processes would find is the same
             return
-        found = _compression(conductor.cast, module)
+        found = _compression(conductor.cast, module, self.writing)
         for name, number in found.items():
             self._note(name, trainer, number)
         for logger in trainer.loggers if found else ():
@@ -102,7 +112,7 @@ class History(Callback):
         return self.series[name][-1][0] if self.series.get(name) else -1
 
 
-def _compression(cast: Cast, module: LightningModule) -> dict[str, float]:
+def _compression(cast: Cast, module: LightningModule, writing: Mapping[str, Any]) -> dict[str, float]:
     """How far compression is, under the names that loggers see."""
     places = [place for place in cast.everywhere() if not is_sharded(place.parameter)]
     entries = sum(place.parameter.numel() for place in places)
@@ -120,5 +130,5 @@ def _compression(cast: Cast, module: LightningModule) -> dict[str, float]:
         if budget.weight is not None:
             found["psc/price"] = budget.weight
     elif 0 < entries <= _MEASURED and len(places) == len(cast.everywhere()):
-        found["psc/bytes"] = float(measure(module).file_bytes)
+        found["psc/bytes"] = float(measure(module, **writing).file_bytes)
     return found

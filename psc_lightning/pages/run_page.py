@@ -17,6 +17,7 @@ from psc_lightning.pages.jobs import Job, read_job
 from psc_lightning.pages.render import page
 from psc_lightning.pages.run_figures import bytes_figure, training_figure, weights_figure
 from psc_lightning.report.notes import main_metric
+from psc_lightning.strict_json import json_text
 
 __all__ = ["write_run"]
 
@@ -78,7 +79,7 @@ def write_run(
         "command": job.command(),
         "config": config.read_text(encoding="utf-8") if config.is_file() else "",
         "file": file,
-        "example": _EXAMPLE.format(file=json.dumps(file)),
+        "example": _EXAMPLE.format(file=json_text(file)),
     }
     write_atomic(folder / "report.html", page("run.html", **values))
 

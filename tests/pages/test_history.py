@@ -92,6 +92,18 @@ def test_a_budget_tells_its_estimate_and_price(tmp_path: Path) -> None:
     assert history.series["psc/price"][-1] == (16, budget.weight)
 
 
+def test_bytes_are_those_of_how_the_file_will_be_written(tmp_path: Path) -> None:
+    module = Net()
+    history = fit(
+        StraightThroughQuantization("binary", min_size=0), History(leftovers="log8"), folder=tmp_path, module=module
+    )
+    assert (
+        history.series["psc/bytes"][-1][1] == measure(module, leftovers="log8").file_bytes < measure(module).file_bytes
+    )
+    with pytest.raises(ValueError, match="every"):
+        History(every=0)
+
+
 def test_a_resumed_run_has_all_of_it(tmp_path: Path) -> None:
     def levels() -> StraightThroughQuantization:
         return StraightThroughQuantization("ternary", min_size=0, schedule={"kind": "linear", "begin": 0, "end": 6})
