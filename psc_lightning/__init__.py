@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from psc_lightning.folding import fold_batchnorm
     from psc_lightning.loading import load_checkpoint
     from psc_lightning.oneshot import Plan, attach, compress, plan
+    from psc_lightning.pages.history import History
     from psc_lightning.probing import Sensitivity, sensitivity
     from psc_lightning.report.numbers import Report, TensorReport
     from psc_lightning.schedule import Schedule
@@ -56,6 +57,7 @@ _HOMES = {
     "slots.live": ("detach",),
     "loading": ("load_checkpoint",),
     "oneshot": ("Plan", "attach", "compress", "plan"),
+    "pages.history": ("History",),
     "probing": ("Sensitivity", "sensitivity"),
     "report.numbers": ("Report", "TensorReport"),
     "schedule": ("Schedule",),
@@ -69,6 +71,7 @@ __all__ = [
     "Coarsest",
     "Distillation",
     "GradientClipping",
+    "History",
     "MaskLearning",
     "Plan",
     "RatePenalty",

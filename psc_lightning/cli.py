@@ -1,11 +1,10 @@
-"""The `psc` command: make a .psc file of a checkpoint, look into one, check it, and turn it into other formats."""
+"""The `psc` command: make a .psc file of a checkpoint, look into one, check it, turn it into other formats; pages of runs."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
 import importlib
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psc_lightning
+from psc_lightning import arguments
 from psc_lightning.artifact import (
     ArtifactError,
     NamelessError,
@@ -28,12 +28,11 @@ from psc_lightning.artifact.leftovers import LEFTOVERS
 from psc_lightning.checkpoint import bare, matched, read_tensors
 from psc_lightning.export import EXPORTERS
 from psc_lightning.files import closed_pipes
+from psc_lightning.pages import command as report_command
 from psc_lightning.report.difference import difference_dict, difference_table, differences
 from psc_lightning.strict_json import json_text
 
 __all__ = ["main"]
-
-_DTYPES = ("float32", "float64", "int64", "int32", "bool")
 
 _FACTORY = "PACKAGE.MODULE:FACTORY"
 _FACTORY_HELP = "what makes the plain model, called without arguments"
@@ -74,14 +73,14 @@ exit status: 0 good, 1 the file is bad, 2 wrong usage
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(given: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0 good, 1 the file is bad or differs, 2 wrong usage.
 
     Args:
-        arguments: instead of those of the process.
+        given: arguments instead of those of the process.
     """
     with closed_pipes():
-        return _run(_parser().parse_args(arguments))
+        return _run(_parser().parse_args(given))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -108,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="psc",
         description="Write .psc files (compressed models) of checkpoints, look into them and check them.",
-        epilog="examples:\n" + "".join(_EXAMPLES.values()) + _STATUS,
+        epilog="examples:\n" + "".join((*_EXAMPLES.values(), report_command.EXAMPLES)) + _STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -124,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--max-bytes",
             metavar="N",
-            type=_bytes,
+            type=arguments.size,
             help=f"refuse, before taking memory, a file whose tensors need more than this ({MAX_BYTES}, or what --model may)",
         )
         return one
@@ -143,7 +142,9 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="its tensors must be these: a state dict, a Lightning checkpoint, or safetensors",
     )
-    one.add_argument("--sha256", metavar="HEX", type=_digest, help="the file's SHA-256, as `psc inspect` prints it")
+    one.add_argument(
+        "--sha256", metavar="HEX", type=arguments.digest, help="the file's SHA-256, as `psc inspect` prints it"
+    )
     one.add_argument("--model", metavar=_FACTORY, help=f"{_FACTORY_HELP}: the file must go into it")
     one.set_defaults(run=_verify)
 
@@ -164,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--example",
         metavar="SHAPE",
-        type=_example,
+        type=arguments.example,
         action="append",
         help="an input: 1,3,32,32; 1,128:int64 where it is whole numbers; once for each input, in their order",
     )
@@ -172,13 +173,15 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--dynamic",
         metavar="[INPUT:]AXIS=NAME",
-        type=_open_axis,
+        type=arguments.open_axis,
         action="append",
         default=[],
         help="leave an axis of a graph's input (of all inputs) open and name its length: 1=length, ids:1=length",
     )
     for which in ("input", "output"):
-        one.add_argument(f"--{which}-names", metavar="A,B", type=_names, help=f"what the graph's {which}s are called")
+        one.add_argument(
+            f"--{which}-names", metavar="A,B", type=arguments.names, help=f"what the graph's {which}s are called"
+        )
     one.set_defaults(run=_export)
 
     one = command("pack", "write the model of a Lightning checkpoint as a .psc file, and print its table")
@@ -195,50 +198,14 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--fold-batchnorm", action="store_true", help="fold each BatchNorm into the convolution before it")
     one.add_argument("--no-names", action="store_true", help="leave names and shapes out: only the same model reads it")
     one.set_defaults(run=_pack)
+
+    report_command.add_to(commands, _STATUS)
     return parser
 
 
 def _file(text: str) -> str:
     """The file that is meant: of a run's folder its model.psc."""
     return str(Path(text) / "model.psc") if Path(text).is_dir() else text
-
-
-def _example(text: str) -> tuple[tuple[int, ...], str]:
-    """Shape and type of an input: ``1,3,32,32`` of float32, ``1,128:int64``."""
-    shape, _, dtype = text.partition(":")
-    dtype = dtype or "float32"
-    if not all(axis.isdecimal() for axis in shape.split(",")) or dtype not in _DTYPES:
-        raise argparse.ArgumentTypeError(
-            f"expected whole numbers as in 1,3,32,32 or 1,128:int64 (one of {', '.join(_DTYPES)}), found {text!r}"
-        )
-    return tuple(map(int, shape.split(","))), dtype
-
-
-def _open_axis(text: str) -> tuple[str, int, str]:
-    """An input (``*``: all), an axis of it, and what its length is called."""
-    found = re.fullmatch(r"(?:([^:=]+):)?(-?\d+)=(\w+)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"expected an axis and a name as in 1=length or ids:1=length, found {text!r}")
-    return found[1] or "*", int(found[2]), found[3]
-
-
-def _names(text: str) -> list[str]:
-    """Names between commas."""
-    return text.split(",")
-
-
-def _bytes(text: str) -> int:
-    """A number of bytes."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number of bytes, found {text!r}")
-    return int(text)
-
-
-def _digest(text: str) -> str:
-    """A SHA-256 in hexadecimal digits."""
-    if not re.fullmatch("[0-9a-fA-F]{64}", text):
-        raise argparse.ArgumentTypeError(f"expected 64 hexadecimal digits, found {text!r}")
-    return text.lower()
 
 
 def _limit(options: argparse.Namespace) -> dict[str, Any]:

@@ -28,7 +28,7 @@ METHODS = [(folder, name, cls) for folder, (methods, _) in FOLDERS.items() for n
 # Lower layers first; a module may import from its own package and from lower layers.
 LAYERS = [
     {"words"},
-    {"symbols", "options", "files", "strict_json"},
+    {"symbols", "options", "arguments", "files", "strict_json"},
     {"prices", "schedule", "configs", "sharding", "checkpoint"},
     {"report", "numerics"},
     {"tying", "masks", "levels", "activations"},
@@ -37,7 +37,7 @@ LAYERS = [
     {"training", "artifact"},
     {"coarseness"},
     {"callbacks"},
-    {"export", "oneshot", "loading", "probing"},
+    {"export", "oneshot", "loading", "pages", "probing"},
     {"app"},
     {"cli"},
 ]

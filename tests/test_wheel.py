@@ -27,6 +27,9 @@ def test_it_holds_the_package_its_types_and_every_config(wheel: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
     configs = {f"psc_lightning/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
     assert configs <= held
+    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "psc_lightning/pages/templates").iterdir()}
+    assert len(templates) >= 5
+    assert templates <= held
     assert "psc_lightning/py.typed" in held
     assert any(name.endswith("licenses/LICENSE") for name in held)
     assert not {name.split("/")[0] for name in held if "dist-info" not in name} - {"psc_lightning"}

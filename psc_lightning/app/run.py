@@ -43,8 +43,10 @@ from psc_lightning.callbacks import ByteBudget
 from psc_lightning.callbacks.presets import wanted
 from psc_lightning.coarseness import AUTO, coarsest, told
 from psc_lightning.oneshot import costly_masks
+from psc_lightning.pages.general import general_size
+from psc_lightning.pages.history import History
+from psc_lightning.pages.run_page import write_run
 from psc_lightning.report.notes import main_metric, notes_of, predictions
-from psc_lightning.report.plots import Curve, draw
 from psc_lightning.words import hint
 
 __all__ = ["is_main", "run"]
@@ -86,10 +88,10 @@ def run(cfg: DictConfig, folder: Path) -> float:
     given = None if cfg.model.checkpoint is None else read_checkpoint(Path(cfg.model.checkpoint).expanduser(), fresh)
     if given is not None:
         fresh.load_state_dict(given)
-    curve = Curve()
+    history = History(**{key: value for key, value in asked(cfg).items() if value != AUTO})
     trainer = build_trainer(
         cfg,
-        callbacks=[*callbacks, curve, ResumePoint(this.checkpoints, cfg.checkpoint.every_n_steps)],
+        callbacks=[*callbacks, history, ResumePoint(this.checkpoints, cfg.checkpoint.every_n_steps)],
         logger=build_logger(cfg, folder),
         default_root_dir=folder,
     )
@@ -107,6 +109,7 @@ def run(cfg: DictConfig, folder: Path) -> float:
     if is_main():  # in a distributed run, the other processes only help to fit
         fresh.load_state_dict(dense)
         metrics, _ = before_training(cfg, fresh, data)
+        this.note(dense_packed=general_size(dense))
         log.info("fine-tuning under compression=%s", cfg.compression.get("name"))
 
     module = build_module(cfg)
@@ -138,7 +141,8 @@ def run(cfg: DictConfig, folder: Path) -> float:
     report.metrics = metrics
     report.stored_as = why
     report.notes = notes_of(metrics, predicted, tries(cfg, report)) + costly_masks(module, report.file_bytes, **writing)
-    draw(report, curve, this.plots, main_metric(metrics["compressed"], cfg.objective))
+    history.save(this.history)
+    write_run(folder, report.to_dict(), dense, reloaded.state_dict(), file.name)
     report.save(this.report)
     with contextlib.suppress(BrokenPipeError):  # whoever listened has heard enough; the run is good
         print(report)

@@ -41,7 +41,8 @@ class Run:
         self.config = folder / "config.yaml"
         self.record = folder / "run.json"
         self.checkpoints = folder / "checkpoints"
-        self.plots = folder / "plots"
+        self.page = folder / "report.html"
+        self.history = folder / "history.json"
 
     @staticmethod
     def shown(path: Path) -> str:
@@ -76,13 +77,15 @@ class Run:
             overrides=overrides,
             command=shlex.join(sys.argv),
             seed=cfg.seed,
+            objective=cfg.objective,
             versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             git=git_state(),
         )
 
     def clear(self) -> None:
         """Delete what says that an older run in this folder is finished, and where it stood."""
-        self.report.unlink(missing_ok=True)
+        for path in (self.report, self.page, self.history):
+            path.unlink(missing_ok=True)
         self.over_budget.unlink(missing_ok=True)
         (self.checkpoints / "last.ckpt").unlink(missing_ok=True)
 

@@ -1,1 +1,1 @@
-"""What people look at: a file's numbers, tables, the difference of two files, plots of a run. Reading needs none of it."""
+"""What people look at: a file's numbers, tables, the difference of two files. Reading needs none of it."""

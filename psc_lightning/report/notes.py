@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["main_metric", "notes_of", "predictions"]
+__all__ = ["is_share", "main_metric", "notes_of", "predictions"]
 
 _SHARES = ("acc", "top1", "top-1", "f1", "auroc", "precision", "recall")  # in a metric's name: 0 … 1, more is better
 _POINTS = 0.05  # a fall that is said
@@ -25,6 +25,15 @@ def main_metric(metrics: Mapping[str, Any], chosen: str | None = None) -> str | 
     return next(
         (name for name in (chosen, "accuracy", *(n for n in names if n != "loss"), *names) if name in names), None
     )
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric, by its name, is a share, of which more is better.
+
+    >>> is_share("test/Accuracy"), is_share("loss")
+    (True, False)
+    """
+    return any(part in metric.lower() for part in _SHARES)
 
 
 @contextmanager
@@ -58,7 +67,7 @@ def notes_of(
     """
     help_ = f"; what may help: {', '.join(tries)}"
     dense, found = metrics["dense"], metrics["compressed"]
-    shares = [name for name in found if name in dense and any(part in name.lower() for part in _SHARES)]
+    shares = [name for name in found if name in dense and is_share(name)]
     notes = [
         f"{name} of the file is {found[name]:.4g}, {100 * (dense[name] - found[name]):.1f} points below the dense start "
         f"({dense[name]:.4g}){help_}"

@@ -39,6 +39,11 @@ def test_jobs_that_fail_or_diverge_are_reported_and_the_others_go_on(cli: Comman
     assert "threshold" in jobs[2]["error"]
     assert said.count("training it once") <= 1
     assert "job 2: error" in said
+    assert "page: sweep/pareto.html" in said
+    page = (tmp_path / "sweep/pareto.html").read_text()
+    assert page.count('class="failed"') == 4
+    assert page.count('href="4/report.html"') >= 1
+    assert {"pareto.png", "pareto.svg"} <= {path.name for path in (tmp_path / "sweep").iterdir()}
 
 
 def test_the_table_has_a_row_for_each_job(cli: Command, tmp_path: Path) -> None:

@@ -87,6 +87,10 @@ def test_each_preset_from_command_to_file(cli: Command, tmp_path: Path, name: st
     assert report["file_bytes"] == (run / "model.psc").stat().st_size
     assert {*report["metrics"]} == {"dense", "one_shot", "compressed"}
     assert all({*values} == {"accuracy", "loss"} for values in report["metrics"].values())
+    assert f"{report['file_bytes']:,} bytes" in (run / "report.html").read_text()
+    series = json.loads((run / "history.json").read_text())["series"]
+    assert ("psc/sparsity" in series) == (name != "none")
+    assert {"train_loss", "val_accuracy", "learning_rate"} <= {*series}
     for file in ("config.yaml", "run.json", "plots/bytes.png", "plots/training.png", "checkpoints/last.ckpt"):
         assert (run / file).is_file()
     assert OmegaConf.load(run / "config.yaml").compression.threshold == 0.6
