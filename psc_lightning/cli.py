@@ -27,9 +27,9 @@ from psc_lightning.artifact.file import MAX_BYTES, SLACK
 from psc_lightning.artifact.leftovers import LEFTOVERS
 from psc_lightning.checkpoint import bare, matched, read_tensors
 from psc_lightning.export import EXPORTERS
-from psc_lightning.files import closed_pipes
 from psc_lightning.report.difference import difference_dict, difference_table, differences
 from psc_lightning.strict_json import json_text
+from psc_lightning.terminal import closed_pipes
 
 __all__ = ["main"]
 

@@ -1,4 +1,4 @@
-"""Places that bytes come from and go to: paths, URLs, open files, memory, a pipe that nobody reads any more.
+"""Places that bytes come from and go to: paths, URLs, open files, memory.
 
 A path is never seen half-written.
 """
@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import errno
 import io
-import logging
 import os
 import re
 import secrets
 import stat
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["OversizeError", "Place", "Source", "closed_pipes", "read_bytes", "write_atomic"]
+__all__ = ["OversizeError", "Place", "Source", "read_bytes", "write_atomic"]
 
 #: what can be written to: a path (``~`` is the home folder), a URL that fsspec knows, or a binary stream
 Place = str | os.PathLike[str] | IO[bytes]
@@ -116,27 +113,6 @@ def _write_file(path: str, data: bytes) -> None:
             raise type(error)(error.errno, f"cannot write {target.name}: {why}", str(target.parent)) from error
         raise
     _sync(target.parent)
-
-
-@contextmanager
-def closed_pipes() -> Iterator[None]:
-    """Let a command end without a traceback where its output's reader has gone: `psc inspect model.psc | head`.
-
-    Raises:
-        SystemExit: with 141, the status of a program that the signal SIGPIPE has ended.
-    """
-    told, logging.raiseExceptions = logging.raiseExceptions, False  # else each line of a log would bring a traceback
-    try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        with suppress(OSError, ValueError):  # the interpreter flushes once more at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
-    finally:
-        logging.raiseExceptions = told
 
 
 def _sync(folder: Path) -> None:

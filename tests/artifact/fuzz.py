@@ -30,7 +30,8 @@ import torch
 from models import EVERY_METHOD, bag, compressed, fill
 from torch import Tensor, nn
 
-from psc_lightning.artifact import ArtifactError, container, directory, file, inspect, load, streams, to_bytes
+from psc_lightning.artifact import ArtifactError, container, directory, inspect, load, reading, streams, to_bytes
+from psc_lightning.artifact.allowance import Allowance
 from psc_lightning.artifact.ans import Coded, Decoder, Encoder, Ints, Nesting, Packed, count
 from psc_lightning.artifact.codings import gaps, plain
 from psc_lightning.artifact.directory import DTYPES, Entry, Kind
@@ -134,7 +135,7 @@ def seeds(step: int = 1) -> list[bytes]:
     assert opened(files[0])[1].plain
     with mock.patch.multiple(gaps, _LEAST=1, _SHARE=1):
         files.append(to_bytes(bag({"rare": torch.arange(5000) % 97 == 5}))[0])
-    assert file._decode(*opened(files[-1]), LIMIT).streams[0].coding == "gaps"
+    assert reading.decoded(*opened(files[-1]), LIMIT).streams[0].coding == "gaps"
     models = [single(**slots) for slots in EVERY_METHOD[::step]]
     models += [ordered(mask=("magnitude", {"threshold": 0.5}), levels=levels) for levels in ("binary", "uniform")]
     models += [ordered(levels="ternary"), ordered(levels=("codebook", {"k": 8}))]
@@ -157,7 +158,7 @@ def sealed(body: bytes) -> bytes:
 
 def opened(data: bytes) -> tuple[list[Entry], Coded]:
     """Entries and symbols of an honest file."""
-    return file._open(data)
+    return reading.opened(data)[:2]
 
 
 def closed(entries: list[Entry], symbols: Coded) -> bytes:
@@ -264,6 +265,7 @@ class Forger(Nesting):
     bits = 0.0
 
     def __init__(self, symbols: Coded, choice: random.Random, at: int, returns: bool) -> None:
+        super().__init__(Allowance(LIMIT, 4, 0))
         self.tape: list[tuple[str, int] | tuple[Tensor, Ints] | tuple[Tensor, int]] = []
         self._honest, self._choice, self._at, self._returns = Decoder(symbols), choice, at, returns
 
@@ -329,7 +331,7 @@ def forged(files: list[bytes], choice: random.Random) -> bytes:
     at = min(int(choice.expovariate(1 / 20)), 200)
     forger = Forger(symbols, choice, at, returns=choice.random() < 0.6)
     with mock.patch.object(streams, "Decoder", return_value=forger), suppress(Exception, Hang), watched():
-        file._decode(entries, symbols, LIMIT)
+        reading.decoded(entries, symbols, LIMIT)
     return closed(entries, forger.coded())
 
 
@@ -383,11 +385,11 @@ def invented(files: list[bytes], choice: random.Random) -> bytes:
         entries.append(Entry(f"{at}.weight", kind, choice.choice((torch.float32, choice.choice(DTYPES))), shape))
     inventor = Inventor(choice)
     with (
-        mock.patch.object(file, "SymbolReader", return_value=inventor),
+        mock.patch.object(reading, "SymbolReader", return_value=inventor),
         suppress(Exception, Hang),
         watched(),
     ):
-        file._decode(entries, Coded(b""), LIMIT)
+        reading.decoded(entries, Coded(b""), LIMIT)
     return closed(entries, inventor.writer.finish())
 
 
