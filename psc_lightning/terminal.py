@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-__all__ = ["closed_pipes", "printable", "speak_plainly"]
+__all__ = ["closed_pipes", "printable", "speaking_plainly"]
 
 
 def printable(text: str) -> str:
@@ -26,11 +26,18 @@ def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
-def speak_plainly() -> None:
+@contextmanager
+def speaking_plainly() -> Iterator[None]:
     """Let standard output and error show what their encoding lacks as escapes, instead of a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    try:
+        for stream in streams:
             stream.reconfigure(errors="backslashreplace")
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            stream.reconfigure(errors=errors)
 
 
 @contextmanager
