@@ -5,7 +5,9 @@
     python recipes/read_with_numpy.py model.psc model.npz 1000000000  # up to so many bytes of tensors; else 2^31
 
 Its one limit is that size, of the file and of the shapes that it declares (1 KiB a tensor): it is for files that you trust,
-for a stranger's may take any time within it. Neither psc_lightning nor torch nor constriction is imported: this is the proof that a stranger can write a reader, in any
+for a stranger's may take any time within it.
+
+Neither psc_lightning nor torch nor constriction is imported: this is the proof that a stranger can write a reader, in any
 language. It goes symbol by symbol and is slow; `psc_lightning.load` is the fast one. NumPy has no bfloat16: such
 tensors come as float32, which holds them exactly.
 """

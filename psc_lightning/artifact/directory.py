@@ -228,9 +228,7 @@ def decode(tag: int, data: bytes, model: Sequence[Entry] | None = None, max_byte
 def _checked(entries: list[Entry]) -> list[Entry]:
     for entry in entries:
         if entry.name.rpartition(".")[2] == EXTRA_STATE:
-            raise _damaged(
-                "tensors of a model", f"{entry.name[-_SHOWN:]}: modules unpickle what they are given under that name"
-            )
+            raise _damaged("tensors of a model", f"{entry.name[-_SHOWN:]}, which modules unpickle")
         if entry.kind in (Kind.LEFTOVER, Kind.ALIAS):
             continue
         if not entry.dtype.is_floating_point or (entry.kind is Kind.HALF and entry.dtype == torch.float16):

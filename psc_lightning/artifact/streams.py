@@ -15,7 +15,7 @@ from torch import Tensor
 from psc_lightning.artifact.allowance import Allowance
 from psc_lightning.artifact.ans import Coded, Decoder, Encoder, Ints
 from psc_lightning.artifact.codings import CODINGS, Grid, Plane
-from psc_lightning.artifact.codings.planes import Found, choose, find
+from psc_lightning.artifact.codings.planes import CONSTANT, Found, choose, find
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
 from psc_lightning.symbols import unzigzag, zigzag
 
@@ -196,5 +196,8 @@ class SymbolReader:
 
     def _plane(self, number: int, size: int, grid: Tensor | None = None) -> Found:
         found = find(self._decoder, number, size, _grid(grid), CODINGS)
-        self.streams.append(stream_of(found.histogram(size), found.coding))
+        known = found.rest is None
+        self.streams.append(
+            Stream(number, 1, 0.0, CONSTANT) if known else stream_of(found.histogram(size), found.coding)
+        )
         return found
