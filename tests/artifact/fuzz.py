@@ -41,6 +41,8 @@ from psc_lightning.symbols import look_up
 LIMIT = 1 << 20
 ROOM = 1 << 26  # bytes of address space beyond what the process has: what torch and Python themselves want in between
 SECONDS = 1.0
+#: shapes at the limits that codings have, as far as `LIMIT` goes
+LONG = ((8192, 1), (8192, 32), (1, 8192), (4095, 1), (1, 4095), (2048, 64), (512, 512), (64, 4096), (65536, 4))
 NUMBERS = (0, 1, 2, 3, 5, 7, 8, 16, 64, 255, 256, 257, 2**16, 2**20, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1)
 
 
@@ -218,7 +220,9 @@ def edited_entries(entries: list[Entry], choice: random.Random) -> list[Entry]:
         axes[choice.randrange(len(axes))] = choice.choice((*NUMBERS, choice.randrange(300)))
         entries[at] = replace(entry, shape=tuple(axes))
     elif edit == 3:
-        entries[at] = replace(entry, shape=choice.choice((entry.shape[::-1], entry.shape[1:], (*entry.shape, 2), ())))
+        entries[at] = replace(
+            entry, shape=choice.choice((entry.shape[::-1], entry.shape[1:], (*entry.shape, 2), (), choice.choice(LONG)))
+        )
     elif edit == 4:
         entries[at] = replace(entry, name=choice.choice(("", ".", "a", "weight", choice.choice(entries).name)))
     elif edit == 5:
@@ -382,6 +386,8 @@ def invented(files: list[bytes], choice: random.Random) -> bytes:
     for at in range(choice.randrange(1, 4)):
         shape = tuple(choice.choice((0, 1, 1, 2, 3, 4, 6, choice.randrange(12))) for _ in range(choice.randrange(6)))
         kind = choice.choice((Kind.SLOTS, Kind.SLOTS, Kind.SLOTS, Kind.LEFTOVER, Kind.HALF))
+        if choice.random() < 0.05:
+            shape = choice.choice(LONG)
         entries.append(Entry(f"{at}.weight", kind, choice.choice((torch.float32, choice.choice(DTYPES))), shape))
     inventor = Inventor(choice)
     with (
