@@ -1,13 +1,13 @@
 """What reading one file may take: bytes of memory and steps of work, set by what it declares and by its own length.
 
-    bytes    16 · declared bytes + 4 · length of the file + 2^25
-    steps    256 · tensors + declared bytes / 1024 + 16 · length of the file + 2^15
-    tensors  length of the file / 4 + 2^15, and, 1 KiB each, max_bytes + 2^25
+    bytes    16 · declared bytes + 4 · length of the symbols + 2^25
+    steps    256 · tensors + declared bytes / 1024 + 16 · length of the symbols + 2^15
+    tensors  length of the table of contents / 4 + 2^15, and max_bytes / 1 KiB + 2^15
 
-Declared are the shapes in the table of contents, and 1 KiB a tensor for its name and its object. A step is some 30 µs: an
-integer, a plane, a table that is made anew, half a line, an eighth of a diagonal. Whoever takes memory of a size that a file
-says asks first. A writer counts alike: what it could do in steps and leaves out is coded in another way, so that no file of
-its own is refused.
+Declared are the shapes in the table of contents, and 1 KiB a tensor for its name and its object. A step is 10 to 30 µs: an
+integer, a plane, a block of a stream, a table that is made anew, half a line, an eighth of a diagonal. Whoever takes memory of
+a size that a file says asks first. A writer counts alike, and takes another coding before one that would be too dear, so that
+no file of its own is refused. Honest files of many small layers, structured as codings like it, take up to a third of this.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ __all__ = ["DIAGONAL", "LINE", "TENSOR", "Allowance", "most_tensors"]
 TENSOR = 1 << 10  # bytes of a tensor's name, entry and object
 LINE, DIAGONAL = 2, 8  # steps
 
-_BYTES = (16, 4, 1 << 25)  # for a declared byte, for a byte of the file, in any case
+_BYTES = (16, 4, 1 << 25)  # for a declared byte, for a byte of symbols, in any case
 _STEPS = (1 / 1024, 16, 1 << 15)
 _OF_TENSOR = 256  # steps
 _FREE = 1 << 15  # tensors
-_APART = 4  # bytes of a file, for each one more
+_APART = 4  # bytes of a table of contents, for each one more: undeflated it has as many
 
 
 def most_tensors(length: int, max_bytes: int | None = None) -> int:
-    """How many tensors a file of so many bytes may have, and `max_bytes` may hold.
+    """How many tensors a table of contents of so many bytes may have, and `max_bytes` may hold.
 
     >>> most_tensors(400), most_tensors(1 << 20, 0)
     (32868, 32768)
@@ -44,7 +44,7 @@ class Allowance:
     Args:
         declared: bytes of all its tensors.
         tensors: how many.
-        length: of the file, in bytes.
+        length: of its symbols, in bytes.
 
     Attributes:
         bytes: held now, as far as they were asked for.
