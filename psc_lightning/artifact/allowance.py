@@ -5,7 +5,7 @@
     tensors  length of the table of contents / 4 + 2^15, and max_bytes / 1 KiB + 2^15
 
 Declared are the shapes in the table of contents, and 1 KiB a tensor for its name and its object. A step is 10 to 30 µs: an
-integer, a plane, a block of a stream, a table that is made anew, half a line, an eighth of a diagonal. Whoever takes memory of
+integer, a plane, a block of a stream, a table made anew, half a line, an eighth of a diagonal. Whoever takes memory of
 a size that a file says asks first. A writer counts alike, and takes another coding before one that would be too dear, so that
 no file of its own is refused. Honest files of many small layers, structured as codings like it, take up to a third of this.
 """
