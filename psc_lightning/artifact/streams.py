@@ -171,8 +171,8 @@ class SymbolReader:
             return torch.zeros(0, dtype=torch.uint8 if size <= _PLANE else torch.int32)
         if size <= _PLANE:
             return self._plane(count, size, grid).symbols(torch.uint8)
-        values = self._plane(count, (size - 1 >> 8) + 1).symbols(torch.int32) << 8
-        values |= self._plane(count, _PLANE).symbols(torch.int32)
+        values = self._plane(count, (size - 1 >> 8) + 1).symbols(torch.int32).bitwise_left_shift_(8)
+        values |= self._plane(count, _PLANE).symbols(torch.uint8)
         if int(values.max()) >= size:
             raise ArtifactError(f"expected symbols below {size}, found {int(values.max())}: {ADVICE}")
         return values
