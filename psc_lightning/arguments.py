@@ -1,13 +1,19 @@
-"""What words of a command line mean: an input's shape, an axis, a number of bytes."""
+"""What may stand on a command line: files, shapes, axes, sizes, digests."""
 
 from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 
-__all__ = ["digest", "example", "names", "open_axis", "size"]
+__all__ = ["digest", "example", "file", "names", "open_axis", "size"]
 
 _DTYPES = ("float32", "float64", "int64", "int32", "bool")
+
+
+def file(text: str) -> str:
+    """The file that is meant: of a run's folder its model.psc."""
+    return str(Path(text) / "model.psc") if Path(text).is_dir() else text
 
 
 def example(text: str) -> tuple[tuple[int, ...], str]:

@@ -23,14 +23,15 @@ from psc_lightning.artifact import (
     load_into,
     load_stored,
 )
-from psc_lightning.artifact.file import MAX_BYTES, SLACK
+from psc_lightning.artifact.file import MAX_BYTES
 from psc_lightning.artifact.leftovers import LEFTOVERS
+from psc_lightning.artifact.reading import SLACK
 from psc_lightning.checkpoint import bare, matched, read_tensors
 from psc_lightning.export import EXPORTERS
-from psc_lightning.files import closed_pipes
 from psc_lightning.pages import command as report_command
 from psc_lightning.report.difference import difference_dict, difference_table, differences
 from psc_lightning.strict_json import json_text
+from psc_lightning.terminal import closed_pipes, printable, speaking_plainly
 
 __all__ = ["main"]
 
@@ -79,7 +80,7 @@ def main(given: Sequence[str] | None = None) -> int:
     Args:
         given: arguments instead of those of the process.
     """
-    with closed_pipes():
+    with closed_pipes(), speaking_plainly():
         return _run(_parser().parse_args(given))
 
 
@@ -94,6 +95,9 @@ def _run(options: argparse.Namespace) -> int:
     except (ArtifactError, OSError) as error:
         print(f"psc {options.command}: {options.file}: {_line(error)}", file=sys.stderr)
         return 1
+    except MemoryError as error:  # nor is the file bad
+        print(f"psc {options.command}: {options.file}: not enough memory: {_line(error)}", file=sys.stderr)
+        return 2
     except (_UsageError, ModuleNotFoundError) as error:
         print(f"psc {options.command}: {_line(error)}", file=sys.stderr)
         return 2
@@ -129,13 +133,13 @@ def _parser() -> argparse.ArgumentParser:
         return one
 
     one = command("inspect", "list the tensors of a file, with shapes and bytes")
-    one.add_argument("file", metavar="FILE", type=_file, help="a .psc file, or the folder of a run")
+    one.add_argument("file", metavar="FILE", type=arguments.file, help="a .psc file, or the folder of a run")
     one.add_argument("--json", action="store_true", help="print JSON with the keys of report.json")
     one.add_argument("--all", action="store_true", help="a row for each plain tensor too, where there are many")
     one.set_defaults(run=_inspect)
 
     one = command("verify", "check a file from end to end; prints nothing if it is good")
-    one.add_argument("file", metavar="FILE", type=_file, help="a .psc file, or the folder of a run")
+    one.add_argument("file", metavar="FILE", type=arguments.file, help="a .psc file, or the folder of a run")
     one.add_argument(
         "--against",
         metavar="CHECKPOINT",
@@ -149,8 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     one.set_defaults(run=_verify)
 
     one = command("diff", "compare the tensors of two files; exit status 1 if any differ")
-    one.add_argument("file", metavar="A", type=_file, help="a .psc file, or the folder of a run")
-    one.add_argument("other", metavar="B", type=_file, help="another")
+    one.add_argument("file", metavar="A", type=arguments.file, help="a .psc file, or the folder of a run")
+    one.add_argument("other", metavar="B", type=arguments.file, help="another")
     one.add_argument("--json", action="store_true", help="print JSON: all tensors, with the bytes in each file")
     one.add_argument("--all", action="store_true", help="a row for each equal tensor too")
     one.set_defaults(run=_diff)
@@ -203,14 +207,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _file(text: str) -> str:
-    """The file that is meant: of a run's folder its model.psc."""
-    return str(Path(text) / "model.psc") if Path(text).is_dir() else text
-
-
 def _limit(options: argparse.Namespace) -> dict[str, Any]:
     """What a reader of files is told of their size."""
     return {} if options.max_bytes is None else {"max_bytes": options.max_bytes}
+
+
+def _content(file: str, options: argparse.Namespace) -> bytes:
+    """A file's bytes, read once whatever is asked of them."""
+    return container.read(file, (MAX_BYTES if options.max_bytes is None else options.max_bytes) + SLACK)
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -222,14 +226,13 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
+    data = _content(options.file, options)
     if options.sha256:
-        found = hashlib.sha256(
-            container.read(options.file, _limit(options).get("max_bytes", MAX_BYTES) + SLACK)
-        ).hexdigest()
+        found = hashlib.sha256(data).hexdigest()
         if found != options.sha256:
             raise ArtifactError(f"expected SHA-256 {options.sha256}, found {found}: another file, or a damaged one")
     try:
-        tensors = _tensors(options.file, options)
+        tensors = _tensors(data, options)
     except NamelessError:
         if options.against:
             raise
@@ -247,7 +250,7 @@ def _verify(options: argparse.Namespace) -> None:
         raise ArtifactError(f"--against {options.against}: {error}") from error
     # The file's own names, less what wrappers put in front of all of them, as in the checkpoint.
     held, wanted = (dict(zip(bare(state), state.values())) for state in (tensors, checkpoint))
-    if is_part(options.file, **_limit(options)):
+    if is_part(data, **_limit(options)):
         wanted = {name: value for name, value in wanted.items() if name in held}
     unequal = [one.text("the file", "the checkpoint") for one in differences(held, wanted) if not one.equal]
     if unequal:
@@ -257,12 +260,12 @@ def _verify(options: argparse.Namespace) -> None:
         )
 
 
-def _tensors(file: str, options: argparse.Namespace) -> dict[str, Any]:
+def _tensors(data: bytes, options: argparse.Namespace) -> dict[str, Any]:
     """The tensors of a file, read from end to end, by a model where one is named."""
     if options.model is None:
-        return load(file, **_limit(options))
+        return load(data, **_limit(options))
     model = _made(options.model)
-    left = load_into(model, file, options.max_bytes)
+    left = load_into(model, data, options.max_bytes)
     return {name: value for name, value in model.state_dict().items() if name not in left}
 
 
@@ -270,7 +273,8 @@ def _diff(options: argparse.Namespace) -> int:
     paths = (options.file, options.other)
     contents = []
     for options.file in paths:  # an error names the file that was being read
-        contents.append((load(options.file, **_limit(options)), inspect(options.file, **_limit(options))))
+        data = _content(options.file, options)
+        contents.append((load(data, **_limit(options)), inspect(data, **_limit(options))))
     (first, one), (second, other) = contents
     found = differences(first, second)
     equal = all(difference.equal for difference in found)
@@ -300,13 +304,18 @@ def _export(options: argparse.Namespace) -> None:
     for which, axis, length in options.dynamic:
         shapes.setdefault(which, {})[axis] = length
     asked = {"dynamic_shapes": shapes, "input_names": options.input_names, "output_names": options.output_names}
+    data = None if checkpoint else _content(file, options)
     writers = {name: EXPORTERS[name].write for name in chosen}  # where one lacks a package, none writes
     for name, out in chosen.items():
         if name not in graphs:
-            writers[name](_checkpoint(file) if checkpoint else _tensors(file, options), out)
+            tensors = _checkpoint(file) if data is None else _tensors(data, options)
+            try:
+                writers[name](tensors, out, **_limit(options))
+            except ValueError as error:
+                raise ArtifactError(str(error)) from error
             continue
         model = _made(options.model) if options.model else _of_run(Path(options.file))
-        stored = _fill(model, file, checkpoint, options.max_bytes)
+        stored = _fill(model, file, data, options.max_bytes)
         example = _example_of(model, options.example)
         try:
             writers[name](model, stored, out, example, dynamic_batch=options.dynamic_batch, **asked)
@@ -333,11 +342,11 @@ def _checkpoint(file: str) -> dict[str, Any]:
         raise ArtifactError(f"neither a .psc file nor a checkpoint: {error}") from error
 
 
-def _fill(model: Any, file: str, checkpoint: bool, max_bytes: int | None) -> dict[str, Any]:
-    """Put a file's weights, or a checkpoint's, into a model; how those that are compressed are stored."""
-    if not checkpoint:
-        load_into(model, file, max_bytes)
-        return dict(load_stored(file, max_bytes, model))
+def _fill(model: Any, file: str, data: bytes | None, max_bytes: int | None) -> dict[str, Any]:
+    """Put a file's weights, or (None) a checkpoint's, into a model; how those that are compressed are stored."""
+    if data is not None:
+        load_into(model, data, max_bytes)
+        return dict(load_stored(data, max_bytes, model))
     try:
         model.load_state_dict(matched(_checkpoint(file), model.state_dict()))
     except ValueError as error:
@@ -409,7 +418,7 @@ def _of_run(folder: Path) -> Any:
 def _line(error: Exception) -> str:
     """The message on one line, without the path that is printed before it."""
     text = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Places that bytes come from and go to: paths, URLs, open files, memory, a pipe that nobody reads any more.
+"""Places that bytes come from and go to: paths, URLs, open files, memory.
 
 A path is never seen half-written.
 """
@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import errno
 import io
-import logging
 import os
 import re
 import secrets
 import stat
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["OversizeError", "Place", "Source", "closed_pipes", "read_bytes", "write_atomic"]
+try:
+    import fcntl
+except ModuleNotFoundError:  # there, a part that a killed process left cannot be told from one that is being written
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["OversizeError", "Place", "Source", "read_bytes", "write_atomic"]
 
 #: what can be written to: a path (``~`` is the home folder), a URL that fsspec knows, or a binary stream
 Place = str | os.PathLike[str] | IO[bytes]
@@ -27,6 +29,8 @@ Source = Place | bytes | bytearray | memoryview
 
 _URL = re.compile(r"[A-Za-z][\w+.:-]+://")  # a drive's letter is no scheme
 _PIECE = 1 << 20
+# What this process was given open: its own to wait for. Any other pipe or device is a stranger's.
+_GIVEN = re.compile(r"/dev/(stdin|stdout|stderr|fd/\d+)|/proc/self/fd/\d+")
 _NAME = 100  # bytes of a name that its temporary one keeps: names may be as long as the system allows
 
 
@@ -41,7 +45,7 @@ def read_bytes(source: Source, limit: int) -> bytes:
         OversizeError: there are more than `limit`; no more memory than that was taken.
         TypeError: the source is of another kind, or a stream of text.
         ValueError: a stream that is closed, is not open for reading, or stands at its end.
-        OSError: it cannot be opened or read.
+        OSError: it cannot be opened or read, or is a pipe or a device that is not this process's own (/dev/stdin).
         ModuleNotFoundError: a URL, and fsspec (or what it needs for this kind) is missing.
     """
     if isinstance(source, bytes | bytearray | memoryview):
@@ -60,10 +64,14 @@ def read_bytes(source: Source, limit: int) -> bytes:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), source) from error
     if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, "Is a folder: expected a file, as model.psc in it", path)
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=_at_once) as file:
         status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):  # a pipe or a device has no length
-            return _read_stream(file, limit)
+        if not stat.S_ISREG(status.st_mode):
+            if not _GIVEN.fullmatch(path):
+                raise OSError(
+                    errno.EINVAL, "Expected a file, found a pipe or a device: open it, and pass the stream", path
+                )
+            return _read_stream(file, limit)  # it has no length
         if status.st_size > limit:
             raise OversizeError(status.st_size)
         return file.read(status.st_size)  # not the limit: Python takes memory for as many bytes as it is asked to read
@@ -90,53 +98,97 @@ def write_atomic(place: Place, data: bytes) -> None:
         _write_file(path, data)
 
 
+def _at_once(path: str, flags: int) -> int:
+    """Open without waiting for the other end of a pipe."""
+    wait = 0 if _GIVEN.fullmatch(path) else getattr(os, "O_NONBLOCK", 0)
+    handle = os.open(path, flags | wait, 0o666)
+    if wait:
+        os.set_blocking(handle, True)
+    return handle
+
+
 def _write_file(path: str, data: bytes) -> None:
+    before = None
     with suppress(OSError):
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # /dev/stdout, a pipe: not to be replaced by a file
-            with open(path, "wb") as device:
-                device.write(data)
-            return
+        before = os.stat(path)
+    if before is not None and not stat.S_ISREG(before.st_mode) and not stat.S_ISDIR(before.st_mode):
+        with open(path, "wb", opener=_at_once) as device:  # /dev/stdout, a pipe: not to be replaced by a file
+            device.write(data)
+        return
     target = Path(os.path.realpath(path))
     if path.endswith(("/", os.sep)) or target.is_dir():
         raise IsADirectoryError(errno.EISDIR, "cannot write a file: its name is a folder's; give a file in it", path)
-    name = target.name.encode()[:_NAME].decode(errors="ignore")
-    temporary = target.with_name(f".{name}.{secrets.token_hex(4)}.part")
+    temporary: Path | None = None
     try:
-        with open(temporary, "xb") as file:
+        _clean(target)
+        file = _part(target, private=before is not None)
+        temporary = Path(file.name)
+        with file:
             file.write(data)
             file.flush()
+            if before is not None:
+                _give(file.fileno(), before)
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+            if fcntl is None:
+                file.close()  # where an open file cannot be renamed
+            os.replace(temporary, target)  # while it is locked: nobody takes it for a killed process's
     except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink()
         if isinstance(error, OSError):
             why = f"{error.strerror}; expected an existing, writable folder with room for {len(data)} bytes"
             raise type(error)(error.errno, f"cannot write {target.name}: {why}", str(target.parent)) from error
         raise
-    _sync(target.parent)
+    with suppress(OSError):  # the new file is there; not every folder can be opened
+        _sync(target.parent)
 
 
-@contextmanager
-def closed_pipes() -> Iterator[None]:
-    """Let a command end without a traceback where its output's reader has gone: `psc inspect model.psc | head`.
+def _give(handle: int, before: os.stat_result) -> None:
+    """Owner and mode of the file that is to be replaced, as far as the system lets us."""
+    if hasattr(os, "fchown"):
+        with suppress(PermissionError):
+            os.fchown(handle, before.st_uid, before.st_gid)
+        os.fchmod(handle, stat.S_IMODE(before.st_mode))
 
-    Raises:
-        SystemExit: with 141, the status of a program that the signal SIGPIPE has ended.
-    """
-    told, logging.raiseExceptions = logging.raiseExceptions, False  # else each line of a log would bring a traceback
+
+def _prefix(target: Path) -> str:
+    return f".{target.name.encode()[:_NAME].decode(errors='ignore')}."
+
+
+def _part(target: Path, private: bool) -> IO[bytes]:
+    """A new temporary file beside a target, locked as long as it is open."""
+    while True:
+        path = target.with_name(f"{_prefix(target)}{secrets.token_hex(4)}.part")
+        file = open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600 if private else 0o666))  # noqa: SIM115
+        if _lock(file.fileno()) is not False and os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # somebody cleans up this very moment
+
+
+def _lock(handle: int) -> bool | None:
+    """Whether it is ours now; None where there are no locks."""
+    if fcntl is None:
+        return None
     try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        with suppress(OSError, ValueError):  # the interpreter flushes once more at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
-    finally:
-        logging.raiseExceptions = told
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _clean(target: Path) -> None:
+    """Remove the temporary files of saves of this target that were killed: those that no process holds."""
+    with suppress(OSError):
+        for name in os.listdir(target.parent):
+            if not re.fullmatch(re.escape(_prefix(target)) + "[0-9a-f]{8}[.]part", name):
+                continue
+            path = target.with_name(name)
+            with suppress(OSError), open(path, "rb", opener=_at_once) as file:
+                if stat.S_ISREG(os.lstat(path).st_mode) and _lock(file.fileno()):
+                    path.unlink()
 
 
 def _sync(folder: Path) -> None:

@@ -2,6 +2,10 @@
 
     python recipes/read_with_numpy.py model.psc            # names, shapes, types
     python recipes/read_with_numpy.py model.psc model.npz  # all tensors, for any other program
+    python recipes/read_with_numpy.py model.psc model.npz 1000000000  # up to so many bytes of tensors; else 2^31
+
+Its one limit is that size, of the file and of the shapes that it declares (1 KiB a tensor): it is for files that you trust,
+for a stranger's may take any time within it.
 
 Neither psc_lightning nor torch nor constriction is imported: this is the proof that a stranger can write a reader, in any
 language. It goes symbol by symbol and is slow; `psc_lightning.load` is the fast one. NumPy has no bfloat16: such
@@ -21,6 +25,8 @@ from typing import Any
 import numpy as np
 
 TOTAL = 1 << 24
+LARGEST = 1 << 31  # bytes of all tensors, unless more are asked for,
+FREE = 1 << 15  # and so many names and objects
 TYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
 WIDTHS = dict(zip(TYPES, (4, 2, 2, 8, 8, 4, 2, 1, 1, 1)))
 PARTS = {"complex64": "float32", "complex128": "float64"}
@@ -456,9 +462,16 @@ def varint(data: bytes, at: int) -> tuple[int, int]:
             return value, at
 
 
-def contents(toc: bytes) -> list[tuple[str, int, str, tuple[int, ...]]]:
+def shown(name: str) -> str:
+    """A name without what would move a terminal's cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def contents(toc: bytes, largest: int = LARGEST) -> list[tuple[str, int, str, tuple[int, ...]]]:
     """Name, kind, type and shape of each tensor; an alias has the number of the tensor that it repeats."""
     number, at = varint(toc, 0)
+    if 1024 * number > 1024 * FREE + largest:
+        raise ValueError(f"expected at most {largest} bytes of tensors, found {number} tensors: pass a larger size")
     names: list[str] = []
     for _ in range(number):
         shared, at = varint(toc, at)
@@ -476,6 +489,8 @@ def contents(toc: bytes) -> list[tuple[str, int, str, tuple[int, ...]]]:
                 axis, at = varint(toc, at)
                 shape.append(axis)
         found.append((name, code >> 4, TYPES[code % 16], tuple(shape)))
+    if at != len(toc):
+        raise ValueError("damaged: bytes are left over after the table of contents")
     return found
 
 
@@ -488,18 +503,23 @@ def of_model(toc: bytes, model: list[tuple[str, str, tuple[int, ...]]]) -> list[
             other, at = varint(toc, at)
             shape = (other,)
         found.append((name, kind, dtype, shape))
+    if at != len(toc):
+        raise ValueError("damaged: bytes are left over after the table of contents")
     return found
 
 
-def read(data: bytes, model: list[tuple[str, str, tuple[int, ...]]] | None = None) -> dict[str, np.ndarray[Any, Any]]:
+def read(
+    data: bytes, model: list[tuple[str, str, tuple[int, ...]]] | None = None, largest: int = LARGEST
+) -> dict[str, np.ndarray[Any, Any]]:
     """All tensors of a file, under their names, in their order.
 
     Args:
         data: the file.
         model: name, type and shape of each tensor, for a file without names.
+        largest: bytes that all tensors may take.
 
     Raises:
-        ValueError: it is not a file of this version, or it is damaged.
+        ValueError: it is not a file of this version, it is damaged, or larger.
     """
     if data[:4] != b"PSC\1" or int.from_bytes(data[4:8], "little") != zlib.crc32(data[8:]):
         raise ValueError("not a .psc file of version 1, or damaged: its first bytes or its checksum are wrong")
@@ -513,8 +533,11 @@ def read(data: bytes, model: list[tuple[str, str, tuple[int, ...]]] | None = Non
             raise ValueError("a file without names: say what names, types and shapes its model has")
         tensors = of_model(sections[4], model)
     else:
-        tensors = contents(
-            sections[1] if 1 in sections else zlib.decompressobj(-15, dictionary()).decompress(sections[2])
+        tensors = contents(sections[1] if 1 in sections else inflated(sections[2]), largest)
+    size = sum(prod(max(axis, 1) for axis in shape) * width(dtype) for _, kind, dtype, shape in tensors if kind != 3)
+    if size > largest:
+        raise ValueError(
+            f"expected at most {largest} bytes of tensors, found {size}: pass a larger size if you trust the file"
         )
     ans = Ans(sections[3], sections.get(5, b""))
     together: dict[Any, list[int]] = {}
@@ -544,6 +567,20 @@ def read(data: bytes, model: list[tuple[str, str, tuple[int, ...]]] | None = Non
     return {name: out[shape[0] if kind == 3 else i] for i, (name, kind, _, shape) in enumerate(tensors)}
 
 
+def width(dtype: str) -> int:
+    """Bytes of a number."""
+    return WIDTHS[dtype] if dtype in WIDTHS else 2 * WIDTHS[PARTS[dtype]]
+
+
+def inflated(section: bytes) -> bytes:
+    """A table of contents as section 1 would have it: at most 2^24 bytes."""
+    unpacker = zlib.decompressobj(-15, dictionary())
+    toc = unpacker.decompress(section, 1 << 24)
+    if not unpacker.eof or unpacker.unused_data:
+        raise ValueError("damaged: the table of contents is longer than 2^24 bytes, or goes on")
+    return toc
+
+
 def dictionary() -> bytes:
     """The preset dictionary: the known names, in the notation of a table of contents."""
     text, before = "", [""]
@@ -556,14 +593,18 @@ def dictionary() -> bytes:
 
 
 def main(arguments: list[str]) -> None:
-    tensors = read(Path(arguments[0]).read_bytes())
+    path, largest = Path(arguments[0]), int(arguments[2]) if len(arguments) > 2 else LARGEST
+    if not path.is_file() or path.stat().st_size > largest + (1 << 20):
+        raise SystemExit(f"{path}: expected a file of at most {largest} bytes of tensors")
+    tensors = read(path.read_bytes(), largest=largest)
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names may be beyond its encoding
     if len(arguments) > 1:
         np.savez(arguments[1], **tensors)  # type: ignore[arg-type]
     for name, tensor in tensors.items():
-        print(f"{name}  {tuple(tensor.shape)}  {tensor.dtype}")
+        print(f"{shown(name)}  {tuple(tensor.shape)}  {tensor.dtype}")
 
 
 if __name__ == "__main__":
-    if not 2 <= len(sys.argv) <= 3:
+    if not 2 <= len(sys.argv) <= 4:
         raise SystemExit(__doc__)
     main(sys.argv[1:])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forge
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from training import COMBINATIONS, Net
 
 import psc_lightning
 from psc_lightning import MaskLearning, StraightThroughQuantization
-from psc_lightning.artifact import directory
+from psc_lightning.artifact import container, directory
 from psc_lightning.levels import LEVELS
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "read_with_numpy.py"
@@ -139,3 +140,35 @@ def test_as_a_program_without_torch(tmp_path):
     assert (
         arrays["net.0.weight"].tobytes() == psc_lightning.load(tmp_path / "model.psc")["net.0.weight"].numpy().tobytes()
     )
+
+
+def test_its_one_limit(tmp_path):
+    """The size, of what is declared and of the file, and how many tensors."""
+    psc_lightning.save(nn.Linear(300, 10), tmp_path / "model.psc")
+    size = 4 * 3010
+    data = (tmp_path / "model.psc").read_bytes()
+    assert len(read(data, largest=size)) == 2
+    with pytest.raises(ValueError, match=f"at most {size - 1} bytes of tensors, found {size}"):
+        read(data, largest=size - 1)
+    with pytest.raises(ValueError, match="found 1901900 tensors"):
+        read(forge.names(1_900_000), largest=1000)
+    command = [sys.executable, str(RECIPE), "model.psc", "model.npz"]
+    for largest, status in ((size - 1, 1), (size, 0)):
+        done = subprocess.run([*command, str(largest)], cwd=tmp_path, capture_output=True, timeout=120)
+        assert done.returncode == status
+    assert "Its one limit is that size" in RECIPE.read_text()
+
+
+def test_bytes_after_the_table_of_contents():
+    tag, table = directory.encode([directory.Entry("a", directory.Kind.LEFTOVER, torch.bool, (0,))])
+    assert tag == directory.PLAIN
+    nameless = directory.encode_nameless([directory.Entry("a", directory.Kind.LEFTOVER, torch.bool, (0,))])[1]
+    model = [("a", "bool", (0,))]
+    for section, content, known in ((1, table, None), (4, nameless, model)):
+        assert read(container.pack({section: content, 3: b"\1"}), known)["a"].shape == (0,)
+        with pytest.raises(ValueError, match="left over after the table"):
+            read(container.pack({section: content + b"\0", 3: b"\1"}), known)
+    packed = directory._deflate(table, 0)
+    assert len(read(container.pack({2: packed, 3: b"\1"}))) == 1
+    with pytest.raises(ValueError, match="the table of contents is longer"):
+        read(container.pack({2: packed + b"x", 3: b"\1"}))

@@ -24,7 +24,7 @@ from psc_lightning.app.run import is_main, run
 from psc_lightning.app.run_folder import Run, register_resolvers
 from psc_lightning.app.sweep import SweepFolder, summarise
 from psc_lightning.configs import config_dir
-from psc_lightning.files import closed_pipes
+from psc_lightning.terminal import closed_pipes
 
 __all__ = ["main"]
 

@@ -9,6 +9,7 @@ bits below serve the writer's choices and the report.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from psc_lightning.artifact.allowance import Allowance
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
 from psc_lightning.symbols import look_up, pieces
 
@@ -192,6 +194,10 @@ def _model(k: Ints | int) -> constriction.stream.model.Model:
     if k.min() == k.max():
         # Equal parts of 2^24 are a power of two in number; this class codes them to the same bits, three times as fast.
         return constriction.stream.model.Uniform(len(k))
+    return _categorical(k)
+
+
+def _categorical(k: Ints) -> constriction.stream.model.Model:
     # k / 2^24 is exact in float64, and perfect=True keeps exact multiples of 2^-24 as they are.
     return constriction.stream.model.Categorical(k / TOTAL, perfect=True)
 
@@ -201,15 +207,21 @@ class _Contexts:
 
     def __init__(self) -> None:
         self._weights: dict[str, Ints] = {}
+        self._sums: dict[str, int] = {}
         self._tables: dict[str, Ints] = {}
 
     def table(self, context: str) -> Ints:
         if context not in self._tables:
-            self._tables[context] = table(self._weights.setdefault(context, _FRESH.copy()))
+            weights = self._weights.setdefault(context, _FRESH.copy())
+            # As `table`, in a third of the time: it is most of what a small tensor takes.
+            k = 1 + weights * (TOTAL - CLASSES) // self._sums.setdefault(context, int(_FRESH.sum()))
+            k[weights.argmax()] += TOTAL - int(k.sum())
+            self._tables[context] = k
         return self._tables[context]
 
     def learn(self, context: str, length: int) -> None:
         self._weights[context][length] += _LEARN
+        self._sums[context] += _LEARN
         del self._tables[context]
 
 
@@ -230,9 +242,16 @@ class _Models:
 
 
 class Nesting:
-    """How many planes a plane lies within: a coding that holds others counts them, to stop somewhere."""
+    """How many planes a plane lies within: a coding that holds others counts them, to stop somewhere.
+
+    Args:
+        allowance: what reading may take; None: as much as it likes.
+    """
 
     depth = 0
+
+    def __init__(self, allowance: Allowance | None = None) -> None:
+        self.allowance = allowance or Allowance.unlimited()
 
     @contextmanager
     def deeper(self) -> Iterator[None]:
@@ -247,17 +266,32 @@ class Nesting:
 class Encoder(Nesting):
     """Collects symbols with their tables; `finish` turns them into bytes (ANS works from the last symbol to the first).
 
+    Args:
+        allowance: what reading may take, of a file without a length: what was written so far has one.
+
     Attributes:
         bits: exact cost so far, the sum of -log2(k / 2^24).
+        steps: that reading will take, so far.
     """
 
-    def __init__(self) -> None:
-        self.bits = 0.0
+    def __init__(self, allowance: Allowance | None = None) -> None:
+        super().__init__(allowance)
+        self.bits, self.steps = 0.0, 0
+        self._chosen = 0
         self._contexts = _Contexts()
         # Runs of symbols, how long each is, and its table (of an integer's chunk: its width). They wait as bytes, not as
         # int32, and in pieces: a big model must not be held once more.
         self._parts: list[tuple[Bytes | npt.NDArray[np.int32], Sequence[int], Sequence[Ints | int]]] = []
         self._plain: list[memoryview] = []
+
+    def affords(self, steps: int) -> bool:
+        """Whether a way that takes so many steps may be taken, where there are others."""
+        return steps <= self.allowance.spare(self.bits / 8) - self._chosen
+
+    def choose(self, steps: int) -> None:
+        """Take it."""
+        self._chosen += steps
+        self.steps += steps
 
     def put(self, symbols: Tensor, k: Ints, histogram: Ints) -> None:
         """Code a uint8 tensor under one table; `histogram` is that of the symbols."""
@@ -275,6 +309,7 @@ class Encoder(Nesting):
 
     def integer(self, value: int, context: str) -> None:
         """Code one integer below 2^64: its bit length (adaptive per context), then the bits below the leading one."""
+        self.steps += 1
         length = value.bit_length()
         k = self._contexts.table(context)
         self._contexts.learn(context, length)
@@ -315,18 +350,23 @@ class Encoder(Nesting):
 class Decoder(Nesting):
     """Gives back what an `Encoder` took, in the same order.
 
+    Args:
+        data: that.
+        allowance: what reading may take; None: as much as it likes.
+
     Attributes:
         bits: exact cost of what was read so far.
     """
 
-    def __init__(self, data: Coded) -> None:
+    def __init__(self, data: Coded, allowance: Allowance | None = None) -> None:
+        super().__init__(allowance)
         self.bits = 0.0
         self._contexts = _Contexts()
         self._plain = np.frombuffer(bytearray(data.plain), dtype=np.uint8)  # a copy: torch wants to be able to write
-        padded = data.stack.rstrip(b"\0")
-        padded += bytes(-len(padded) % 4)
-        words = np.frombuffer(padded, dtype="<u4").astype(np.uint32)
-        self._coder = constriction.stream.stack.AnsCoder(words)
+        length = len(data.stack.rstrip(b"\0"))
+        words = np.zeros(-(-length // 4), dtype="<u4")
+        words.view(np.uint8)[:length] = np.frombuffer(data.stack, dtype=np.uint8, count=length)
+        self._coder = constriction.stream.stack.AnsCoder(words.astype(np.uint32, copy=False))
         self._models = _Models()
 
     def take(self, number: int, k: Ints) -> tuple[Tensor, Ints]:
@@ -362,10 +402,13 @@ class Decoder(Nesting):
 
     def integer(self, context: str) -> int:
         """Read one integer."""
+        self.allowance.step()
         k = self._contexts.table(context)
-        length = int(self.take(1, k)[0])
+        length = int(self._coder.decode(_categorical(k)))
+        if self._coder.is_empty():
+            raise ArtifactError(_DAMAGED)
         self._contexts.learn(context, length)
-        self.bits += max(length - 1, 0)
+        self.bits += PRECISION - math.log2(int(k[length])) + max(length - 1, 0)
         if length == 0:
             return 0
         value = 1
@@ -375,7 +418,8 @@ class Decoder(Nesting):
 
     def finish(self) -> None:
         """Check that everything was read and nothing more."""
-        if self._coder.get_compressed().tolist() != [1]:
+        # Not all that is left as a list of numbers: there may be a whole file of it.
+        if self._coder.num_words() != 1 or self._coder.get_compressed().tolist() != [1]:
             raise ArtifactError(_DAMAGED)
         if len(self._plain):
             raise ArtifactError(f"expected no more plain symbols, found {len(self._plain)} bytes of them: {ADVICE}")

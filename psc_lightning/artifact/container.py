@@ -129,12 +129,14 @@ def unpack(data: bytes, known: frozenset[int]) -> dict[int, bytes]:
     if stated != found:
         raise ArtifactError(f"expected checksum {stated:08x}, found {found:08x}: {_ADVICE}")
     sections: dict[int, bytes] = {}
+    tags: set[int] = set()
     cursor = Cursor(data, "sections", _HEAD)
     while not cursor.done:
         tag = cursor.take(1)[0]
         content = cursor.take(cursor.varint())
-        if tag in sections:
+        if tag in tags:  # of those that are passed over, too: there may be millions
             raise ArtifactError(f"expected one section {tag}, found two: {_ADVICE}")
+        tags.add(tag)
         if tag in known:
             sections[tag] = content
         elif tag < _OPTIONAL:

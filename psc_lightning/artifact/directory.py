@@ -23,10 +23,23 @@ from enum import IntEnum
 
 import torch
 
+from psc_lightning.artifact.allowance import most_tensors
 from psc_lightning.artifact.container import Cursor, varint
 from psc_lightning.artifact.errors import ADVICE, ArtifactError, NamelessError
 
-__all__ = ["DEFLATED", "DTYPES", "NAMELESS", "PLAIN", "Entry", "Kind", "decode", "encode", "encode_nameless"]
+__all__ = [
+    "DEFLATED",
+    "DTYPES",
+    "EXTRA_STATE",
+    "MOST_AXES",
+    "NAMELESS",
+    "PLAIN",
+    "Entry",
+    "Kind",
+    "decode",
+    "encode",
+    "encode_nameless",
+]
 
 PLAIN, DEFLATED, NAMELESS = 1, 2, 4  # 3 and 5 are the symbols
 
@@ -45,10 +58,12 @@ DTYPES: tuple[torch.dtype, ...] = (
     torch.complex64,
     torch.complex128,
 )
-_AXES = 32
+MOST_AXES = 32
 _INFLATED = 1 << 24
 _LONGEST = 1 << 12  # characters of one name
 _ALL_NAMES = 1 << 24  # characters of all names
+#: the last part of a name under which a module's own bytes would come, which many modules unpickle
+EXTRA_STATE = "_extra_state"
 _SHOWN = 60  # characters of a name that a message shows
 
 
@@ -100,7 +115,9 @@ def encode(entries: Sequence[Entry]) -> tuple[int, bytes]:
     out = _plain(entries)
     # Short texts go better with fixed Huffman codes, long ones with their own.
     packed = min((_deflate(out, strategy) for strategy in (zlib.Z_FIXED, zlib.Z_DEFAULT_STRATEGY)), key=len)
-    return (DEFLATED, packed) if len(packed) < len(out) <= _INFLATED else (PLAIN, out)
+    # The names of very many tensors may be so alike that a reader would not believe it.
+    packs = len(packed) < len(out) <= _INFLATED and len(entries) <= most_tensors(len(packed))
+    return (DEFLATED, packed) if packs else (PLAIN, out)
 
 
 def encode_nameless(entries: Sequence[Entry]) -> tuple[int, bytes]:
@@ -161,13 +178,14 @@ def _decode_nameless(data: bytes, model: Sequence[Entry] | None) -> list[Entry]:
     return _checked(entries)
 
 
-def decode(tag: int, data: bytes, model: Sequence[Entry] | None = None) -> list[Entry]:
+def decode(tag: int, data: bytes, model: Sequence[Entry] | None = None, max_bytes: int | None = None) -> list[Entry]:
     """The entries of a section.
 
     Args:
         tag: which.
         data: its content.
         model: names, types and shapes as the reader's model has them.
+        max_bytes: what all tensors may take; None: not looked at.
 
     Raises:
         ArtifactError: it is damaged, or needs another model.
@@ -176,6 +194,8 @@ def decode(tag: int, data: bytes, model: Sequence[Entry] | None = None) -> list[
         return _decode_nameless(data, model)
     cursor = Cursor(_inflate(data) if tag == DEFLATED else data, "table of contents")
     number = cursor.varint()
+    if number > (most := max(most_tensors(len(data), max_bytes), len(model or ()))):
+        raise _damaged(f"at most {most} tensors for a table of this length and max_bytes", number)
     names: dict[str, None] = {}
     before: list[str] = []
     room = _ALL_NAMES
@@ -207,8 +227,14 @@ def decode(tag: int, data: bytes, model: Sequence[Entry] | None = None) -> list[
 
 def _checked(entries: list[Entry]) -> list[Entry]:
     for entry in entries:
-        if entry.dtype.is_complex and entry.kind not in (Kind.LEFTOVER, Kind.ALIAS):
-            raise _damaged("complex numbers stored as they are", entry.kind.name)
+        if entry.name.rpartition(".")[2] == EXTRA_STATE:
+            raise _damaged("tensors of a model", f"{entry.name[-_SHOWN:]}, which modules unpickle")
+        if entry.kind in (Kind.LEFTOVER, Kind.ALIAS):
+            continue
+        if not entry.dtype.is_floating_point or (entry.kind is Kind.HALF and entry.dtype == torch.float16):
+            raise _damaged(
+                f"{entry.name[:_SHOWN]} of {entry.dtype} as it is", f"it as {entry.kind.name}, as no writer stores it"
+            )
     return entries
 
 
@@ -217,8 +243,8 @@ def _shape(cursor: Cursor, name: str, kind: Kind, dtype: torch.dtype, before: Se
         index = _earlier(cursor, dtype, before)
         return Entry(name, kind, dtype, before[index].shape, index)
     axes = cursor.varint()
-    if axes > _AXES:
-        raise _damaged(f"at most {_AXES} axes", axes)
+    if axes > MOST_AXES:
+        raise _damaged(f"at most {MOST_AXES} axes", axes)
     return Entry(name, kind, dtype, tuple(cursor.varint() for _ in range(axes)))
 
 
@@ -233,10 +259,10 @@ def _names(names: Iterable[str]) -> bytes:
     out = b""
     before: list[str] = []
     for name in names:
-        if "\n" in name or len(name) > _LONGEST:
+        if "\n" in name or len(name) > _LONGEST or (not name.isascii() and _unpaired(name)):
             raise ValueError(
-                f"a tensor's name must not hold a newline, nor more than {_LONGEST} characters, got {name[:_SHOWN]!r}: "
-                "rename the module"
+                f"a tensor's name must not hold a newline, half a surrogate pair, nor more than {_LONGEST} characters, got "
+                f"{name[:_SHOWN]!r}: rename the module"
             )
         parts = name.split(".")
         shared = 0
@@ -245,6 +271,11 @@ def _names(names: Iterable[str]) -> bytes:
         out += varint(shared) + ".".join(parts[shared:]).encode() + b"\n"
         before = parts
     return out
+
+
+def _unpaired(name: str) -> bool:
+    """Whether a name is no Unicode that can be written."""
+    return any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _deflate(data: bytes, strategy: int) -> bytes:

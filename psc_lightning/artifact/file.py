@@ -3,42 +3,45 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from psc_lightning import folding
-from psc_lightning.artifact import container, directory, leftovers
-from psc_lightning.artifact.ans import Coded
+from psc_lightning.artifact import container, directory, leftovers, reading
+from psc_lightning.artifact.allowance import Allowance
 from psc_lightning.artifact.directory import Entry, Kind
-from psc_lightning.artifact.errors import ADVICE, ArtifactError
 from psc_lightning.artifact.leftovers import Precisions
-from psc_lightning.artifact.moving import MapLocation, moved
-from psc_lightning.artifact.snapshots import Snapshot, check_tensor, part_of, plain_state, snapshots_of, tell_extras
-from psc_lightning.artifact.streams import Stream, SymbolReader, SymbolWriter
-from psc_lightning.artifact.summary import Summary, batchnorm_batches, layer_types, report_of, summarise, tell_dense
+from psc_lightning.artifact.model.moving import MapLocation, moved
+from psc_lightning.artifact.model.snapshots import (
+    Snapshot,
+    check_tensor,
+    part_of,
+    plain_state,
+    snapshots_of,
+    tell_extras,
+)
+from psc_lightning.artifact.model.summary import (
+    Summary,
+    batchnorm_batches,
+    layer_types,
+    report_of,
+    summarise,
+    tell_dense,
+)
+from psc_lightning.artifact.streams import SymbolWriter
 from psc_lightning.checkpoint import plain_name
 from psc_lightning.files import Place, Source, write_atomic
 from psc_lightning.report.numbers import Report
 from psc_lightning.sharding import by_rank_zero, sharded_modules, whole
 from psc_lightning.slots.live import note_read
-from psc_lightning.slots.stored import Stored, decode
-from psc_lightning.slots.tape import Item, Recorder
+from psc_lightning.slots.stored import Stored
 from psc_lightning.slots.targets import tensors
 
 __all__ = ["inspect", "is_part", "load", "load_into", "load_stored", "measure", "save", "to_bytes", "verify"]
 
 MAX_BYTES = 2**31
-_SHOWN = 6  # differences that a message names
-
-_SYMBOLS, _PLAIN = 3, 5
-_PARTIAL = 128  # empty; says that a model has more than the file holds
-_CONTENTS = (directory.PLAIN, directory.DEFLATED, directory.NAMELESS)
-_KNOWN = frozenset({*_CONTENTS, _SYMBOLS, _PLAIN, _PARTIAL})
-SLACK = 1 << 20  # a file may be this much longer than the tensors in it: names, and weights that do not compress
 
 
 def save(
@@ -131,13 +134,13 @@ def to_bytes(
     with torch.no_grad():
         snapshots = snapshots_of(model, leftovers, only)
         with whole(model):
-            writer = SymbolWriter()
-            entries, bits, held = _put(writer, model, snapshots, leftovers, only)
+            writer, entries, bits, held = _put(model, snapshots, leftovers, only)
             tag, content = directory.encode(entries) if names else directory.encode_nameless(entries)
             coded = writer.finish()
-            sections = {tag: content, _SYMBOLS: coded.stack}
-            sections |= {_PLAIN: coded.plain} if coded.plain else {}
-            sections |= {_PARTIAL: b""} if len(entries) < len(plain_state(model)) else {}
+            _check_readable(entries, writer, len(coded))
+            sections = {tag: content, reading.SYMBOLS: coded.stack}
+            sections |= {reading.PLAIN: coded.plain} if coded.plain else {}
+            sections |= {reading.PARTIAL: b""} if len(entries) < len(plain_state(model)) else {}
             data = container.pack(sections)
             digest = hashlib.sha256(data).hexdigest()
             report = report_of(entries, bits, writer.streams, len(data), digest, held, layer_types(model))
@@ -150,14 +153,27 @@ def dense_bytes(model: nn.Module) -> int:
     return sum(entry.nbytes for entry in _entries(plain_state(model), {}, "float32") if entry.alias is None)
 
 
+def _check_readable(entries: Sequence[Entry], writer: SymbolWriter, length: int) -> None:
+    """Refuse what no reader would read: numbers beside the weights that are many times as many as these.
+
+    Raises:
+        ValueError: it is so.
+    """
+    allowance = Allowance(reading.declared(entries), len(entries), length)
+    if writer.bytes > allowance.most_bytes or writer.steps > allowance.most_steps:
+        raise ValueError(
+            f"expected at most {allowance.most_bytes} bytes and {allowance.most_steps} steps for who reads these tensors, "
+            f"found {writer.bytes} and {writer.steps}: use larger groups, or a smaller k, so that weights share their tables"
+        )
+
+
 def _put(
-    writer: SymbolWriter,
     model: nn.Module,
     snapshots: Mapping[str, Snapshot],
     precisions: Precisions,
     only: str | Iterable[str] | None = None,
-) -> tuple[list[Entry], list[float], dict[int, Summary]]:
-    """Hand a model's tensors to a writer: what each is, what it cost in bits, what the report says of it."""
+) -> tuple[SymbolWriter, list[Entry], list[float], dict[int, Summary]]:
+    """A model's tensors in a writer: what each is, what it cost in bits, what the report says of it."""
     state = part_of(plain_state(model), only)
     snapshots = {plain_name(name): snapshot for name, snapshot in snapshots.items() if plain_name(name) in state}
     for name in snapshots:
@@ -165,6 +181,7 @@ def _put(
     for name, value in state.items():
         check_tensor(name, value)
     entries = _entries(state, snapshots, precisions)
+    writer = SymbolWriter(Allowance(reading.declared(entries), len(entries), 0))
     repeated = {entry.alias for entry in entries}
     held: dict[int, Summary] = {}
     plain: dict[int, Summary] = {}  # of what others repeat
@@ -185,9 +202,9 @@ def _put(
             together = {entries[i].name: state[entries[i].name] for i in group}
             leftovers.encode(writer, together, leftovers.stored_as(entry))
             held |= {i: summarise([state[entries[i].name]]) for i in group}
-        _share(bits, entries, group, writer.bits - before)
+        reading.share(bits, entries, group, writer.bits - before)
     held |= {i: plain.get(entry.alias, held[entry.alias]) for i, entry in enumerate(entries) if entry.alias is not None}
-    return entries, bits, held
+    return writer, entries, bits, held
 
 
 def load(path: Source, max_bytes: int = MAX_BYTES, map_location: MapLocation = None) -> dict[str, Tensor]:
@@ -203,7 +220,7 @@ def load(path: Source, max_bytes: int = MAX_BYTES, map_location: MapLocation = N
         OSError: it cannot be opened.
         TypeError, ValueError: neither a path nor bytes, nor a binary stream that is open for reading.
     """
-    return moved(_read(path, max_bytes).tensors, map_location)
+    return moved(reading.read(path, max_bytes).tensors, map_location)
 
 
 def load_stored(path: Source, max_bytes: int | None = None, model: nn.Module | None = None) -> dict[str, Stored]:
@@ -218,8 +235,8 @@ def load_stored(path: Source, max_bytes: int | None = None, model: nn.Module | N
         ArtifactError: as `load`, or as `load_into`.
     """
     if model is not None:
-        return _read_for(model, path, max_bytes, keep=True).stored
-    return _read(path, MAX_BYTES if max_bytes is None else max_bytes, keep=True).stored
+        return reading.read_for(model, path, max_bytes, keep=True).stored
+    return reading.read(path, MAX_BYTES if max_bytes is None else max_bytes, keep=True).stored
 
 
 def verify(path: Source, max_bytes: int = MAX_BYTES) -> None:
@@ -231,7 +248,7 @@ def verify(path: Source, max_bytes: int = MAX_BYTES) -> None:
     Raises:
         ArtifactError: it is not whole and undamaged, or too large.
     """
-    _read(path, max_bytes)
+    reading.read(path, max_bytes)
 
 
 def is_part(path: Source, max_bytes: int = MAX_BYTES) -> bool:
@@ -240,7 +257,7 @@ def is_part(path: Source, max_bytes: int = MAX_BYTES) -> bool:
     Raises:
         ArtifactError: as `load`.
     """
-    return _PARTIAL in container.unpack(container.read(path, max_bytes + SLACK), _KNOWN)
+    return reading.PARTIAL in container.unpack(container.read(path, max_bytes + reading.SLACK), reading.KNOWN)
 
 
 def inspect(path: Source, max_bytes: int = MAX_BYTES) -> Report:
@@ -249,13 +266,20 @@ def inspect(path: Source, max_bytes: int = MAX_BYTES) -> Report:
     Raises:
         ArtifactError: as `load`.
     """
-    data = container.read(path, max_bytes + SLACK)
-    content = _decode(*_open(data), max_bytes, keep=True)
-    held = {}
-    for index, entry in enumerate(content.entries):
-        one = content.stored.get(entry.name)
-        values = [content.tensors[entry.name]] if one is None else list(one.cores.values())
-        held[index] = summarise(values, None if one is None else one.method)
+    data = container.read(path, max_bytes + reading.SLACK)
+    entries, coded, _ = reading.opened(data, max_bytes)
+    content = reading.decoded(entries, coded, max_bytes, keep=True)
+    held: dict[int, Summary] = {}
+    repeated: dict[int, Summary] = {}  # once, however many names it has
+    for index, entry in enumerate(entries):
+        if entry.alias is None:
+            one = content.stored.get(entry.name)
+            values = [content.tensors[entry.name]] if one is None else list(one.cores.values())
+            held[index] = summarise(values, None if one is None else one.method)
+        else:
+            if entry.alias not in repeated:
+                repeated[entry.alias] = summarise([content.tensors[entry.name]])
+            held[index] = repeated[entry.alias]
     digest = hashlib.sha256(data).hexdigest()
     return report_of(content.entries, content.bits, content.streams, len(data), digest, held, {})
 
@@ -288,7 +312,7 @@ def load_into(
     if any(isinstance(value, Tensor) and value.is_meta for value in state.values()):
         raise ValueError("load_into: the model is on the meta device, without memory: model.to_empty(device=…) first")
     device = moved({"": torch.empty(0)}, map_location)[""].device
-    content = _read_for(model, path, max_bytes, keep=True)
+    content = reading.read_for(model, path, max_bytes, keep=True)
     given = {name: content.tensors[plain_name(name)] for name in state if plain_name(name) in content.tensors}
     own = {name: value for name, value in state.items() if not isinstance(value, Tensor)}  # which no file holds
     model.load_state_dict({**given, **own}, strict=len(given) + len(own) == len(state))
@@ -302,91 +326,8 @@ def load_into(
     return [name for name, value in left if _address(value) not in filled]
 
 
-@dataclass(frozen=True)
-class _Content:
-    """A file, read."""
-
-    entries: list[Entry]
-    tensors: dict[str, Tensor]
-    stored: dict[str, Stored]
-    tapes: dict[str, list[Item]]
-    bits: list[float]
-    streams: list[Stream]
-
-
-def _open(data: bytes, model: Sequence[Entry] | None = None) -> tuple[list[Entry], Coded]:
-    sections = container.unpack(data, _KNOWN)
-    contents = [tag for tag in _CONTENTS if tag in sections]
-    if len(contents) != 1 or _SYMBOLS not in sections:
-        raise ArtifactError(
-            f"expected a table of contents and the symbols, found sections {sorted(sections)}: {ADVICE}"
-        )
-    coded = Coded(sections[_SYMBOLS], sections.get(_PLAIN, b""))
-    return directory.decode(contents[0], sections[contents[0]], model), coded
-
-
-def _read(path: Source, max_bytes: int, keep: bool = False) -> _Content:
-    return _decode(*_open(container.read(path, max_bytes + SLACK)), max_bytes, keep)
-
-
-def _read_for(model: nn.Module, path: Source, max_bytes: int | None = None, keep: bool = False) -> _Content:
-    """Read a file that must go into a model, which says what one without names leaves out."""
-    state = plain_state(model)
-    expected = {name: tuple(value.shape) for name, value in state.items()}
-    # The file's types may be wider than the model's, but no more than eight bytes an entry.
-    limit = 8 * sum(map(_room, expected.values()))
-    limit = limit if max_bytes is None else min(limit, max_bytes)
-    like = [Entry(name, Kind.SLOTS, value.dtype, tuple(value.shape)) for name, value in state.items()]
-    data = container.read(path, limit + SLACK)
-    entries, coded = _open(data, like)
-    found = {entry.name: entry.shape for entry in entries}
-    if is_part(data, limit):
-        expected = {name: shape for name, shape in expected.items() if name in found}
-    _compare(found, expected)
-    return _decode(entries, coded, limit, keep)
-
-
-def _decode(entries: Sequence[Entry], coded: Coded, max_bytes: int, keep: bool = False) -> _Content:
-    needed = sum(_room(entry.shape) * entry.dtype.itemsize for entry in entries if entry.alias is None)
-    if needed > max_bytes:
-        raise ArtifactError(
-            f"expected tensors of at most max_bytes = {max_bytes} bytes, found {needed}: "
-            "pass a larger max_bytes if you trust the file"
-        )
-    reader = SymbolReader(coded, limit=max_bytes)
-    tensors: dict[int, Tensor] = {}
-    stored: dict[str, Stored] = {}
-    tapes: dict[str, list[Item]] = {}
-    bits = [0.0] * len(entries)
-    for group in leftovers.groups(entries):
-        before = reader.bits
-        entry = entries[group[0]]
-        if entry.kind is Kind.SLOTS:
-            recorder = Recorder(reader)
-            try:
-                one = decode(recorder if keep else reader, entry.shape, entry.dtype)
-            except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
-                # Every number was in its range, but together they make no tensor; torch says so in many ways.
-                raise ArtifactError(f"{entry.name}: {error}") from error
-            tensors[group[0]] = one.weight
-            if keep:
-                stored[entry.name], tapes[entry.name] = one, recorder.items
-        else:
-            parts = leftovers.decode(reader, [entries[i] for i in group])
-            tensors.update(zip(group, parts, strict=True))
-        _share(bits, entries, group, reader.bits - before)
-    reader.finish()
-    named = {entry.name: tensors[i if entry.alias is None else entry.alias] for i, entry in enumerate(entries)}
-    return _Content(list(entries), named, stored, tapes, bits, reader.streams)
-
-
 def _address(value: object) -> int | None:
     return value.data_ptr() if isinstance(value, Tensor) else None
-
-
-def _room(shape: Sequence[int]) -> int:
-    """Number of entries, axes of length 0 taken as 1: a shape must be small even where it holds nothing."""
-    return math.prod(max(length, 1) for length in shape)
 
 
 def _entries(state: Mapping[str, Tensor], snapshots: Mapping[str, Snapshot], precisions: Precisions) -> list[Entry]:
@@ -409,27 +350,3 @@ def _entries(state: Mapping[str, Tensor], snapshots: Mapping[str, Snapshot], pre
         else:
             entries.append(Entry(name, leftovers.kind_of(name, tensor.dtype, precisions), tensor.dtype, shape))
     return entries
-
-
-def _share(bits: list[float], entries: Sequence[Entry], group: Sequence[int], total: float) -> None:
-    entries_in_all = sum(entries[i].numel for i in group)
-    for i in group:
-        bits[i] = total * entries[i].numel / entries_in_all if entries_in_all else total / len(group)
-
-
-def _compare(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    differences = [f"{name} is missing in the file" for name in expected if name not in found]
-    differences += [f"{name} is not in the model" for name in found if name not in expected]
-    differences += [
-        f"{name} has shape {list(found[name])} in the file, {list(shape)} in the model"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if differences:
-        shown = "; ".join(differences[:_SHOWN]) + f"; and {len(differences) - _SHOWN} more" * (
-            len(differences) > _SHOWN
-        )
-        raise ArtifactError(
-            f"expected the tensors of the model, found {len(differences)} differences: {shown}: "
-            "build the model that was saved"
-        )

@@ -12,15 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from psc_lightning.artifact.allowance import Allowance
 from psc_lightning.artifact.ans import Coded, Decoder, Encoder, Ints
 from psc_lightning.artifact.codings import CODINGS, Grid, Plane
-from psc_lightning.artifact.codings.planes import Found, choose, find
+from psc_lightning.artifact.codings.planes import CONSTANT, Found, choose, find
 from psc_lightning.artifact.errors import ADVICE, ArtifactError
 from psc_lightning.symbols import unzigzag, zigzag
 
 __all__ = ["Stream", "SymbolReader", "SymbolWriter", "stream_of"]
 
 _PLANE = 256
+_NARROW, _WIDE = 2, 12  # bytes that a symbol below 257 takes until it is a number, and a larger one
+
+
+def _room(number: int, size: int) -> int:
+    return number * (_NARROW if size <= _PLANE else _WIDE)
 
 
 @dataclass(frozen=True)
@@ -55,18 +61,28 @@ def _grid(grid: Tensor | None) -> Grid | None:
 class SymbolWriter:
     """A `psc_lightning.symbols.Writer` into what one entropy coder makes.
 
+    Args:
+        allowance: what reading may take; None: as much as it likes.
+
     Attributes:
         streams: what was stored so far, for the report.
+        bytes: that a reader will hold for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, allowance: Allowance | None = None) -> None:
         self.streams: list[Stream] = []
-        self._encoder = Encoder()
+        self.bytes = 0
+        self._encoder = Encoder(allowance)
 
     @property
     def bits(self) -> float:
         """Exact cost of everything so far: the sum of -log2 p under the models that the file declares."""
         return self._encoder.bits
+
+    @property
+    def steps(self) -> int:
+        """Those that reading will take so far."""
+        return self._encoder.steps
 
     def integer(self, value: int) -> None:
         """Store one integer in -2^63 … 2^63-1 (its zigzag)."""
@@ -94,6 +110,7 @@ class SymbolWriter:
         low, high = map(int, values.aminmax())
         if low < 0 or high >= size:
             raise ValueError(f"symbols must lie in 0 … {size - 1}, got {low} … {high}")
+        self.bytes += _room(len(values), size)
         if size > _PLANE:
             self._plane(Plane((values >> 8).to(torch.uint8), (size - 1 >> 8) + 1))
             self._plane(Plane((values & 255).to(torch.uint8), _PLANE))
@@ -117,16 +134,15 @@ class SymbolReader:
 
     Args:
         data: that.
-        limit: the most symbols that one call may ask for.
+        allowance: what reading may take; None: as much as it likes.
 
     Attributes:
         streams: what was read so far, for the report.
     """
 
-    def __init__(self, data: Coded, limit: int = 1 << 31) -> None:
+    def __init__(self, data: Coded, allowance: Allowance | None = None) -> None:
         self.streams: list[Stream] = []
-        self._decoder = Decoder(data)
-        self._limit = limit
+        self._decoder = Decoder(data, allowance)
 
     @property
     def bits(self) -> float:
@@ -148,15 +164,15 @@ class SymbolReader:
         """Read `count` symbols in 0 … size-1 as a 1-D tensor: uint8 where the size is at most 256, else int32.
 
         Raises:
-            ArtifactError: the file says otherwise, or `count` is above the limit.
+            ArtifactError: the file says otherwise, or so many are not allowed.
         """
-        self._check(count)
+        self._decoder.allowance.hold(_room(count, size))
         if not count:
             return torch.zeros(0, dtype=torch.uint8 if size <= _PLANE else torch.int32)
         if size <= _PLANE:
             return self._plane(count, size, grid).symbols(torch.uint8)
-        values = self._plane(count, (size - 1 >> 8) + 1).symbols(torch.int32) << 8
-        values |= self._plane(count, _PLANE).symbols(torch.int32)
+        values = self._plane(count, (size - 1 >> 8) + 1).symbols(torch.int32).bitwise_left_shift_(8)
+        values |= self._plane(count, _PLANE).symbols(torch.uint8)
         if int(values.max()) >= size:
             raise ArtifactError(f"expected symbols below {size}, found {int(values.max())}: {ADVICE}")
         return values
@@ -167,7 +183,7 @@ class SymbolReader:
         Raises:
             ArtifactError: as `symbols`.
         """
-        self._check(count)
+        self._decoder.allowance.hold(_room(count, len(table)))
         return self._plane(count, len(table), grid).values(table) if count else table[:0]
 
     def finish(self) -> None:
@@ -178,11 +194,10 @@ class SymbolReader:
         """
         self._decoder.finish()
 
-    def _check(self, count: int) -> None:
-        if not 0 <= count <= self._limit:
-            raise ArtifactError(f"expected at most {self._limit} symbols in one array, found {count}: {ADVICE}")
-
     def _plane(self, number: int, size: int, grid: Tensor | None = None) -> Found:
         found = find(self._decoder, number, size, _grid(grid), CODINGS)
-        self.streams.append(stream_of(found.histogram(size), found.coding))
+        known = found.rest is None
+        self.streams.append(
+            Stream(number, 1, 0.0, CONSTANT) if known else stream_of(found.histogram(size), found.coding)
+        )
         return found

@@ -31,7 +31,7 @@ class Distillation(Callback):
         (1 - weight) · ∂loss/∂z + weight · ∂/∂z T² · KL(softmax(t/T) || softmax(z/T)),
 
     the mean over the batch (over all positions but the class axis, which is the last). So the loss that is logged stays the
-    user's. Off by default: no measurement here shows that it pays yet (recipes/results/NOTES.md).
+    user's. It pays where a network is made very small (recipes/results/NOTES.md: half the validation loss in 1,400 bytes).
 
     Args:
         teacher: None: the network as it is when training starts, before anything is compressed; else a module that takes

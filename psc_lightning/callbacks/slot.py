@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from psc_lightning.artifact.snapshots import check
+from psc_lightning.artifact.model.snapshots import check
 from psc_lightning.levels import Levels
 from psc_lightning.masks import Mask
 from psc_lightning.options import checked, one_of, positive, whole

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,10 +99,8 @@ class Half:
 
     def read(self, reader: Reader, count: int, unit: float) -> Tensor:
         """Read them."""
-        bits = reader.symbols(count, 65536)
-        return (
-            torch.where(bits > 32767, bits - 65536, bits).to(torch.int16).view(torch.float16).to(torch.float32) * unit
-        )
+        bits = reader.symbols(count, 65536).numpy().astype(np.uint16)  # there may be one a weight: no copy too many
+        return torch.from_numpy(bits.view(np.float16)).to(torch.float32).mul_(unit)
 
 
 class Log8:

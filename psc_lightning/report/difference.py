@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -64,7 +64,14 @@ def differences(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> li
     >>> [difference.text("A", "B") for difference in differences(a, b)]
     ['w in 1 entries, by up to 0.5', 'n is only in B']
     """
-    return [_compare(name, first.get(name), second.get(name)) for name in {**first, **second}]
+    once: dict[tuple[int, int], Difference] = {}  # tensors that have many names are compared once
+    found = []
+    for name in {**first, **second}:
+        key = id(first.get(name)), id(second.get(name))
+        if key not in once:
+            once[key] = _compare(name, first.get(name), second.get(name))
+        found.append(replace(once[key], name=name))
+    return found
 
 
 def difference_dict(found: Sequence[Difference], reports: tuple[Report, Report]) -> dict[str, Any]:

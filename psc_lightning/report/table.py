@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from psc_lightning.terminal import printable
+
 __all__ = ["render"]
 
 
@@ -12,7 +14,7 @@ def render(columns: Sequence[tuple[str, str, str]], rows: Sequence[Sequence[str]
 
     Args:
         columns: title, footer and alignment ("left" or "right") of each.
-        rows: the cells; text, not markup.
+        rows: the cells; text, not markup; what would move a cursor comes as an escape.
         width: columns of text available, at least 80; longer cells are folded.
 
     >>> print(render([("tensor", "file", "left"), ("bytes", "12", "right")], [("weight", "8")]))
@@ -29,7 +31,7 @@ def render(columns: Sequence[tuple[str, str, str]], rows: Sequence[Sequence[str]
     for title, footer, alignment in columns:
         table.add_column(title, footer=footer, justify="left" if alignment == "left" else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())

@@ -30,7 +30,8 @@ import torch
 from models import EVERY_METHOD, bag, compressed, fill
 from torch import Tensor, nn
 
-from psc_lightning.artifact import ArtifactError, container, directory, file, inspect, load, streams, to_bytes
+from psc_lightning.artifact import ArtifactError, container, directory, inspect, load, reading, streams, to_bytes
+from psc_lightning.artifact.allowance import Allowance
 from psc_lightning.artifact.ans import Coded, Decoder, Encoder, Ints, Nesting, Packed, count
 from psc_lightning.artifact.codings import gaps, plain
 from psc_lightning.artifact.directory import DTYPES, Entry, Kind
@@ -40,6 +41,8 @@ from psc_lightning.symbols import look_up
 LIMIT = 1 << 20
 ROOM = 1 << 26  # bytes of address space beyond what the process has: what torch and Python themselves want in between
 SECONDS = 1.0
+#: shapes at the limits that codings have, as far as `LIMIT` goes
+LONG = ((8192, 1), (8192, 32), (1, 8192), (4095, 1), (1, 4095), (2048, 64), (512, 512), (64, 4096), (65536, 4))
 NUMBERS = (0, 1, 2, 3, 5, 7, 8, 16, 64, 255, 256, 257, 2**16, 2**20, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1)
 
 
@@ -134,7 +137,7 @@ def seeds(step: int = 1) -> list[bytes]:
     assert opened(files[0])[1].plain
     with mock.patch.multiple(gaps, _LEAST=1, _SHARE=1):
         files.append(to_bytes(bag({"rare": torch.arange(5000) % 97 == 5}))[0])
-    assert file._decode(*opened(files[-1]), LIMIT).streams[0].coding == "gaps"
+    assert reading.decoded(*opened(files[-1]), LIMIT).streams[0].coding == "gaps"
     models = [single(**slots) for slots in EVERY_METHOD[::step]]
     models += [ordered(mask=("magnitude", {"threshold": 0.5}), levels=levels) for levels in ("binary", "uniform")]
     models += [ordered(levels="ternary"), ordered(levels=("codebook", {"k": 8}))]
@@ -157,7 +160,7 @@ def sealed(body: bytes) -> bytes:
 
 def opened(data: bytes) -> tuple[list[Entry], Coded]:
     """Entries and symbols of an honest file."""
-    return file._open(data)
+    return reading.opened(data)[:2]
 
 
 def closed(entries: list[Entry], symbols: Coded) -> bytes:
@@ -217,7 +220,9 @@ def edited_entries(entries: list[Entry], choice: random.Random) -> list[Entry]:
         axes[choice.randrange(len(axes))] = choice.choice((*NUMBERS, choice.randrange(300)))
         entries[at] = replace(entry, shape=tuple(axes))
     elif edit == 3:
-        entries[at] = replace(entry, shape=choice.choice((entry.shape[::-1], entry.shape[1:], (*entry.shape, 2), ())))
+        entries[at] = replace(
+            entry, shape=choice.choice((entry.shape[::-1], entry.shape[1:], (*entry.shape, 2), (), choice.choice(LONG)))
+        )
     elif edit == 4:
         entries[at] = replace(entry, name=choice.choice(("", ".", "a", "weight", choice.choice(entries).name)))
     elif edit == 5:
@@ -264,6 +269,7 @@ class Forger(Nesting):
     bits = 0.0
 
     def __init__(self, symbols: Coded, choice: random.Random, at: int, returns: bool) -> None:
+        super().__init__(Allowance(LIMIT, 4, 0))
         self.tape: list[tuple[str, int] | tuple[Tensor, Ints] | tuple[Tensor, int]] = []
         self._honest, self._choice, self._at, self._returns = Decoder(symbols), choice, at, returns
 
@@ -329,7 +335,7 @@ def forged(files: list[bytes], choice: random.Random) -> bytes:
     at = min(int(choice.expovariate(1 / 20)), 200)
     forger = Forger(symbols, choice, at, returns=choice.random() < 0.6)
     with mock.patch.object(streams, "Decoder", return_value=forger), suppress(Exception, Hang), watched():
-        file._decode(entries, symbols, LIMIT)
+        reading.decoded(entries, symbols, LIMIT)
     return closed(entries, forger.coded())
 
 
@@ -380,14 +386,16 @@ def invented(files: list[bytes], choice: random.Random) -> bytes:
     for at in range(choice.randrange(1, 4)):
         shape = tuple(choice.choice((0, 1, 1, 2, 3, 4, 6, choice.randrange(12))) for _ in range(choice.randrange(6)))
         kind = choice.choice((Kind.SLOTS, Kind.SLOTS, Kind.SLOTS, Kind.LEFTOVER, Kind.HALF))
+        if choice.random() < 0.05:
+            shape = choice.choice(LONG)
         entries.append(Entry(f"{at}.weight", kind, choice.choice((torch.float32, choice.choice(DTYPES))), shape))
     inventor = Inventor(choice)
     with (
-        mock.patch.object(file, "SymbolReader", return_value=inventor),
+        mock.patch.object(reading, "SymbolReader", return_value=inventor),
         suppress(Exception, Hang),
         watched(),
     ):
-        file._decode(entries, Coded(b""), LIMIT)
+        reading.decoded(entries, Coded(b""), LIMIT)
     return closed(entries, inventor.writer.finish())
 
 

@@ -203,9 +203,9 @@ def test_a_deflate_bomb_is_not_inflated() -> None:
         directory.decode(DEFLATED, b"\xff\xff")
 
 
-@pytest.mark.parametrize("name", ["a\nb", "a" * 4097])
+@pytest.mark.parametrize("name", ["a\nb", "a" * 4097, "a\ud800"])
 def test_names_that_no_reader_would_take(name: str) -> None:
-    with pytest.raises(ValueError, match="newline, nor more than 4096 characters"):
+    with pytest.raises(ValueError, match="newline, half a surrogate pair, nor more than 4096 characters"):
         directory.encode([Entry(name, Kind.LEFTOVER, torch.float32, ())])
 
 

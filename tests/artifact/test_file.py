@@ -26,10 +26,10 @@ from psc_lightning.artifact import (
     load_into,
     measure,
     save,
-    summary,
     to_bytes,
     verify,
 )
+from psc_lightning.artifact.model import summary
 from psc_lightning.numerics.precision import PRECISIONS, power_of_two
 from psc_lightning.slots.live import held, hold
 

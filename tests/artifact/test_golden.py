@@ -9,7 +9,7 @@ import golden
 import pytest
 from fuzz import sealed
 
-from psc_lightning.artifact import ArtifactError, container, file, load, to_bytes
+from psc_lightning.artifact import ArtifactError, container, load, reading, to_bytes
 from psc_lightning.levels import LEVELS
 from psc_lightning.tying import TYINGS
 
@@ -48,7 +48,7 @@ def test_plain_symbols_are_in_a_section_of_their_own() -> None:
 
 def test_rare_bits_are_written_as_distances() -> None:
     """Of the second there are too few for it to pay."""
-    streams = file._decode(*file._open(golden.generations("rare")[-1].read_bytes()), 1 << 20).streams
+    streams = reading.read(golden.generations("rare")[-1], 1 << 20).streams
     assert [stream.coding for stream in streams] == ["gaps", "adaptive"]
 
 

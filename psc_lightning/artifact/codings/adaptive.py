@@ -80,10 +80,11 @@ class Adaptive:
             for i, tables in enumerate(table(weights(before, 0, radius) + priors)):
 
                 def write(encoder: Encoder, tables: Ints = tables) -> None:
+                    encoder.choose(len(cuts))
                     for (start, stop), k, histogram in zip(cuts, tables, inside, strict=True):
                         encoder.put(symbols[start:stop], k, histogram)
 
-                yield Proposal(bits(inside, tables), (i, j), write)
+                yield Proposal(bits(inside, tables), (i, j), write, steps=len(cuts))
 
     def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], grid: Grid | None) -> Tensor:
         """Read `number` symbols."""
@@ -91,6 +92,7 @@ class Adaptive:
         out = torch.empty(number, dtype=torch.uint8)
         seen = np.zeros(size, dtype=np.int64)
         for start, stop in spans(number):
+            decoder.allowance.step()
             out[start:stop], inside = decoder.take(stop - start, table(weights(seen, prior, radius)))
             seen += inside
         return out

@@ -53,12 +53,14 @@ class Proposal:
         parameters: what the reader has to know, non-negative integers.
         write: puts the symbols (not the parameters) into an encoder.
         toll: bits that it must save beside another that is read fast; below 0, what it may cost more than a slower one.
+        steps: of work for a reader, beyond a plane's and its integers'.
     """
 
     bits: float
     parameters: tuple[int, ...]
     write: Callable[[Encoder], None]
     toll: float = 0.0
+    steps: int = 0
 
 
 class Coding(Protocol):

@@ -39,6 +39,8 @@ class Contexts:
         #: the table of each context; an array is replaced, never changed
         self.tables: list[Ints] = list(first)
         self._costs = PRECISION - np.log2(first)
+        #: tables made since it began
+        self.renewed = 0
 
     def __len__(self) -> int:
         return len(self._due)
@@ -52,6 +54,7 @@ class Contexts:
             self._due[c] = seen_here + max(_FIRST, seen_here // 4)
             self.tables[c] = table(self._weights[c] + UNIT * self._seen[c])
             self._costs[c] = PRECISION - np.log2(self.tables[c])
+            self.renewed += 1
 
     def learn(self, found: Ints, start: int = 0) -> float:
         """Take in how often both bits were found in each context from `start` on; what they cost, in bits."""

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from psc_lightning.artifact.allowance import DIAGONAL
 from psc_lightning.artifact.ans import Decoder, Encoder, Ints
 from psc_lightning.artifact.codings.coding import Grid, Plane, Proposal, matrix
 from psc_lightning.artifact.codings.contexts import Bytes, Contexts, runs
@@ -29,6 +30,7 @@ _HALF = 24  # contexts on either side of even odds, a quarter of a bit each
 _START = 96  # what the weights of a context's table sum to before any bit was seen
 _ENTRIES = 1 << 19  # a larger matrix takes too long to read this way,
 _DIAGONALS = 4096  # and so does a longer one: a diagonal costs a reader some 200 µs
+_BYTES = 48  # that a reader takes for each entry, beside the neighbours
 _TOLL = 4.0  # bits that a diagonal must save to be worth that
 _SAMPLE = 1 << 15  # entries that neighbours are chosen by
 _NEIGHBOURS = 8
@@ -191,7 +193,10 @@ class Diagonals:
             parts.append((here[order], numbers, [contexts.tables[c] for c in present]))
             cost += contexts.learn(_histogram(found, here))
 
+        steps = DIAGONAL * len(spans) + contexts.renewed + len(formula.numbers)
+
         def write(encoder: Encoder) -> None:
+            encoder.choose(steps - len(formula.numbers))  # these count themselves
             for number in formula.numbers:
                 encoder.integer(number, self.name)
             for part in parts:
@@ -199,7 +204,7 @@ class Diagonals:
             encoder.bits += cost
 
         bits_of_all = cost + encoder.price(formula.numbers, self.name)
-        yield Proposal(bits_of_all, (), write, _toll(cost, len(spans)))
+        yield Proposal(bits_of_all, (), write, _toll(cost, len(spans)), steps)
 
     def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], grid: Grid | None) -> Tensor:
         """Read `number` symbols."""
@@ -209,16 +214,20 @@ class Diagonals:
                 f"others: {ADVICE}"
             )
         formula = _read_formula(decoder, grid)
-        evidence, contexts = Evidence(grid, formula.neighbours), Contexts(_first_weights())
-        for start, stop in evidence.spans:
-            found = formula.contexts(*evidence.of(start, stop))
-            contexts.renew()
-            order, present, numbers = runs(found, len(contexts))
-            symbols = np.empty(stop - start, dtype=np.uint8)
-            symbols[order] = decoder.take_runs(numbers, [contexts.tables[c] for c in present])
-            decoder.bits += contexts.learn(_histogram(found, symbols))
-            evidence.learn(start, stop, symbols)
-        return torch.from_numpy(evidence.matrix()[grid].astype(np.int32))
+        up, left = (max((place[axis] for place in formula.neighbours), default=0) for axis in (0, 1))
+        with decoder.allowance.holding(_BYTES * number + 8 * (grid.shape[0] + up) * (grid.shape[1] + left)):
+            evidence, contexts = Evidence(grid, formula.neighbours), Contexts(_first_weights())
+            decoder.allowance.step(DIAGONAL * len(evidence.spans))
+            for start, stop in evidence.spans:
+                found, before = formula.contexts(*evidence.of(start, stop)), contexts.renewed
+                contexts.renew()
+                decoder.allowance.step(contexts.renewed - before)
+                order, present, numbers = runs(found, len(contexts))
+                symbols = np.empty(stop - start, dtype=np.uint8)
+                symbols[order] = decoder.take_runs(numbers, [contexts.tables[c] for c in present])
+                decoder.bits += contexts.learn(_histogram(found, symbols))
+                evidence.learn(start, stop, symbols)
+            return torch.from_numpy(evidence.matrix()[grid].astype(np.int32))
 
 
 def _read_formula(decoder: Decoder, grid: Grid) -> Formula:

@@ -83,14 +83,15 @@ class Gaps:
                 f"expected at most {number} distances between bits of two kinds, at a share above 0, found {length} between "
                 f"{size} kinds at {share}: {ADVICE}"
             )
-        gaps = decoder.take(length, geometric(share))[0]
-        out = torch.full((number,), 1 - rare, dtype=torch.uint8)
-        before = 0  # bits that are known
-        for (piece,) in pieces(gaps):
-            far = piece == _FAR
-            places = torch.where(far, _FAR, piece.to(torch.int64) + 1).cumsum(0) + before
-            before = int(places[-1]) if len(places) else before
-            if before > number:
-                raise ArtifactError(f"expected {number} bits, found more: {ADVICE}")
-            out[places[~far] - 1] = rare
-        return out
+        with decoder.allowance.holding(number + length):
+            gaps = decoder.take(length, geometric(share))[0]
+            out = torch.full((number,), 1 - rare, dtype=torch.uint8)
+            before = 0  # bits that are known
+            for (piece,) in pieces(gaps):
+                far = piece == _FAR
+                places = torch.where(far, _FAR, piece.to(torch.int64) + 1).cumsum(0) + before
+                before = int(places[-1]) if len(places) else before
+                if before > number:
+                    raise ArtifactError(f"expected {number} bits, found more: {ADVICE}")
+                out[places[~far] - 1] = rare
+            return out

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from psc_lightning.artifact.allowance import LINE
 from psc_lightning.artifact.ans import Decoder, Encoder, Ints
 from psc_lightning.artifact.codings.coding import Grid, Plane, Proposal, matrix
 from psc_lightning.artifact.codings.contexts import Bytes, Contexts, runs
@@ -26,6 +27,7 @@ _RUNS = 4 * _CLASSES  # contexts within a line
 _LINES = 8192  # a line costs a reader some 100 µs
 _GAIN = 0.01  # the share of all bits that a glance must promise before the whole is tried
 _ENTRIES = 1 << 18  # of larger matrices with holes only the places are looked at
+_OF_ENTRY, _OF_PLACE = 4, 48  # bytes that a reader takes
 _WORTH = 1 << 16  # and a bit a line for so many entries of the matrix: large ones are to be read fast
 
 
@@ -118,31 +120,43 @@ class Lines:
             parts.append((symbols[order], numbers, [places.contexts.tables[first + c] for c in present]))
             cost += places.learn(here, symbols, contexts, first)
 
+        steps = LINE * len(parts) + places.contexts.renewed
+
         def write(encoder: Encoder) -> None:
+            encoder.choose(steps)
             for part in parts:
                 encoder.put_runs(*part)
             encoder.bits += cost
 
-        yield Proposal(cost, (by,), write)
+        yield Proposal(cost, (by,), write, steps=steps)
 
     def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], grid: Grid | None) -> Tensor:
         """Read `number` symbols."""
         if size != 2 or grid is None or grid.shape[parameters[0]] > _LINES:
             raise ArtifactError(f"expected bits of a matrix of at most {_LINES} lines, found others: {ADVICE}")
-        turned = np.ascontiguousarray(grid.T if parameters[0] else grid)
-        out = np.zeros(turned.shape, dtype=np.uint8)
-        places = Places(turned.shape[1])
-        for marked, line in zip(turned, out, strict=True):
-            here = _places(marked)
-            if here is None:
-                continue
-            contexts, first = places.next(here)
-            order, present, numbers = runs(contexts, _RUNS)
-            symbols = np.empty(len(contexts), dtype=np.uint8)
-            symbols[order] = decoder.take_runs(numbers, [places.contexts.tables[first + c] for c in present])
-            line[here] = symbols
-            decoder.bits += places.learn(here, symbols, contexts, first)
-        return torch.from_numpy((out.T if parameters[0] else out)[grid].astype(np.int32))
+        decoder.allowance.step(LINE * int(grid.any(1 - parameters[0]).sum()))
+        with decoder.allowance.holding(_OF_ENTRY * grid.size + _OF_PLACE * grid.shape[1 - parameters[0]]):
+            turned = np.ascontiguousarray(grid.T if parameters[0] else grid)
+            out = np.zeros(turned.shape, dtype=np.uint8)
+            _read(decoder, turned, out)
+            return torch.from_numpy((out.T if parameters[0] else out)[grid])
+
+
+def _read(decoder: Decoder, grid: Grid, out: Bytes) -> None:
+    """Fill a matrix line by line."""
+    places = Places(grid.shape[1])
+    for marked, line in zip(grid, out, strict=True):
+        here = _places(marked)
+        if here is None:
+            continue
+        before = places.contexts.renewed
+        contexts, first = places.next(here)
+        decoder.allowance.step(places.contexts.renewed - before)
+        order, present, numbers = runs(contexts, _RUNS)
+        symbols = np.empty(len(contexts), dtype=np.uint8)
+        symbols[order] = decoder.take_runs(numbers, [places.contexts.tables[first + c] for c in present])
+        line[here] = symbols
+        decoder.bits += places.learn(here, symbols, contexts, first)
 
 
 def direction(plane: Plane) -> int | None:

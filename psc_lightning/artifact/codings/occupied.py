@@ -51,16 +51,18 @@ class Occupied:
             for part in parts:
                 part.write(encoder)
 
-        yield Proposal(sum(part.bits for part in parts), (), write, sum(part.toll for part in parts))
+        bits, toll, steps = (sum(getattr(part, name) for part in parts) for name in ("bits", "toll", "steps"))
+        yield Proposal(bits, (), write, toll, int(steps))
 
     def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], grid: Grid | None) -> Tensor:
         """Read `number` symbols."""
         if size != 2 or grid is None:
             raise ArtifactError(f"expected bits of a matrix, found others: {ADVICE}")
         codings = self.codings()
-        lines = [read(decoder, length, 2, None, codings).bool().numpy() for length in grid.shape]
-        left = grid & np.logical_and.outer(*lines)
-        out = np.zeros(grid.shape, dtype=np.uint8)
-        if count := int(left.sum()):
-            out[left] = read(decoder, count, 2, left, codings[: codings.index(self)]).numpy()
-        return torch.from_numpy(out[grid])
+        with decoder.allowance.holding(3 * grid.size):
+            lines = [read(decoder, length, 2, None, codings).bool().numpy() for length in grid.shape]
+            left = grid & np.logical_and.outer(*lines)
+            out = np.zeros(grid.shape, dtype=np.uint8)
+            if count := int(left.sum()):
+                out[left] = read(decoder, count, 2, left, codings[: codings.index(self)]).numpy()
+            return torch.from_numpy(out[grid])

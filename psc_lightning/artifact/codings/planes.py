@@ -49,8 +49,14 @@ class Choice:
         """Bits that slow reading counts for, negative where it is fast."""
         return 0.0 if self.proposal is None else self.proposal.toll
 
+    @property
+    def steps(self) -> int:
+        """What a reader will take, beyond a plane and its integers."""
+        return 0 if self.proposal is None else self.proposal.steps
+
     def write(self, encoder: Encoder) -> None:
         """Write it."""
+        encoder.steps += 1
         encoder.integer(self.low, "low")
         encoder.integer(self.gap, "high")
         if self.code is not None and self.proposal is not None:
@@ -91,6 +97,7 @@ def choose(plane: Plane, encoder: Encoder, codings: Sequence[Coding]) -> Choice:
         )
         for code, coding in enumerate(codings)
         for proposal in coding.propose(trimmed, encoder)
+        if not proposal.steps or encoder.affords(proposal.steps)
     )
     return min(choices, key=lambda choice: choice.bits + choice.toll)  # uniform always offers
 
@@ -160,6 +167,7 @@ def find(decoder: Decoder, number: int, size: int, grid: Grid | None, codings: S
             raise ArtifactError(f"expected a number below {limit} ({context}), found {value}: {ADVICE}")
         return value
 
+    decoder.allowance.step()
     low = below(size, "low")
     high = size - 1 - below(size - low, "high")
     if low == high:

@@ -19,6 +19,7 @@ from psc_lightning.artifact.errors import ADVICE, ArtifactError
 __all__ = ["Split"]
 
 _ENTRIES = 1 << 20  # a larger matrix is to be written fast, too
+_BYTES = 5  # that a reader takes for each symbol, while it reads the planes
 _DEEPEST = 5  # splits within splits: each takes memory, and a bad file would have hundreds
 
 
@@ -73,8 +74,8 @@ class Split:
             for part in parts:
                 part.write(encoder)
 
-        toll = sum(part.toll for part in parts)
-        yield Proposal(sum(part.bits for part in parts), (1 - plane.around, t), write, toll)
+        bits, toll, steps = (sum(getattr(part, name) for part in parts) for name in ("bits", "toll", "steps"))
+        yield Proposal(bits, (1 - plane.around, t), write, toll, int(steps))
 
     def read(self, decoder: Decoder, number: int, size: int, parameters: tuple[int, ...], grid: Grid | None) -> Tensor:
         """Read `number` symbols."""
@@ -90,20 +91,22 @@ class Split:
             with decoder.deeper():
                 return read(decoder, number, size, grid, codings)
 
-        first = plane(number, 2, grid) > 0
-        chosen = int(first.sum())
-        out = torch.full((number,), t, dtype=torch.uint8)
-        if how == 0:
-            above = plane(chosen, 2, inside(grid, first)) > 0
-            distance = plane(chosen, max(t, size - 1 - t), inside(grid, first)) + 1
-            others = t + torch.where(above, distance, -distance)
-            if chosen and not 0 <= int(others.min()) <= int(others.max()) < size:
-                raise ArtifactError(f"expected symbols below {size}, found {int(others.max())}: {ADVICE}")
-        else:
-            out[~first] = plane(number - chosen, t, inside(grid, ~first)).to(torch.uint8)
-            others = plane(chosen, size - t, inside(grid, first)) + t
-        out[first] = others.to(torch.uint8)
-        return out
+        with decoder.allowance.holding(_BYTES * number + grid.size):
+            first = plane(number, 2, grid) > 0
+            chosen = int(first.sum())
+            out = torch.full((number,), t, dtype=torch.uint8)
+            if how == 0:
+                within = inside(grid, first)
+                above = plane(chosen, 2, within) > 0
+                distance = plane(chosen, max(t, size - 1 - t), within).to(torch.int16) + 1
+                others = t + torch.where(above, distance, -distance)
+                if chosen and not 0 <= int(others.min()) <= int(others.max()) < size:
+                    raise ArtifactError(f"expected symbols below {size}, found {int(others.max())}: {ADVICE}")
+                out[first] = others.to(torch.uint8)
+            else:
+                out[~first] = plane(number - chosen, t, inside(grid, ~first)).to(torch.uint8)
+                out[first] = plane(chosen, size - t, inside(grid, first)).to(torch.uint8) + t
+            return out
 
 
 def _bits(answers: Tensor, grid: Grid) -> Plane:

@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("ONNX export needs onnx and onnxscript: pip install onnx onnxscript") from error
 
 from psc_lightning.activations import Ranges, activations
-from psc_lightning.artifact.snapshots import snapshots_of
+from psc_lightning.artifact.model.snapshots import snapshots_of
 from psc_lightning.export.onnx.axes import Shapes, check_open, open_axes, set_names, shapes_of, with_lengths
 from psc_lightning.export.onnx.channels import remove_dead_channels
 from psc_lightning.export.onnx.graph import Graph, reads

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from psc_lightning.artifact import leftovers
-from psc_lightning.artifact.directory import DTYPES, Entry
+from psc_lightning.artifact.directory import DTYPES, EXTRA_STATE, MOST_AXES, Entry
 from psc_lightning.artifact.leftovers import Precisions
 from psc_lightning.artifact.streams import SymbolWriter
 from psc_lightning.checkpoint import plain_name
@@ -35,6 +35,7 @@ __all__ = [
     "Snapshot",
     "check",
     "check_tensor",
+    "finite",
     "part_of",
     "plain_state",
     "snapshots_of",
@@ -182,21 +183,33 @@ def check_tensor(name: str, tensor: Tensor) -> None:
     Raises:
         ValueError: its type, its kind, or a number that is not finite.
     """
+    if name.rpartition(".")[2] == EXTRA_STATE:
+        raise ValueError(
+            f"{name}: expected a weight, found a module's extra state: many modules unpickle theirs, so that no .psc file "
+            "holds any: name what to save (only=…), or register a buffer for it"
+        )
+    if tensor.dim() > MOST_AXES:
+        raise ValueError(f"{name}: expected at most {MOST_AXES} axes, found {tensor.dim()}: reshape it")
     if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.dtype not in DTYPES:
         kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise ValueError(
             f"{name}: expected a dense tensor with values, of type {kinds}, found {tensor.dtype} ({tensor.layout}) on "
             f"{tensor.device}: convert it first, or register a buffer with persistent=False"
         )
-    # Either is NaN where any entry is. A shard was whole when the model was built; all ranks would have to look at once.
-    if is_sharded(tensor) or not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
-        return
-    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    if not all(map(math.isfinite, map(float, tensor.aminmax()))):
+    # A shard was whole when the model was built; all ranks would have to look at once.
+    if not is_sharded(tensor) and not finite(tensor):
         raise ValueError(
             f"{name}: expected finite numbers, found NaN or infinity: look for a diverged training run; a buffer that masks "
             "may hold torch.finfo(dtype).min, or be registered with persistent=False"
         )
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
+        return True
+    numbers = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return all(map(math.isfinite, map(float, numbers.aminmax())))  # either is NaN where any entry is
 
 
 def part_of(state: Mapping[str, Tensor], only: str | Iterable[str] | None) -> dict[str, Tensor]:

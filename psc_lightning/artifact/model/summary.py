@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from psc_lightning.artifact.directory import Entry, Kind
-from psc_lightning.artifact.snapshots import AXES, ENTRIES
+from psc_lightning.artifact.model.snapshots import AXES, ENTRIES
 from psc_lightning.artifact.streams import Stream
 from psc_lightning.checkpoint import plain_name
 from psc_lightning.report.numbers import Report, TensorReport
