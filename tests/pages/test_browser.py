@@ -9,10 +9,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from made import run
 
 from psc_lightning.pages.jobs import find_jobs
 from psc_lightning.pages.pareto import write_pareto
-from runs import run
 
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None

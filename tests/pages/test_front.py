@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from made import run
 
 from psc_lightning.pages.front import Point, Scale, falls, front_of, points_of, smallest
 from psc_lightning.pages.jobs import Job, find_jobs, read_job
-from runs import run
 
 
 def at(*places: tuple[float, float]) -> list[Point]:

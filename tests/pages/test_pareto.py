@@ -8,11 +8,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from made import run
 
 from psc_lightning.cli import main
 from psc_lightning.pages.jobs import find_jobs
 from psc_lightning.pages.pareto import metric_of, write_pareto
-from runs import run
 
 EVIL = "<script>alert(1)</script>"
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from made import run
 from test_pareto import EVIL, Page
 
 from psc_lightning.pages.drawing import drawing
 from psc_lightning.pages.general import general_size
 from psc_lightning.pages.run_figures import bytes_figure, training_figure, weights_figure
 from psc_lightning.pages.run_page import write_run
-from runs import run
 
 HISTORY = {"train_loss": [[10, 1.0], [20, None], [30, 0.5]], "val_loss": [[15, 0.7]], "val_accuracy": [[15, 0.9]]}
 HISTORY |= {"psc/sparsity": [[15, 0.5]], "psc/strength/mask": [[15, 0.1]], "learning_rate": [[10, 0.1]]}
