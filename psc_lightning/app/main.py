@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import logging
 import os
 import shlex
@@ -19,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from psc_lightning.app.errors import one_line
+from psc_lightning.app.errors import UsageError, one_line
 from psc_lightning.app.run import is_main, run
 from psc_lightning.app.run_folder import Run, register_resolvers
 from psc_lightning.app.sweep import SweepFolder, summarise
@@ -117,14 +118,60 @@ def application(full: bool) -> Callable[[], None]:
     return command
 
 
+AGAIN = "--rerun"
+
+
+def again(given: list[str]) -> tuple[Run, Run, list[str]]:
+    """Return the run that is to be repeated, where that will be, and the arguments that do it.
+
+    Raises:
+        UsageError: there is no finished run, or other words on the command line.
+    """
+    place, *more = given[given.index(AGAIN) + 1 :] or [""]
+    first = Run(Path(place))
+    if more or given[0] != AGAIN or not (first.finished and first.record.is_file()):
+        raise UsageError(
+            f"{AGAIN}: expected the folder of a finished run, and nothing else, found {shlex.join(given)!r}"
+        )
+    second = Run(first.folder.absolute().with_name(f"{first.folder.absolute().name}-rerun"))
+    overrides = [one for one in json.loads(first.record.read_text())["overrides"] if not one.startswith("resume=")]
+    quoted = str(second.folder).replace("\\", "\\\\").replace("'", "\\'")
+    return first, second, [*overrides, f"hydra.run.dir='{quoted}'"]
+
+
+def compare(first: Run, second: Run) -> int:
+    """Say whether two runs gave the same file, and if not, what else differs; the exit status: 0 the same, 1 another."""
+    runs = [(json.loads(run.record.read_text()), json.loads(run.report.read_text())) for run in (first, second)]
+    (before, old), (now, new) = runs
+    if old["sha256"] == new["sha256"]:
+        print(f"the same file, byte for byte: sha256 {new['sha256']}")
+        return 0
+    facts = [{**record["versions"], "git": (record.get("git") or {}).get("commit")} for record in (before, now)]
+    others = [
+        f"{key} {facts[0].get(key)} then, {value} now" for key, value in facts[1].items() if facts[0].get(key) != value
+    ]
+    why = "; ".join(others) or "no version does: the machine, its number of threads, the data or the code may"
+    print(f"another file: sha256 {old['sha256']} then, {new['sha256']} now. What differs: {why}", file=sys.stderr)
+    return 1
+
+
 @closed_pipes()
 def main() -> None:
     """Run the command line; a mendable error is one line (HYDRA_FULL_ERROR=1 shows where it came from)."""
+    runs: tuple[Run, Run] | None = None
+    if AGAIN in sys.argv:
+        try:
+            first, second, sys.argv[1:] = again(sys.argv[1:])
+            runs = first, second
+        except UsageError as error:
+            sys.exit(f"error: {error}")
     before = os.environ.get("HYDRA_FULL_ERROR", "0")
     full = before == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them
     try:
         application(full)()
+        if runs is not None and is_main():
+            sys.exit(compare(*runs))
     except Exception as error:
         message = one_line(error)
         if full or message is None:
