@@ -211,16 +211,20 @@ def how_to_write(
     given = asked(cfg)
     if AUTO not in given.values():
         return given, ""
+    exact = given | {key: value for key, value in WHOLE.items() if given[key] == AUTO}
     if not wanted(cfg.compression):
-        return given | {key: value for key, value in WHOLE.items() if given[key] == AUTO}, ""
+        return exact, ""
     if steered is not None:
         return given | steered.writing, f"{told(steered.writing)}, for the budget"
     seed(cfg)
-    batches = list(islice(data.train_dataloader(), CALIBRATION_BATCHES))
-    with explain("leftovers, fold_batchnorm"), untrained():
-        found = coarsest(
-            module, batches, step_loss, given["leftovers"], given["fold_batchnorm"], plain=build_module(cfg)
-        )
+    try:
+        batches = list(islice(data.train_dataloader(), CALIBRATION_BATCHES))
+        with untrained():
+            found = coarsest(
+                module, batches, step_loss, given["leftovers"], given["fold_batchnorm"], plain=build_module(cfg)
+            )
+    except Exception as error:  # the user's code; what has been trained is not to be lost for it
+        return exact, f"{told(exact)}: the training step cannot be called by itself, for a loss ({error})"
     return given | found.writing, str(found)
 
 

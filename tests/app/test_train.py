@@ -47,6 +47,22 @@ class OwnModule(LightningModule):
         return torch.optim.Adam(self.parameters(), 1e-2)
 
 
+class Steps(OwnModule):
+    """Makes its steps itself, which needs a Trainer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        found = super().training_step(batch, batch_idx)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(found["loss"])
+        optimizer.step()
+        return found
+
+
 class OwnNet(nn.Sequential):
     """A user's plain network."""
 
@@ -296,3 +312,12 @@ def test_what_is_outside_the_slots_is_stored_as_coarsely_as_the_loss_allows(cli:
     assert status == 0, output
     state = psc_lightning.load(tmp_path / "none/model.psc")
     assert len(state["net.conv2.weight"].unique()) > 4000
+
+
+def test_a_step_that_cannot_be_called_by_itself_costs_no_run(cli: Command, tmp_path: Path) -> None:
+    """What is outside the slots is then stored as it is, and the report says why."""
+    own = ["model=custom", f"model.net._target_={Steps.__module__}.Steps", "objective=error"]
+    status, said = cli("compression=ternary", "hydra.run.dir=run", *own, *TINY)
+    assert status == 0, said
+    stored_as = json.loads((tmp_path / "run/report.json").read_text())["stored_as"]
+    assert stored_as.startswith("leftovers float32, BatchNorm not folded: the training step cannot be called by itself")
