@@ -138,6 +138,8 @@ def run(cfg: DictConfig, folder: Path) -> float:
     with predictions(reloaded) as predicted:
         metrics["compressed"] = evaluate(cfg, reloaded, data)
     check_finite({f"metrics.{name}": torch.tensor(value) for name, value in metrics["compressed"].items()}, "test", "")
+    if (confusion := getattr(reloaded, "confusion", None)) is not None:
+        this.note(confusion=confusion.compute().tolist())
     report.metrics = metrics
     report.stored_as = why
     report.notes = notes_of(metrics, predicted, tries(cfg, report)) + costly_masks(module, report.file_bytes, **writing)

@@ -10,7 +10,7 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, SequentialLR
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 from torchmetrics.regression import MeanAbsoluteError
 
 from psc_lightning.app.errors import UsageError
@@ -18,6 +18,7 @@ from psc_lightning.app.errors import UsageError
 __all__ = ["Classifier"]
 
 Batch = tuple[Tensor, Tensor]
+_SHOWN = 40  # classes, whose confusions are counted in tests
 
 
 class Classifier(LightningModule):
@@ -61,6 +62,7 @@ class Classifier(LightningModule):
         self.metric = "mae" if self.regression else "accuracy"
         made = [MeanAbsoluteError() if self.regression else MulticlassAccuracy(classes, average="micro") for _ in "12"]
         self.val_metric, self.test_metric = made
+        self.confusion = MulticlassConfusionMatrix(classes) if not self.regression and classes <= _SHOWN else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits, or numbers."""
@@ -111,6 +113,8 @@ class Classifier(LightningModule):
         """Log loss and metric on test data."""
         outputs, y, loss = self._outputs(batch)
         self.test_metric(outputs, y)
+        if self.confusion is not None:
+            self.confusion.update(outputs, y)
         self.log(f"test_{self.metric}", self.test_metric, batch_size=len(y), on_epoch=True)
         self.log("test_loss", loss, batch_size=len(y))
 

@@ -29,6 +29,7 @@ _UNKNOWN: dict[str, Any] = {
     "command": "",
     "overrides": [],
     "dense_packed": None,
+    "confusion": None,
 }
 _STAGES = {"dense": "dense start", "one_shot": "one-shot, without training", "compressed": "file"}
 

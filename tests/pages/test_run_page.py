@@ -54,6 +54,19 @@ def test_what_it_says(tmp_path: Path) -> None:
     assert not any("src" in attributes for _, attributes in page.tags)
 
 
+def test_confusions_are_counts_by_row(tmp_path: Path) -> None:
+    folder = run(tmp_path / "0", "t=1", confusion=[[3, 1], [0, 2]])
+    text = (written(folder), (folder / "report.html").read_text())[1]
+    assert "What is taken for what" in text
+    table = text[text.index('aria-label="confusion matrix"') :]
+    cells = re.findall(r'<td(?: style="--v:([\d.]+)")?>(\d*)</td>', table[: table.index("</table>")])
+    assert cells == [("0.75", "3"), ("0.25", "1"), ("", ""), ("1.00", "2")]
+    assert (
+        "What is taken for what"
+        not in (written(run(tmp_path / "1", "t=1")), (tmp_path / "1/report.html").read_text())[1]
+    )
+
+
 def test_names_stay_text(tmp_path: Path) -> None:
     folder = run(tmp_path / EVIL.replace("/", "|"), f"x={EVIL}", git={"commit": EVIL, "clean": False})
     report = json.loads((folder / "report.json").read_text())
