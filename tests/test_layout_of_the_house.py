@@ -39,7 +39,7 @@ LAYERS = [
     {"callbacks"},
     {"export", "oneshot", "loading", "pages", "probing"},
     {"app"},
-    {"cli"},
+    {"cli", "search"},
 ]
 
 
