@@ -33,7 +33,7 @@ __all__ = ["main", "read_space", "settings"]
 
 EXAMPLES = """\
 examples:
-  psc-search --trials 30                                  what conf/search/default.yaml offers, on the digits
+  psc-search --trials 30                                  what conf/search.yaml offers, on the digits
   psc-search experiment=mnist_lenet5 data.folder=DIR --space mine.yaml --dir searches/lenet5
   psc-search … --dir searches/lenet5                      goes on; a second process with the same folder helps
 
@@ -178,13 +178,11 @@ def main(given: Sequence[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = config_dir() / "search" / "default.yaml"
+    default = config_dir() / "search.yaml"
     parser.add_argument("settings", metavar="KEY=VALUE", nargs="*", help="settings of train.py that all trials have")
     parser.add_argument("--trials", type=int, default=20, metavar="N", help="how many there shall be in all (20)")
     parser.add_argument("--dir", type=Path, metavar="DIR", help="of the search; one that is there goes on")
-    parser.add_argument(
-        "--space", type=Path, default=default, metavar="FILE", help="what to try (conf/search/default.yaml)"
-    )
+    parser.add_argument("--space", type=Path, default=default, metavar="FILE", help="what to try (conf/search.yaml)")
     parser.add_argument("--seed", type=int, help="of the search, which is then the same again, in one process")
     options = parser.parse_intermixed_args(given)
     try:

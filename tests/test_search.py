@@ -40,7 +40,7 @@ def test_a_trial_is_one_alternative(tmp_path: Path) -> None:
 
 def test_the_default_space_is_of_settings_that_there_are() -> None:
     presets = {path.stem for path in (config_dir() / "compression").glob("*.yaml")}
-    for branch in read_space(config_dir() / "search/default.yaml"):
+    for branch in read_space(config_dir() / "search.yaml"):
         chosen = branch["compression"] if isinstance(branch["compression"], list) else [branch["compression"]]
         assert set(chosen) <= presets
         assert set(branch) <= {"compression", "compression.budget", "compression.threshold"}
