@@ -130,7 +130,7 @@ def test_a_step_waits_for_a_device_as_often_for_many_tensors_as_for_one(choice: 
     assert sum(many.values()) <= 6
 
 
-@pytest.mark.parametrize(("method", "most"), [("uniform", 10), ("binary", 10), ("ternary", 22)])
+@pytest.mark.parametrize(("method", "most"), [("uniform", 10), ("binary", 10), ("ternary", 22), ("codebook", 44)])
 def test_another_tensor_launches_few_operations(method: str, most: int):
     """Each once: a sum before the step and one after it, what finds its tables, what makes its levels."""
     few, many = (_step({"levels": (method, {})}, tensors, (1.0, 1.0)).launches for tensors in (2, 3))

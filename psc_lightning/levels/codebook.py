@@ -31,6 +31,7 @@ from psc_lightning.symbols import Reader, Writer, pieces
 
 __all__ = ["CodebookLevels"]
 
+_AT_ONCE = 1 << 22  # terms of clusters that a graphics processor sums at once
 _COUNT = 32  # centroids: up to here counting middles is faster than halving
 
 
@@ -195,9 +196,10 @@ class CodebookLevels(Levels):
         if gradient.device.type != "cpu":
             # Sums of a fixed order; a histogram with weights has none on a graphics processor.
             kept = gradient if keep is None else torch.where(keep, gradient, 0.0)
-            codes, terms = split(self.codes, self.group), split(kept, self.group)
-            clusters = [torch.where(codes == j, terms, 0.0).sum(1, dtype=torch.float32) for j in range(self.k)]
-            return torch.stack(clusters, 1)
+            codes, terms = split(self.codes, self.group)[:, None], split(kept, self.group)[:, None]
+            several = max(_AT_ONCE // max(terms.numel(), 1), 1)  # clusters, where that takes little memory
+            parts = torch.arange(self.k, dtype=torch.uint8, device=codes.device)[:, None].split(several)
+            return torch.cat([torch.where(codes == part, terms, 0.0).sum(2, dtype=torch.float32) for part in parts], 1)
         total = torch.zeros(self.count, self.k, dtype=torch.float64)
         # Where all lie alike, the strips of both are those of the same entries.
         gradient, keep = gradient.contiguous(), None if keep is None else keep.contiguous()
