@@ -97,7 +97,7 @@ class MovementMask(Mask):
         zeros = zero_count(share, rows * columns)
         # The same share of both, and the exact number in all.
         of_seen = min(max(zeros - round(share * (rows - number) * columns), 0), number * columns)
-        if float(self.scores.amin()) == _LAST:  # but none is dropped in one for what is zero in the other
+        if (yield self.scores.amin()) == _LAST:  # but none is dropped in one for what is zero in the other
             held = (self.scores == _LAST).sum(1)
             most, least = zeros - int(held[~seen].sum()), int(held[seen].sum())
             of_seen = max(min(of_seen, most), min(least, zeros))
