@@ -198,7 +198,7 @@ class CodebookLevels(Levels):
             kept = gradient if keep is None else torch.where(keep, gradient, 0.0)
             codes, terms = split(self.codes, self.group)[:, None], split(kept, self.group)[:, None]
             several = max(_AT_ONCE // max(terms.numel(), 1), 1)  # clusters, where that takes little memory
-            parts = torch.arange(self.k, dtype=torch.uint8, device=codes.device)[:, None].split(several)
+            parts = torch.split(torch.arange(self.k, dtype=torch.uint8, device=codes.device)[:, None], several)
             return torch.cat([torch.where(codes == part, terms, 0.0).sum(2, dtype=torch.float32) for part in parts], 1)
         total = torch.zeros(self.count, self.k, dtype=torch.float64)
         # Where all lie alike, the strips of both are those of the same entries.
