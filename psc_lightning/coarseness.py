@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from psc_lightning.artifact import load_into, to_bytes
 from psc_lightning.artifact.leftovers import Precisions
+from psc_lightning.copies import copied
 from psc_lightning.folding import fold_batchnorm as folded
 from psc_lightning.slots.live import detach
 
@@ -92,7 +92,7 @@ def coarsest(
     given = list(batches)
     if not given:
         raise ValueError("batches: expected one or more, found none")
-    plain = detach(deepcopy(model)) if plain is None else plain
+    plain = detach(copied(model)) if plain is None else plain
     finest = {
         "leftovers": "float32" if leftovers == AUTO else leftovers,
         "fold_batchnorm": False if fold_batchnorm == AUTO else fold_batchnorm,

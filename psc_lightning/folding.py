@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Tracer
 
+from psc_lightning.copies import copied
 from psc_lightning.sharding import sharded_modules
 from psc_lightning.slots.layout import Layout
 from psc_lightning.slots.live import held
@@ -56,7 +56,7 @@ def fold_batchnorm(model: M, pairs: Mapping[str, str] | None = None) -> M:
         raise ValueError(
             "fold_batchnorm: the model is sharded: load the file into a plain model, fold that, save again"
         )
-    model = deepcopy(model)
+    model = copied(model)
     if pairs is None:
         pairs = dict(_traced(model))
         if not pairs:

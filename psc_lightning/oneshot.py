@@ -21,6 +21,7 @@ from psc_lightning.callbacks.activations import ActivationQuantization
 from psc_lightning.callbacks.budget import ByteBudget, in_bytes
 from psc_lightning.callbacks.presets import preset
 from psc_lightning.callbacks.slot import SlotCallback
+from psc_lightning.copies import copied
 from psc_lightning.masks import MASKS, Mask
 from psc_lightning.report.numbers import Report
 from psc_lightning.sharding import is_sharded
@@ -261,7 +262,7 @@ def plan(model: nn.Module, callbacks: Callback | Sequence[Callback]) -> Plan:
     everything = callbacks if isinstance(callbacks, Sequence) else [callbacks]
     ours = _ours(everything)
     fillers = [callback for callback in ours if isinstance(callback, SlotCallback)]
-    copy = deepcopy(model)
+    copy = copied(model)
     skipped: dict[str, list[str]] = {}
     labelled: list[tuple[str, Place]] = []
     for rounder in deepcopy(ours):
@@ -344,7 +345,7 @@ def costly_masks(model: nn.Module, file_bytes: int, **writing: Any) -> list[str]
 
     if not (found := sorted({method for _, method in masks(model)})):
         return []
-    other = deepcopy(model)
+    other = copied(model)
     for mask, _ in list(masks(other)):
         mask.threshold = 0.0
     for _, tensor, parameter in compressed(other):

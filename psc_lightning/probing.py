@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from psc_lightning.artifact import measure
 from psc_lightning.callbacks.presets import preset
 from psc_lightning.callbacks.slot import SlotCallback
+from psc_lightning.copies import copied
 from psc_lightning.files import Place, write_atomic
 from psc_lightning.report.table import render
 from psc_lightning.slots.live import detach
@@ -161,7 +161,7 @@ def sensitivity(
     given = list(batches)
     if not given:
         raise ValueError("batches: expected one or more, found none; a generator can be read only once")
-    copy = detach(deepcopy(model)).eval()
+    copy = detach(copied(model)).eval()
     settings = SETTINGS if settings is None else settings
     names = [target.name for target in select(copy, targets, ignore, min_size).targets]
     as_it_is = _mean(copy, given, loss)

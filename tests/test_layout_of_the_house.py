@@ -28,7 +28,7 @@ METHODS = [(folder, name, cls) for folder, (methods, _) in FOLDERS.items() for n
 # Lower layers first; a module may import from its own package and from lower layers.
 LAYERS = [
     {"words"},
-    {"symbols", "options", "files", "strict_json", "terminal", "arguments"},
+    {"symbols", "options", "files", "strict_json", "terminal", "arguments", "copies"},
     {"prices", "schedule", "configs", "sharding", "checkpoint"},
     {"report", "numerics"},
     {"tying", "masks", "levels", "activations"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from psc_lightning.checkpoint import read_tensors
+from psc_lightning.copies import copied
 from psc_lightning.options import positive, share
 from psc_lightning.slots.live import detach
 from psc_lightning.words import hinting
@@ -166,4 +166,4 @@ class Distillation(Callback):
 
 def _plain_copy(module: nn.Module) -> nn.Module:
     """As it is now, without slots."""
-    return detach(copy.deepcopy(module))
+    return detach(copied(module))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from psc_lightning.numerics.asking import Copy, Question, answer
 from psc_lightning.sharding import gather, is_sharded, local, scatter
+from psc_lightning.slots.before import Before
 from psc_lightning.slots.marks import Mark, total, trace
 from psc_lightning.slots.slots import SLOTS, SOFT, Slots
 
@@ -48,13 +49,15 @@ class Compressed:
         self.loaded = False  # `load_state_dict` has written to the Parameter
         self._spare: Tensor | None = None  # the hard weight's memory, while the latent one is in the Parameter's place
         self._mark: Mark | None = None
+        self._before: Before | None = None  # until the next step: what others have written over
         self._warned = False
         self.refreshed = 0  # batches from which BatchNorm's statistics of this very weight were taken
 
     def __getstate__(self) -> dict[str, object]:
         """A copy has other memory, in which nothing is written yet."""
         mark = self._mark
-        return {**self.__dict__, "_mark": None if mark is None else replace(mark, pointer=0, total=int(mark.total))}
+        marked = None if mark is None else replace(mark, pointer=0, total=int(mark.total))
+        return {**self.__dict__, "_mark": marked, "_before": None}
 
     # ------------------------------------------------------------------------------------------ what is where
 
@@ -173,6 +176,7 @@ class Compressed:
         if self.latent is None or self.lent:
             return
         yield from self.absorbing(parameter)
+        self._before = None
         if _in_place(parameter):
             yield Copy(local(self.latent), local(parameter))
         else:
@@ -245,7 +249,15 @@ class Compressed:
             return
         assert self.latent is not None
         found, full = gather(parameter.detach()), gather(self.latent)
-        taken = self._taken(self.slots, full, found, self._replaced(parameter))
+        before = self._before
+        if before is not None and before.is_again(found):
+            self._before = None
+            self.slots.return_to(before.slots, before.latent)
+            taken: tuple[Slots, Tensor] | None = (self.slots, before.latent)
+        else:
+            here = before if before is not None or is_sharded(parameter) else Before.of(self.slots, full)
+            taken = self._taken(self.slots, full, found, self._replaced(parameter))
+            self._before = here if taken is not None else before
         self.latent = self.latent.to(parameter.device, parameter.dtype)
         if taken is not None:
             self.slots, full = taken
@@ -373,7 +385,7 @@ class Compressed:
         latent = rest.pop("latent", None)
         self.slots.to(parameter.device)
         self.lent = self.loaded = False
-        self.latent = self._spare = self._mark = None
+        self.latent = self._spare = self._mark = self._before = None
         if latent is None:
             self.slots.load_training_state(gather(parameter.detach()), rest)
             return

@@ -414,6 +414,19 @@ class Slots(nn.Module):
         other._read_strength()
         return other
 
+    def return_to(self, before: Slots, latent: Tensor) -> None:
+        """Be what a `twin` was, beside the latent weight of then; strengths that were set since hold."""
+        set_since = [
+            (slot, value, phase)
+            for slot, value, phase, old in zip(SLOTS, self._ramp, self.phase, zip(before._ramp, before.phase))
+            if (value, phase) != old
+        ]
+        self.load_state_dict(before.state_dict())
+        self.phase, self._ramp, self.due = list(before.phase), list(before._ramp), list(before.due)
+        self.stale, self.pending = before.stale, before.pending
+        for slot, value, phase in set_since:
+            self.set_strength(slot, value if phase == SOFT else float(phase == HARD), latent)
+
     def twin(self) -> Slots:
         """A copy, to look ahead with."""
         return deepcopy(self)

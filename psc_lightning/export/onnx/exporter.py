@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ except ModuleNotFoundError as error:
 
 from psc_lightning.activations import Ranges, activations
 from psc_lightning.artifact.model.snapshots import snapshots_of
+from psc_lightning.copies import copied
 from psc_lightning.export.onnx.axes import Shapes, check_open, open_axes, set_names, shapes_of, with_lengths
 from psc_lightning.export.onnx.channels import remove_dead_channels
 from psc_lightning.export.onnx.graph import Graph, reads
@@ -79,8 +79,7 @@ def export_onnx(
         ValueError: a wrong argument, a length that the model's code fixes, or code that torch cannot export.
         OSError: the folder is missing or not writable, or the disk is full; nothing is left behind.
     """
-    # A LightningModule refers to its Trainer, which is not to be copied.
-    plain = deepcopy(model, {id(getattr(model, "_trainer", None)): None})
+    plain = copied(model)
     with torch.no_grad():
         snapshots = {id(form): (name, form, latent) for name, (form, latent) in snapshots_of(plain).items()}
         stored = {name: form.stored(latent) for name, form, latent in snapshots.values()}
