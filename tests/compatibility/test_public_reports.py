@@ -175,7 +175,6 @@ def test_checkpoints_without_a_frozen_backbone_resume(name, tmp_path):
 NORMS = {
     "weight_norm": parametrizations.weight_norm,
     "spectral_norm": parametrizations.spectral_norm,
-    "orthogonal": parametrizations.orthogonal,
     "old spectral_norm": nn.utils.spectral_norm,
 }
 
