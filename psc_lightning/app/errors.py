@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from torch import Tensor
@@ -64,6 +64,11 @@ def one_line(error: BaseException) -> str | None:
             parts[-1] += meant or (readers(str(cause.key)) if of_another else "")
         elif isinstance(cause, MissingConfigException) and cause.options and cause.missing_cfg_file:
             parts[0] += hint(cause.missing_cfg_file.rpartition("/")[2], cause.options)
+        elif isinstance(cause, OverrideParseException):
+            parts.append(
+                f"in {cause.override}; a value with other signs than letters, digits and ./*-+: goes in quotes that the "
+                "shell leaves: \"key='value'\""
+            )
     if not parts:
         return None
     text = " ".join(" ".join(parts).split())
