@@ -65,9 +65,9 @@ def one_line(error: BaseException) -> str | None:
         elif isinstance(cause, MissingConfigException) and cause.options and cause.missing_cfg_file:
             parts[0] += hint(cause.missing_cfg_file.rpartition("/")[2], cause.options)
         elif isinstance(cause, OverrideParseException):
+            key, _, value = str(cause.override).partition("=")
             parts.append(
-                f"in {cause.override}; a value with other signs than letters, digits and ./*-+: goes in quotes that the "
-                "shell leaves: \"key='value'\""
+                f"in {cause.override}: quote a value with signs in it, within the shell's quotes: \"{key}='{value}'\""
             )
     if not parts:
         return None

@@ -27,6 +27,7 @@ Command = Callable[..., tuple[int, str]]
         (["compression=binary", "compression.threshold=1.5"], ["threshold", "1.5", "0 ≤ threshold < 1"]),
         (["compression=float", "compression.bits=-1"], ["bits", "1 to 8", "-1"]),
         (["compression=binary", "compression.targets=nothing.*"], ["targets", "nothing.*", "net.conv1.weight"]),
+        (["compression.targets=re:.*conv[12]"], ["mismatched", "\"compression.targets='re:.*conv[12]'\""]),
         (["compression=binary", "compression.bits=3"], ["compression.bits", "threshold"]),
         (["nonsense=3"], ["nonsense", "compression"]),
         (["compression=binary", "compression.amount=0.5"], ["amount", "did you mean threshold (the share of weights"]),
