@@ -31,8 +31,8 @@ class MaskLearning(SlotCallback):
         granularity: what is kept or dropped as one: `element`, `row` (neighbours in an output row), `column`
             (neighbouring outputs), `channel` (an output row).
         scope: `layer`: each tensor has the share. `global`: all tensors of this callback together have it, and small ones
-            keep more of their weights (see `psc_lightning.numerics.shares`); better from 80 % on, and what presets with
-            `movement` or `saliency` do.
+            keep more of their weights (see `psc_lightning.numerics.shares`). `auto`: `global` above 0.5, as presets with
+            `movement` or `saliency` have it.
         group: the share holds for the `tensor`, for each `channel`, or for each n units in memory order.
         block: units of `row` and `column` have this many entries; None: 4, for `row` the kernel's width.
         score_lr: `movement`: learning rate of the scores. None: 1e-2.

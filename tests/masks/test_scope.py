@@ -27,6 +27,12 @@ def test_by_hand() -> None:
     assert shares([(32, 32), (4, 4)], 0.8, "layer") == [0.8, 0.8]
 
 
+@pytest.mark.parametrize(("threshold", "scope"), [(0.3, "layer"), (0.5, "layer"), (0.6, "global"), (0.9, "global")])
+def test_auto_is_global_where_small_layers_cannot_spare_their_share(threshold: float, scope: str) -> None:
+    shapes = [(16, 1, 3, 3), (32, 16, 3, 3), (10, 64)]
+    assert shares(shapes, threshold, "auto") == shares(shapes, threshold, scope)
+
+
 @settings(deadline=None)
 @given(SHAPES, st.floats(0, 0.99))
 def test_all_together_have_the_share(shapes: list[list[int]], threshold: float) -> None:
