@@ -54,7 +54,7 @@ def test_a_reused_callback_keeps_no_tensors_of_earlier_fits():
         fit(callbacks, model, max_epochs=1)
         gc.collect()
         numbers.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
-    assert numbers[0] == numbers[1] == numbers[2]
+    assert numbers[0] >= numbers[1] >= numbers[2]  # what tests before have left may go meanwhile
 
 
 def test_winning_tickets():
