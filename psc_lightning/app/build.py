@@ -78,9 +78,7 @@ def build_module(cfg: DictConfig, **optimizer: Any) -> LightningModule:
     with explain("optimizer"):
         make([nn.Parameter(torch.zeros(1))])  # a wrong value shows now, not after the data are read
     with explain("model"):
-        return Classifier(
-            net, make, cfg.model.classes, cfg.model.decay, cfg.model.channels_last, cfg.model.task, cfg.model.hold
-        )
+        return Classifier(net, make, cfg.model.classes, cfg.model.decay, cfg.model.channels_last, cfg.model.task)
 
 
 def build_trainer(cfg: DictConfig, **settings: Any) -> Trainer:

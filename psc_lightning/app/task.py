@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 from torchmetrics.regression import MeanAbsoluteError
 
@@ -29,12 +29,11 @@ class Classifier(LightningModule):
         optimizer: makes an optimizer from the parameters.
         classes: how many there are.
         decay: `cosine` lets the learning rate fall to 0 along a cosine, step by step; `constant` keeps it.
-        hold: share of training, 0 ≤ hold < 1, in which a cosine's learning rate stays as it is before it falls.
         channels_last: give images to the network in channels-last memory layout (faster convolutions in bfloat16).
         task: `classification`, which logs accuracy, or `regression`, which logs the mean absolute error, `mae`.
 
     Raises:
-        ValueError: `decay`, `hold` or `task` is something else.
+        ValueError: `decay` or `task` is something else.
     """
 
     def __init__(
@@ -45,18 +44,15 @@ class Classifier(LightningModule):
         decay: str = "cosine",
         channels_last: bool = False,
         task: str = "classification",
-        hold: float = 0.0,
     ) -> None:
         super().__init__()
         if decay not in ("cosine", "constant"):
             raise ValueError(f"decay must be cosine or constant, not {decay!r}")
-        if not 0 <= hold < 1:
-            raise ValueError(f"hold must be a share of training, 0 <= hold < 1, not {hold!r}")
         if task not in ("classification", "regression"):
             raise ValueError(f"task must be classification or regression, not {task!r}")
         self.net = net
         self.optimizer = optimizer
-        self.decay, self.hold = decay, hold
+        self.decay = decay
         self.channels_last = channels_last
         self.regression = task == "regression"
         self.metric = "mae" if self.regression else "accuracy"
@@ -124,8 +120,5 @@ class Classifier(LightningModule):
         if self.decay == "constant":
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
-        held = int(self.hold * steps)
-        scheduler: LRScheduler = CosineAnnealingLR(optimizer, steps - held)
-        if held:
-            scheduler = SequentialLR(optimizer, [ConstantLR(optimizer, 1.0), scheduler], [held])
+        scheduler = CosineAnnealingLR(optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
