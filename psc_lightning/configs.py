@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-__all__ = ["config_dir", "register"]
+__all__ = ["config_dir", "quoted", "register"]
 
 
 def config_dir() -> Path:
@@ -42,3 +42,13 @@ def register() -> None:
             search_path.append("psc_lightning", f"file://{config_dir()}")
 
     Plugins.instance().register(OurFolder)
+
+
+def quoted(value: object) -> str:
+    """A value of a command's setting, so that Hydra's grammar takes any sign in it.
+
+    >>> print(quoted("it's"))
+    'it\\'s'
+    """
+    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"

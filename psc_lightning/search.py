@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psc_lightning.configs import config_dir
+from psc_lightning.configs import config_dir, quoted
 from psc_lightning.files import write_atomic
 from psc_lightning.pages.front import falls
 from psc_lightning.pages.jobs import Job, find_jobs, read_job
@@ -126,7 +126,7 @@ def one_trial(study: Study, space: Space, folder: Path, given: Sequence[str]) ->
     chosen = settings(trial, space)
     place = folder / str(trial.number)
     place.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-c", _TRAIN, *given, *chosen, f"hydra.run.dir='{place}'"]
+    command = [sys.executable, "-c", _TRAIN, *given, *chosen, f"hydra.run.dir={quoted(place)}"]
     with (place / "output.txt").open("w") as output:
         done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)
     head = f"trial {trial.number}: {' '.join(chosen)}:"

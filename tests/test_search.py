@@ -78,7 +78,7 @@ def test_a_search_goes_on_in_its_folder(tmp_path: Path) -> None:
     environment = {**os.environ, "PSC_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
 
     def search(trials: int, *more: str) -> str:
-        command = [sys.executable, "-m", "psc_lightning.search", *tiny, *more, "--dir", "found"]
+        command = [sys.executable, "-m", "psc_lightning.search", *tiny, *more, "--dir", "it's found"]
         command += ["--trials", str(trials), "--space", str(space), "--seed", "0"]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -90,12 +90,12 @@ def test_a_search_goes_on_in_its_folder(tmp_path: Path) -> None:
     said = search(3, "compression.nobody=1")
     assert said.startswith("[3 of 3] trial 2:")
     assert "failed: error: Could not override 'compression.nob" in said
-    study = study_of(tmp_path / "found", None)
+    study = study_of(tmp_path / "it's found", None)
     states = [trial.state for trial in study.trials]
     assert states == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.FAIL]
     for trial in study.trials[:2]:
-        report = json.loads((tmp_path / f"found/{trial.number}/report.json").read_text())
-        history = json.loads((tmp_path / f"found/{trial.number}/history.json").read_text())
+        report = json.loads((tmp_path / f"it's found/{trial.number}/report.json").read_text())
+        history = json.loads((tmp_path / f"it's found/{trial.number}/history.json").read_text())
         assert trial.values == [-history["series"]["val_accuracy"][-1][1], math.log(report["file_bytes"])]
-    jobs = json.loads((tmp_path / "found/sweep.json").read_text())["jobs"]
+    jobs = json.loads((tmp_path / "it's found/sweep.json").read_text())["jobs"]
     assert [job["status"] for job in jobs] == ["completed", "completed", "failed"]

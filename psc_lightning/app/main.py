@@ -24,7 +24,7 @@ from psc_lightning.app.errors import UsageError, one_line
 from psc_lightning.app.run import is_main, run
 from psc_lightning.app.run_folder import Run, register_resolvers
 from psc_lightning.app.sweep import SweepFolder, summarise
-from psc_lightning.configs import config_dir
+from psc_lightning.configs import config_dir, quoted
 from psc_lightning.terminal import closed_pipes
 
 __all__ = ["main"]
@@ -135,8 +135,7 @@ def again(given: list[str]) -> tuple[Run, Run, list[str]]:
         )
     second = Run(first.folder.absolute().with_name(f"{first.folder.absolute().name}-rerun"))
     overrides = [one for one in json.loads(first.record.read_text())["overrides"] if not one.startswith("resume=")]
-    quoted = str(second.folder).replace("\\", "\\\\").replace("'", "\\'")
-    return first, second, [*overrides, f"hydra.run.dir='{quoted}'"]
+    return first, second, [*overrides, f"hydra.run.dir={quoted(second.folder)}"]
 
 
 def compare(first: Run, second: Run) -> int:
